@@ -1,0 +1,80 @@
+// Package control holds the use cases of Ballast: what the CSI driver and the admin API ask of the cluster.
+package control
+
+import (
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// CreateVolume asks for a volume. The same name again returns the volume it made, if compatible.
+type CreateVolume struct {
+	Name   string
+	Tenant string // "" is DefaultTenant
+	// RequiredBytes and LimitBytes as in CSI's CapacityRange: 0 is not given.
+	RequiredBytes, LimitBytes int64
+	Parameters                volume.Parameters
+	QoS                       volume.QoS
+	Capabilities              []volume.Capability
+	Source                    *volume.Source
+	// Requisite nodes are the only ones allowed (empty: any); Preferred are tried first, in order.
+	Requisite, Preferred []volume.NodeID
+}
+
+// Attach asks for a volume on a node.
+type Attach struct {
+	Volume     volume.ID
+	Node       volume.NodeID
+	ReadOnly   bool
+	Capability volume.Capability
+}
+
+// CreateSnapshot asks for a snapshot. The same name and source again return the snapshot it made.
+type CreateSnapshot struct {
+	Name   string
+	Volume volume.ID
+	// Freeze asks that a mounted filesystem be frozen around the cut.
+	Freeze bool
+}
+
+// ModifyQoS changes what is not nil.
+type ModifyQoS struct {
+	IOPS, Bandwidth *int64
+}
+
+// CapacityQuery asks what could be placed.
+type CapacityQuery struct {
+	Parameters volume.Parameters
+	// Node restricts the answer to one node; "" is the whole cluster.
+	Node volume.NodeID
+}
+
+// Capacity answers a CapacityQuery, in bytes.
+type Capacity struct {
+	// Available is the sum over pools, never negative.
+	Available int64
+	// MaximumVolume is the largest volume a create would accept now; MinimumVolume the smallest.
+	MaximumVolume, MinimumVolume int64
+}
+
+// Page asks for part of a list, ordered by id. Max 0 is no bound. Token is "" or what the page before returned; any
+// other token is volume.ErrStale.
+type Page struct {
+	Max   int
+	Token string
+}
+
+// SnapshotFilter restricts a list of snapshots; empty fields match all.
+type SnapshotFilter struct {
+	Volume   volume.ID
+	Snapshot volume.SnapshotID
+}
+
+// Extent is a run of bytes of a snapshot.
+type Extent struct {
+	Offset, Length int64
+}
+
+// Health is a volume's conditions; none is healthy.
+type Health struct {
+	Volume     volume.ID
+	Conditions []volume.Condition
+}
