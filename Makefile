@@ -1,0 +1,82 @@
+# Ballast. `make help` lists what there is.
+
+GO          ?= go
+STATICCHECK ?= $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS     := -s -w -X main.version=$(VERSION)
+BIN         := bin
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+## -- The two commands of the README ------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: deps build ## Show one node at work: create, attach, write, snapshot, restore, expand (root; about half a minute)
+	$(GO) run ./test/demo --bin $(BIN)
+
+.PHONY: test
+test: deps build lint unit sanity e2e vm ## Run everything, csi-sanity included (root; installs what it needs)
+
+## -- Building ----------------------------------------------------------------------------------------------------------
+
+.PHONY: build
+build: ## Build the static binaries into bin/
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+
+.PHONY: image
+image: ## Build the container image
+	docker build -t ballast:$(VERSION) .
+
+.PHONY: generate
+generate: ## Regenerate the admin API from its protobuf file (needs protoc and its Go plugins)
+	$(GO) generate ./...
+
+## -- Checking ----------------------------------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: ## gofmt, go vet, staticcheck
+	@unformatted=$$(gofmt -l cmd pkg test sanity); if [ -n "$$unformatted" ]; then echo "not gofmt-clean:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(STATICCHECK) ./...
+
+.PHONY: unit
+unit: ## Unit and integration tests with the race detector (root: real mounts, FUSE and loop devices)
+	$(GO) test -race -p 2 -timeout 20m ./cmd/... ./pkg/... ./test/arch/... ./deploy/...
+
+.PHONY: sanity
+sanity: ## csi-sanity against the real daemon, mount and block (root)
+	$(GO) test -count=1 -timeout 20m ./sanity/...
+
+.PHONY: e2e
+e2e: ## The daemon as a process: kill -9, full pools, fio verify (root)
+	$(GO) test -count=1 -timeout 20m ./test/e2e/...
+
+.PHONY: vm
+vm: ## What needs a whole machine, in a QEMU guest: power cuts, online growth of ext4 (root)
+	$(GO) test -count=1 -timeout 30m ./test/vm/...
+
+FUZZTIME ?= 30s
+.PHONY: fuzz
+fuzz: ## Fuzz every decoder, FUZZTIME each
+	@for pkg in $$($(GO) list ./pkg/...); do \
+	  for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+	    echo "== $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$pkg; done; done
+
+.PHONY: bench
+bench: deps build ## Measure frontend, store, RPCs and idle cost; print tables of ratios
+	$(GO) run ./test/bench all
+
+## -- The machine -------------------------------------------------------------------------------------------------------
+
+.PHONY: deps
+deps: ## Install the Debian packages that tests, benchmarks and the demo use (root)
+	@.ci/deps
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(BIN)
+
+.PHONY: help
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^## -- / {gsub(/^## -- | -+$$/, ""); printf "\n\033[1m%s\033[0m\n", $$0} /^[a-z0-9-]+:.*## / {split($$1, t, ":"); printf "  \033[36m%-10s\033[0m %s\n", t[1], $$2}' $(MAKEFILE_LIST)
