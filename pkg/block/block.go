@@ -12,7 +12,7 @@ import (
 const (
 	// Size is the unit of I/O in bytes. A write of whole, aligned blocks is never torn across a crash by Ballast itself.
 	Size = 4096
-	// MaxIO bounds one request, in bytes.
+	// MaxIO bounds one read or write, in bytes. Zero takes any length.
 	MaxIO = 32 << 20
 )
 
