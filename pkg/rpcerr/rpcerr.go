@@ -1,0 +1,91 @@
+// Package rpcerr maps errors to gRPC codes. It is the only place that does.
+package rpcerr
+
+import (
+	"context"
+	"errors"
+	"unicode/utf8"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/ballast-csi/ballast/pkg/block"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// maxMessage bounds status.message, in bytes: it travels in an HTTP/2 header, whose list gRPC peers bound too.
+const maxMessage = 4 << 10
+
+// table is searched from the top. Codes that a caller reads as "it may still be running" come first: of an error that
+// wraps two sentinels the cautious one counts.
+var table = []struct {
+	is   error
+	code codes.Code
+}{
+	{context.Canceled, codes.Canceled},
+	{context.DeadlineExceeded, codes.DeadlineExceeded},
+	{volume.ErrUnavailable, codes.Unavailable},
+	{block.ErrClosed, codes.Unavailable},
+	{volume.ErrBusy, codes.Aborted},
+	{volume.ErrStale, codes.Aborted},
+
+	{volume.ErrInvalid, codes.InvalidArgument},
+	{volume.ErrNotFound, codes.NotFound},
+	{volume.ErrExists, codes.AlreadyExists},
+	{volume.ErrInUse, codes.FailedPrecondition},
+	{volume.ErrOutOfRange, codes.OutOfRange},
+	{block.ErrRange, codes.OutOfRange},
+	{volume.ErrNoSpace, codes.ResourceExhausted},
+	{volume.ErrQuota, codes.ResourceExhausted},
+	{volume.ErrDataLoss, codes.DataLoss},
+}
+
+// Code is the gRPC code of an error: OK for nil, Internal for one that wraps no sentinel. An error that is a gRPC
+// status already keeps its code.
+func Code(err error) codes.Code {
+	if err == nil {
+		return codes.OK
+	}
+	for _, row := range table {
+		if errors.Is(err, row.is) {
+			return row.code
+		}
+	}
+	var s interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &s) && s.GRPCStatus().Code() != codes.Unknown {
+		return s.GRPCStatus().Code()
+	}
+	return codes.Internal
+}
+
+// Error is the gRPC error of err: its code, its message, and no details. Nil stays nil.
+func Error(err error) error {
+	return WithCode(Code(err), err)
+}
+
+// WithCode is the gRPC error of err under another code.
+func WithCode(c codes.Code, err error) error {
+	if c == codes.OK {
+		return nil
+	}
+	return status.Error(c, message(err))
+}
+
+// message is the text of an error, valid UTF-8 and bounded.
+func message(err error) string {
+	m := err.Error()
+	if s, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
+		m = s.GRPCStatus().Message()
+	}
+	if m == "" {
+		m = "internal error without a message"
+	}
+	if len(m) > maxMessage {
+		n := maxMessage
+		for n > 0 && !utf8.RuneStart(m[n]) {
+			n--
+		}
+		m = m[:n] + " ..."
+	}
+	return m
+}
