@@ -16,6 +16,9 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+
+	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
 )
 
 const (
@@ -54,8 +57,9 @@ type Daemon struct {
 	err  error         // what Wait returned
 	want bool          // an end is wanted: it is no crash
 
-	fuse *fuseWatch
-	csi  *CSI
+	fuse  *fuseWatch
+	csi   *CSI
+	admin *grpc.ClientConn
 }
 
 // New prepares a daemon in o.Dir, which is made where it is missing, and its clients. It does not start it.
@@ -81,6 +85,9 @@ func New(o Options) (*Daemon, error) {
 	d := &Daemon{o: o, log: log}
 	if d.csi, err = dialCSI(d.ControllerSocket(), d.NodeSocket()); err != nil {
 		return nil, errors.Join(err, log.Close())
+	}
+	if d.admin, err = Dial(d.AdminSocket()); err != nil {
+		return nil, errors.Join(err, d.csi.close(), log.Close())
 	}
 	d.fuse = watchFUSE(o.Dir)
 	return d, nil
@@ -114,6 +121,9 @@ func (d *Daemon) NodeSocket() string {
 
 // CSI is a client that survives restarts: calls wait until the daemon serves again, or their context ends.
 func (d *Daemon) CSI() *CSI { return d.csi }
+
+// Admin is a client of the admin API; it survives restarts as CSI does.
+func (d *Daemon) Admin() adminpb.AdminClient { return adminpb.NewAdminClient(d.admin) }
 
 func (d *Daemon) args() []string {
 	args := []string{
@@ -261,7 +271,7 @@ func (d *Daemon) Signal(sig syscall.Signal) error {
 // loop devices. The directory stays.
 func (d *Daemon) Close() error {
 	err := d.end(syscall.SIGKILL, goneWithin)
-	err = errors.Join(err, d.csi.close(), d.fuse.close(), Sweep(d.o.Dir))
+	err = errors.Join(err, d.csi.close(), d.admin.Close(), d.fuse.close(), Sweep(d.o.Dir))
 	return errors.Join(err, d.log.Close())
 }
 
@@ -299,7 +309,8 @@ func (d *Daemon) LogTail(n int) string {
 
 // Ctl runs ballastctl against this daemon and returns its standard output.
 func (d *Daemon) Ctl(ctx context.Context, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, d.o.Bin.Ballastctl, append([]string{"--endpoint", "unix://" + d.AdminSocket()}, args...)...)
+	cmd := exec.CommandContext(ctx, d.o.Bin.Ballastctl, args...)
+	cmd.Env = append(os.Environ(), "BALLAST_ADMIN_SOCKET="+d.AdminSocket(), "NO_COLOR=1")
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
