@@ -76,9 +76,19 @@ type Store interface {
 
 	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
 	VolumeByName(ctx context.Context, name string) (volume.Volume, error)
+	// Volumes lists in order of id, in every state, those after an id; limit 0 is no bound.
 	Volumes(ctx context.Context, after volume.ID, limit int) ([]volume.Volume, error)
 	Snapshot(ctx context.Context, id volume.SnapshotID) (volume.Snapshot, error)
-	Snapshots(ctx context.Context, f SnapshotFilter, after volume.SnapshotID, limit int) ([]volume.Snapshot, error)
+	// Snapshots lists likewise; of restricts the list to the snapshots of one volume, "" does not.
+	Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) ([]volume.Snapshot, error)
+	// Unsettled lists what is in a state that must end: being created, deleted, expanded or detached.
+	Unsettled(ctx context.Context) ([]volume.ID, []volume.SnapshotID, error)
 	Nodes(ctx context.Context) ([]volume.Node, error)
 	Quotas(ctx context.Context) ([]volume.Quota, error)
+}
+
+// Audit gets every change that was asked for, when it has ended: what was done to which object, with details for people
+// (never secrets), and its outcome; nil is success. Who asked is in ctx.
+type Audit interface {
+	Record(ctx context.Context, action, object, detail string, outcome error)
 }

@@ -5,6 +5,9 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
+// DefaultTenant is charged where a request names none.
+const DefaultTenant = "default"
+
 // CreateVolume asks for a volume. The same name again returns the volume it made, if compatible.
 type CreateVolume struct {
 	Name   string
@@ -60,6 +63,8 @@ type Capacity struct {
 type Page struct {
 	Max   int
 	Token string
+	// All lists what is being created and deleted too; without it only what is Ready.
+	All bool
 }
 
 // SnapshotFilter restricts a list of snapshots; empty fields match all.
@@ -71,6 +76,16 @@ type SnapshotFilter struct {
 // Extent is a run of bytes of a snapshot.
 type Extent struct {
 	Offset, Length int64
+}
+
+// Stray is something on a pool that no record knows. It is shown and never deleted: the records may be what is wrong.
+type Stray struct {
+	Node volume.NodeID
+	// Replica or Snapshot is set.
+	Replica  volume.ReplicaID
+	Snapshot volume.SnapshotID
+	// PhysicalBytes is what it occupies.
+	PhysicalBytes int64
 }
 
 // Health is a volume's conditions; none is healthy.

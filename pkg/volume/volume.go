@@ -91,6 +91,8 @@ type Attachment struct {
 	ReadOnly   bool       `json:"readOnly,omitempty"`
 	Capability Capability `json:"capability"`
 	Since      Timestamp  `json:"since"`
+	// Detaching is set before the node is fenced: it stages and publishes nothing new, and detaching goes on to its end.
+	Detaching bool `json:"detaching,omitempty"`
 }
 
 // FilesystemPhase is what is known of a volume's filesystem. mkfs is allowed in Blank and Formatting only: after

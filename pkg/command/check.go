@@ -1,0 +1,347 @@
+package command
+
+import (
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Bounds of what one command may carry.
+const (
+	// MaxPools bounds the pools of a node.
+	MaxPools = 128
+	// MaxReported bounds the replicas and the snapshots of one ReportUsage, each.
+	MaxReported = 256
+	// MaxCapabilities bounds the capabilities of a volume.
+	MaxCapabilities = 32
+	// MaxTopology bounds the nodes a volume is restricted to.
+	MaxTopology = 256
+	// MaxMountFlags bounds the mount flags of a capability, in bytes together; as in the CSI specification.
+	MaxMountFlags = 4096
+	// MaxIOPS and MaxBandwidth bound QoS limits, in operations and bytes per second.
+	MaxIOPS      int64 = 1 << 30
+	MaxBandwidth int64 = 1 << 40
+	// MinBandwidth is the least limit that is not zero: one block a second.
+	MinBandwidth int64 = 4096
+
+	maxBytes = int64(1) << 56
+)
+
+// Check implements Command.
+func (c RegisterNode) Check() error {
+	if err := checkNodeID(c.Node.ID); err != nil {
+		return err
+	}
+	return checkPools(c.Node.Pools)
+}
+
+// Check implements Command.
+func (c ReportUsage) Check() error {
+	if err := checkNodeID(c.Node); err != nil {
+		return err
+	}
+	if len(c.Replicas) > MaxReported || len(c.Snapshots) > MaxReported {
+		return fmt.Errorf("report has %d replicas and %d snapshots, the limit is %d each: %w",
+			len(c.Replicas), len(c.Snapshots), MaxReported, volume.ErrInvalid)
+	}
+	for id, n := range c.Replicas {
+		if err := checkBytes("replica "+string(id), n); err != nil {
+			return err
+		}
+	}
+	for id, n := range c.Snapshots {
+		if err := checkBytes("snapshot "+string(id), n); err != nil {
+			return err
+		}
+	}
+	return checkPools(c.Pools)
+}
+
+// Check implements Command.
+func (c CreateVolume) Check() error {
+	v := c.Volume
+	if err := volume.CheckName("volume id", string(v.ID)); err != nil {
+		return err
+	}
+	if err := volume.CheckName("volume name", v.Name); err != nil {
+		return err
+	}
+	if err := volume.CheckName("tenant", v.Tenant); err != nil {
+		return err
+	}
+	if err := checkSize(v.Size); err != nil {
+		return err
+	}
+	if err := checkParameters(v.Parameters); err != nil {
+		return err
+	}
+	if err := CheckQoS(&v.QoS.IOPS, &v.QoS.Bandwidth); err != nil {
+		return err
+	}
+	if len(v.Capabilities) == 0 || len(v.Capabilities) > MaxCapabilities {
+		return fmt.Errorf("volume has %d capabilities, 1 to %d are possible: %w", len(v.Capabilities), MaxCapabilities, volume.ErrInvalid)
+	}
+	for _, c := range v.Capabilities {
+		if err := checkCapability(c); err != nil {
+			return err
+		}
+	}
+	if s := v.Source; s != nil && (s.Volume == "") == (s.Snapshot == "") {
+		return fmt.Errorf("source names both a volume and a snapshot, or none: %w", volume.ErrInvalid)
+	}
+	if len(v.Accessible) > MaxTopology {
+		return fmt.Errorf("topology names %d nodes, the limit is %d: %w", len(v.Accessible), MaxTopology, volume.ErrInvalid)
+	}
+	for _, n := range v.Accessible {
+		if err := checkNodeID(n); err != nil {
+			return err
+		}
+	}
+	return checkReplicas(v)
+}
+
+func checkReplicas(v volume.Volume) error {
+	if len(v.Replicas) != v.Parameters.Replicas {
+		return fmt.Errorf("volume has %d replicas placed, %d asked: %w", len(v.Replicas), v.Parameters.Replicas, volume.ErrInvalid)
+	}
+	pools := map[volume.PoolID]bool{}
+	for _, r := range v.Replicas {
+		if err := volume.CheckName("replica id", string(r.ID)); err != nil {
+			return err
+		}
+		if err := volume.CheckName("pool id", string(r.Pool)); err != nil {
+			return err
+		}
+		if pools[r.Pool] {
+			return fmt.Errorf("two replicas in pool %s: %w", r.Pool, volume.ErrInvalid)
+		}
+		pools[r.Pool] = true
+	}
+	if v.State != volume.Creating || v.Target != 0 || v.Attachment != nil || v.PhysicalBytes != 0 || v.Epoch != 0 || v.ConfigVersion != 0 {
+		return fmt.Errorf("a new volume's state is not that of a new volume: %w", volume.ErrInvalid)
+	}
+	return nil
+}
+
+// Check implements Command.
+func (c FinishCreate) Check() error { return volume.CheckName("volume id", string(c.Volume)) }
+
+// Check implements Command.
+func (c BeginDelete) Check() error { return volume.CheckName("volume id", string(c.Volume)) }
+
+// Check implements Command.
+func (c FinishDelete) Check() error { return volume.CheckName("volume id", string(c.Volume)) }
+
+// Check implements Command.
+func (c Attach) Check() error {
+	if err := volume.CheckName("volume id", string(c.Volume)); err != nil {
+		return err
+	}
+	if err := checkNodeID(c.Node); err != nil {
+		return err
+	}
+	return checkCapability(c.Capability)
+}
+
+// Check implements Command.
+func (c BeginDetach) Check() error { return volume.CheckName("volume id", string(c.Volume)) }
+
+// Check implements Command.
+func (c FinishDetach) Check() error { return volume.CheckName("volume id", string(c.Volume)) }
+
+// Check implements Command.
+func (c BeginExpand) Check() error { return checkResize(c.Volume, c.Target) }
+
+// Check implements Command.
+func (c FinishExpand) Check() error { return checkResize(c.Volume, c.Size) }
+
+// Check implements Command.
+func (c AbortExpand) Check() error { return checkResize(c.Volume, c.Target) }
+
+// Check implements Command.
+func (c ModifyQoS) Check() error {
+	if err := volume.CheckName("volume id", string(c.Volume)); err != nil {
+		return err
+	}
+	return CheckQoS(c.IOPS, c.Bandwidth)
+}
+
+// Check implements Command.
+func (c SetFilesystem) Check() error {
+	if err := volume.CheckName("volume id", string(c.Volume)); err != nil {
+		return err
+	}
+	switch c.Filesystem.Phase {
+	case volume.Formatting, volume.Formatted:
+	default:
+		return fmt.Errorf("filesystem phase %q: %w", c.Filesystem.Phase, volume.ErrInvalid)
+	}
+	return volume.CheckName("filesystem type", c.Filesystem.Type)
+}
+
+// Check implements Command.
+func (c BeginSnapshot) Check() error {
+	if err := volume.CheckName("snapshot id", string(c.ID)); err != nil {
+		return err
+	}
+	if err := volume.CheckName("snapshot name", c.Name); err != nil {
+		return err
+	}
+	return volume.CheckName("volume id", string(c.Volume))
+}
+
+// Check implements Command.
+func (c FinishSnapshot) Check() error { return volume.CheckName("snapshot id", string(c.Snapshot)) }
+
+// Check implements Command.
+func (c BeginDeleteSnapshot) Check() error {
+	return volume.CheckName("snapshot id", string(c.Snapshot))
+}
+
+// Check implements Command.
+func (c FinishDeleteSnapshot) Check() error {
+	return volume.CheckName("snapshot id", string(c.Snapshot))
+}
+
+// Check implements Command.
+func (c SetQuota) Check() error {
+	if err := volume.CheckName("tenant", c.Tenant); err != nil {
+		return err
+	}
+	for _, n := range []int64{c.Limit.LogicalBytes, c.Limit.PhysicalBytes, c.Limit.Volumes, c.Limit.Snapshots} {
+		if err := checkBytes("quota limit", n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Check implements Command.
+func (c DeleteQuota) Check() error { return volume.CheckName("tenant", c.Tenant) }
+
+// CheckQoS returns volume.ErrInvalid for a limit outside its bounds; nil and zero are fine.
+func CheckQoS(iops, bandwidth *int64) error {
+	if iops != nil && (*iops < 0 || *iops > MaxIOPS) {
+		return fmt.Errorf("IOPS limit %d is not within 0 (none) to %d: %w", *iops, MaxIOPS, volume.ErrInvalid)
+	}
+	if bandwidth != nil && *bandwidth != 0 && (*bandwidth < MinBandwidth || *bandwidth > MaxBandwidth) {
+		return fmt.Errorf("bandwidth limit %d is neither 0 (none) nor within %d to %d bytes per second: %w",
+			*bandwidth, MinBandwidth, MaxBandwidth, volume.ErrInvalid)
+	}
+	return nil
+}
+
+func checkNodeID(id volume.NodeID) error {
+	if id == "" || len(id) > volume.MaxNodeIDLen {
+		return fmt.Errorf("node id has %d bytes, 1 to %d are possible: %w", len(id), volume.MaxNodeIDLen, volume.ErrInvalid)
+	}
+	return nil
+}
+
+func checkBytes(what string, n int64) error {
+	if n < 0 || n > maxBytes {
+		return fmt.Errorf("%s: %d is not within 0 to %d: %w", what, n, maxBytes, volume.ErrInvalid)
+	}
+	return nil
+}
+
+func checkPools(pools []volume.Pool) error {
+	if len(pools) > MaxPools {
+		return fmt.Errorf("node has %d pools, the limit is %d: %w", len(pools), MaxPools, volume.ErrInvalid)
+	}
+	seen := map[volume.PoolID]bool{}
+	for _, p := range pools {
+		if err := volume.CheckName("pool id", string(p.ID)); err != nil {
+			return err
+		}
+		if seen[p.ID] {
+			return fmt.Errorf("pool %s is named twice: %w", p.ID, volume.ErrInvalid)
+		}
+		seen[p.ID] = true
+		if len(p.Name) > volume.MaxNameLen || len(p.Path) > 4096 || len(p.Kind) > volume.MaxNameLen {
+			return fmt.Errorf("pool %s: its name, kind or path is too long: %w", p.ID, volume.ErrInvalid)
+		}
+		if err := checkBytes("capacity of pool "+string(p.ID), p.Capacity); err != nil {
+			return err
+		}
+		if err := checkBytes("use of pool "+string(p.ID), p.Used); err != nil {
+			return err
+		}
+		if !(p.OverProvision >= 1 && p.OverProvision <= 100) {
+			return fmt.Errorf("pool %s: over-provisioning ratio %v is not within 1 to 100: %w", p.ID, p.OverProvision, volume.ErrInvalid)
+		}
+	}
+	return nil
+}
+
+func checkSize(n int64) error {
+	if n < volume.MinSize || n > volume.MaxSize || n%volume.SizeQuantum != 0 {
+		return fmt.Errorf("size %d is not a multiple of %d within %d to %d bytes: %w",
+			n, volume.SizeQuantum, volume.MinSize, volume.MaxSize, volume.ErrOutOfRange)
+	}
+	return nil
+}
+
+func checkResize(id volume.ID, size int64) error {
+	if err := volume.CheckName("volume id", string(id)); err != nil {
+		return err
+	}
+	return checkSize(size)
+}
+
+func checkParameters(p volume.Parameters) error {
+	if p.Replicas < 1 || p.Replicas > volume.MaxReplicas {
+		return fmt.Errorf("replicas %d is not within 1 to %d: %w", p.Replicas, volume.MaxReplicas, volume.ErrInvalid)
+	}
+	if p.MinInSync < 1 || p.MinInSync > p.Replicas {
+		return fmt.Errorf("minInSync %d is not within 1 and the number of replicas, %d: %w", p.MinInSync, p.Replicas, volume.ErrInvalid)
+	}
+	switch p.DataLocality {
+	case volume.LocalityPreferred, volume.LocalityRequired, volume.LocalityNone:
+	default:
+		return fmt.Errorf("dataLocality %q is none of preferred, required, none: %w", p.DataLocality, volume.ErrInvalid)
+	}
+	if p.BlockSize != 512 && p.BlockSize != 4096 {
+		return fmt.Errorf("blockSize %d is neither 512 nor 4096: %w", p.BlockSize, volume.ErrInvalid)
+	}
+	if p.Pool != "" {
+		if err := volume.CheckName("pool", p.Pool); err != nil {
+			return err
+		}
+	}
+	return checkFSType(p.FSType)
+}
+
+func checkFSType(t string) error {
+	switch t {
+	case "", "ext4", "xfs", "btrfs":
+		return nil
+	}
+	return fmt.Errorf("filesystem %q is none of ext4, xfs, btrfs: %w", t, volume.ErrInvalid)
+}
+
+func checkCapability(c volume.Capability) error {
+	switch c.Access {
+	case volume.AccessMount:
+	case volume.AccessBlock:
+		if c.FSType != "" || len(c.MountFlags) > 0 {
+			return fmt.Errorf("block access has no filesystem and no mount flags: %w", volume.ErrInvalid)
+		}
+	default:
+		return fmt.Errorf("access %q is neither mount nor block: %w", c.Access, volume.ErrInvalid)
+	}
+	switch c.Mode {
+	case volume.SingleNodeWriter, volume.SingleNodeReaderOnly, volume.SingleNodeSingleWriter, volume.SingleNodeMultiWriter,
+		volume.MultiNodeReaderOnly, volume.MultiNodeSingleWriter, volume.MultiNodeMultiWriter:
+	default:
+		return fmt.Errorf("access mode %q is unknown: %w", c.Mode, volume.ErrInvalid)
+	}
+	n := 0
+	for _, f := range c.MountFlags {
+		n += len(f)
+	}
+	if n > MaxMountFlags {
+		return fmt.Errorf("mount flags have %d bytes, the limit is %d: %w", n, MaxMountFlags, volume.ErrInvalid)
+	}
+	return checkFSType(c.FSType)
+}

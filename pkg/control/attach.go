@@ -1,0 +1,105 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Attach gives a volume to a node; the same request again returns the same. volume.ErrNotFound: volume or node.
+// ErrInUse: attached to another node, which is named. ErrExists: attached to this node with another capability or
+// readonly flag. ErrInvalid: no volume has the capability. ErrBusy: not made yet.
+func (s *Service) Attach(ctx context.Context, r Attach) (volume.Volume, error) {
+	if err := CheckCapability(r.Capability); err != nil {
+		return volume.Volume{}, err
+	}
+	if _, err := s.live(ctx, r.Volume); err != nil {
+		return volume.Volume{}, err
+	}
+	if r.Node == "" || len(r.Node) > volume.MaxNodeIDLen {
+		return volume.Volume{}, fmt.Errorf("node %.64q does not exist: %w", r.Node, volume.ErrNotFound)
+	}
+	unlock, err := s.flights.lock(ctx, volumeKey(string(r.Volume)))
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	defer unlock()
+	if v, err := s.live(ctx, r.Volume); err == nil && v.Attachment != nil && v.Attachment.Detaching {
+		if err := s.completeDetach(ctx, v); err != nil {
+			return volume.Volume{}, fmt.Errorf("volume %s is still being detached from node %s (%v); try again when it is: %w", v.ID, v.Attachment.Node, err, volume.ErrInUse)
+		}
+	}
+	x, err := s.proposeVolume(ctx, command.Attach{Now: s.now(), Volume: r.Volume, Node: r.Node, ReadOnly: r.ReadOnly, Capability: r.Capability})
+	if x.Created || err != nil {
+		s.record(ctx, "volume.attach", string(r.Volume), fmt.Sprintf("node %s, readonly %t", r.Node, r.ReadOnly), err)
+	}
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	return x.Volume, nil
+}
+
+// Detach takes a volume from a node ("": from whichever has it). Nil means that nothing which that node's workloads
+// write reaches the volume any more. It is nil too where the volume or the node does not exist or they are not attached.
+func (s *Service) Detach(ctx context.Context, id volume.ID, node volume.NodeID) error {
+	if _, err := s.live(ctx, id); err != nil {
+		return ignoreNotFound(err)
+	}
+	unlock, err := s.flights.lock(ctx, volumeKey(string(id)))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	v, err := s.live(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	if v.Attachment == nil || (node != "" && v.Attachment.Node != node) {
+		return nil
+	}
+	err = s.completeDetach(ctx, v)
+	s.record(ctx, "volume.detach", string(id), fmt.Sprintf("node %s", v.Attachment.Node), err)
+	return err
+}
+
+// completeDetach fences the node of the attachment that v shows, and ends it. The caller has v's lock.
+func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
+	// Marked first: between the fence and the end of the attachment the node must not begin anew.
+	if err := s.propose(ctx, command.BeginDetach{Volume: v.ID, Epoch: v.Epoch}); err != nil {
+		return ignoreNotFound(err)
+	}
+	known, err := s.knows(ctx, v.Attachment.Node)
+	if err != nil {
+		return err
+	}
+	if known { // else all its pools are with another node: there is nothing that it could write to
+		if err := s.agents.Detach(ctx, v.Attachment.Node, v.ID); err != nil {
+			return fmt.Errorf("volume %s cannot be fenced on node %s: %w", v.ID, v.Attachment.Node, err)
+		}
+	}
+	if err := s.propose(ctx, command.FinishDetach{Volume: v.ID, Epoch: v.Epoch}); err != nil {
+		return ignoreNotFound(err)
+	}
+	s.forget(v.ID)
+	return nil
+}
+
+func (s *Service) knows(ctx context.Context, id volume.NodeID) (bool, error) {
+	nodes, err := s.store.Nodes(ctx)
+	for _, n := range nodes {
+		if n.ID == id {
+			return true, nil
+		}
+	}
+	return false, err
+}
+
+func ignoreNotFound(err error) error {
+	if errors.Is(err, volume.ErrNotFound) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,140 @@
+package control
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// ExpandVolume grows a volume to at least required bytes and at most limit (0: none), where it is not that large already.
+// volume.ErrOutOfRange: no such size. ErrQuota, ErrNoSpace: nothing was changed. After another error it may be half done:
+// the same call goes on.
+func (s *Service) ExpandVolume(ctx context.Context, id volume.ID, required, limit int64) (volume.Volume, error) {
+	if _, err := s.live(ctx, id); err != nil {
+		return volume.Volume{}, err
+	}
+	unlock, err := s.flights.lock(ctx, volumeKey(string(id)))
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	defer unlock()
+	v, err := s.live(ctx, id)
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	if limit > 0 && v.Size > limit {
+		return volume.Volume{}, fmt.Errorf("volume %s has %d bytes, the limit is %d, and it cannot shrink: %w", id, v.Size, limit, volume.ErrOutOfRange)
+	}
+	target, err := chooseSize(max(required, 0), limit, volume.MinSize, 0)
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	if required < 0 {
+		return volume.Volume{}, fmt.Errorf("size %d is negative: %w", required, volume.ErrOutOfRange)
+	}
+	if required <= v.Size {
+		return v, nil
+	}
+	if limit > 0 && v.Target > limit {
+		return volume.Volume{}, fmt.Errorf("volume %s is being expanded to %d bytes, the limit is %d: %w", id, v.Target, limit, volume.ErrBusy)
+	}
+	x, err := s.proposeVolume(ctx, command.BeginExpand{Volume: id, Target: target})
+	if err == nil {
+		x.Volume, err = s.completeExpand(ctx, x.Volume)
+	}
+	s.record(ctx, "volume.expand", string(id), fmt.Sprintf("%d to %d bytes", v.Size, target), err)
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	return x.Volume, nil
+}
+
+// completeExpand takes a volume to its Target, or gives the reservation back after a definite refusal. The caller has its
+// lock.
+func (s *Service) completeExpand(ctx context.Context, v volume.Volume) (volume.Volume, error) {
+	if v.Target == 0 {
+		return v, nil
+	}
+	for _, r := range v.Replicas {
+		err := s.agents.ResizeReplica(ctx, r.Node, r.Pool, r.ID, v.Target)
+		if err == nil {
+			continue
+		}
+		err = fmt.Errorf("expand volume %s on node %s: %w", v.ID, r.Node, err)
+		if !definite(err) {
+			return v, err
+		}
+		ctx, cancel := s.undoing(ctx)
+		defer cancel()
+		if abort := s.propose(ctx, command.AbortExpand{Volume: v.ID, Target: v.Target}); abort != nil {
+			return v, fmt.Errorf("volume %s: an expand was refused (%v) and is not undone yet (%v): %w", v.ID, err, abort, volume.ErrUnavailable)
+		}
+		return v, err
+	}
+	x, err := s.proposeVolume(ctx, command.FinishExpand{Volume: v.ID, Size: v.Target})
+	return x.Volume, err
+}
+
+// ModifyVolume changes the limits that are not nil, online. volume.ErrInvalid: out of bounds, nothing was changed.
+func (s *Service) ModifyVolume(ctx context.Context, id volume.ID, m ModifyQoS) (volume.Volume, error) {
+	v, err := s.live(ctx, id)
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	if err := command.CheckQoS(m.IOPS, m.Bandwidth); err != nil {
+		return volume.Volume{}, err
+	}
+	unlock, err := s.flights.lock(ctx, volumeKey(string(id)))
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	defer unlock()
+	x, err := s.proposeVolume(ctx, command.ModifyQoS{Volume: id, IOPS: m.IOPS, Bandwidth: m.Bandwidth})
+	if err != nil || x.Volume.QoS != v.QoS {
+		s.record(ctx, "volume.modify", string(id), fmt.Sprintf("IOPS %d to %d, bandwidth %d to %d bytes per second",
+			v.QoS.IOPS, x.Volume.QoS.IOPS, v.QoS.Bandwidth, x.Volume.QoS.Bandwidth), err)
+	}
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	if err := s.applyQoS(ctx, x.Volume); err != nil {
+		s.o.Logger.Warn("limits are set, the node will get them later", "volume", id, "error", err)
+	}
+	return x.Volume, nil
+}
+
+// applyQoS tells the node of an attached volume its limits, and remembers where that failed.
+func (s *Service) applyQoS(ctx context.Context, v volume.Volume) error {
+	var err error
+	if v.Attachment != nil {
+		err = s.agents.SetQoS(ctx, v.Attachment.Node, v.ID, v.QoS)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.staleQoS == nil {
+		return err // the first pass of the reconciler looks at all
+	}
+	if err != nil {
+		s.staleQoS[v.ID] = true
+	} else {
+		delete(s.staleQoS, v.ID)
+	}
+	return err
+}
+
+// forget drops what is remembered of a volume that is not attached any more.
+func (s *Service) forget(id volume.ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.staleQoS, id)
+}
+
+// SetFilesystem moves the record that gates mkfs, only forward: volume.ErrInUse where it says Formatted already.
+func (s *Service) SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error {
+	if _, err := s.live(ctx, id); err != nil {
+		return err
+	}
+	return s.propose(ctx, command.SetFilesystem{Volume: id, Filesystem: fs})
+}

@@ -1,0 +1,140 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Pending is what the reconciler has to look at: records in a state that must end, and limits that may not have reached
+// their node.
+type Pending struct {
+	Volumes   []volume.ID
+	Snapshots []volume.SnapshotID
+	QoS       []volume.ID
+}
+
+// Pending lists what is unfinished, what calls are working on right now included.
+func (s *Service) Pending(ctx context.Context) (Pending, error) {
+	vs, ss, err := s.store.Unsettled(ctx)
+	if err != nil {
+		return Pending{}, err
+	}
+	p := Pending{Volumes: vs, Snapshots: ss}
+	p.QoS, err = s.pendingQoS(ctx)
+	return p, err
+}
+
+func (s *Service) pendingQoS(ctx context.Context) ([]volume.ID, error) {
+	s.mu.Lock()
+	fresh := s.staleQoS == nil
+	if fresh {
+		s.staleQoS = map[volume.ID]bool{}
+	}
+	s.mu.Unlock()
+	if fresh { // whoever ran before may have failed to tell a node
+		all, err := s.store.Volumes(ctx, "", 0)
+		s.mu.Lock()
+		if err != nil {
+			s.staleQoS = nil
+		}
+		for _, v := range all {
+			if v.Attachment != nil && err == nil {
+				s.staleQoS[v.ID] = true
+			}
+		}
+		s.mu.Unlock()
+		if err != nil {
+			return nil, err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var ids []volume.ID
+	for id := range s.staleQoS {
+		ids = append(ids, id)
+	}
+	return ids, nil
+}
+
+// ResumeVolume goes on with whatever is unfinished on a volume: creating, deleting, expanding, detaching. It returns
+// volume.ErrBusy, and does nothing, while a call works on it.
+func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
+	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
+	if !ok {
+		return fmt.Errorf("a call works on volume %s: %w", id, volume.ErrBusy)
+	}
+	defer unlock()
+	v, err := s.store.Volume(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	action, err := s.resumeVolume(ctx, v)
+	if action != "" {
+		s.record(ctx, action, string(id), "unfinished work was taken up", err)
+	}
+	return err
+}
+
+func (s *Service) resumeVolume(ctx context.Context, v volume.Volume) (action string, err error) {
+	switch {
+	case v.State == volume.Deleting:
+		return "volume.free", s.completeDelete(ctx, v)
+	case v.State == volume.Creating:
+		_, err := s.completeCreate(ctx, v.ID, map[volume.PoolID]string{})
+		if errors.Is(err, errAgain) || definite(err) {
+			err = nil // undone: whoever asked asks again
+		}
+		return "volume.create", err
+	case v.Attachment != nil && v.Attachment.Detaching:
+		return "volume.detach", s.completeDetach(ctx, v)
+	case v.Target != 0:
+		_, err := s.completeExpand(ctx, v)
+		if definite(err) {
+			err = nil // undone
+		}
+		return "volume.expand", err
+	}
+	return "", nil
+}
+
+// ResumeSnapshot frees a snapshot that is deleted or that was left unfinished: nobody was told of it. It returns
+// volume.ErrBusy, and does nothing, while a call works on it.
+func (s *Service) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) error {
+	unlock, ok := s.flights.tryLock(snapshotKey(string(id)))
+	if !ok {
+		return fmt.Errorf("a call works on snapshot %s: %w", id, volume.ErrBusy)
+	}
+	defer unlock()
+	x, err := s.store.Snapshot(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	switch x.State {
+	case volume.Deleting:
+		err = s.completeDeleteSnapshot(ctx, x)
+		s.record(ctx, "snapshot.free", string(id), "unfinished work was taken up", err)
+	case volume.Creating:
+		err = s.abandonSnapshot(ctx, id, errors.New("the call that began it was cut off"))
+		s.record(ctx, "snapshot.drop", string(id), "the call that began it was cut off", err)
+	}
+	return err
+}
+
+// ResumeQoS tells the node of an attached volume its limits again. It returns volume.ErrBusy, and does nothing, while a
+// call works on it.
+func (s *Service) ResumeQoS(ctx context.Context, id volume.ID) error {
+	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
+	if !ok {
+		return fmt.Errorf("a call works on volume %s: %w", id, volume.ErrBusy)
+	}
+	defer unlock()
+	v, err := s.live(ctx, id)
+	if err != nil {
+		s.forget(id)
+		return ignoreNotFound(err)
+	}
+	return s.applyQoS(ctx, v)
+}

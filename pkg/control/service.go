@@ -1,0 +1,183 @@
+package control
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/placement"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Options of a Service. Zero values are the defaults.
+type Options struct {
+	Logger *slog.Logger
+	// Audit gets every change; nil drops them.
+	Audit Audit
+	// Now is the clock.
+	Now func() time.Time
+	// NodeTimeout is the silence after which a node counts as down: 2 minutes.
+	NodeTimeout time.Duration
+	// UndoTimeout bounds what is undone after a refusal, and how long a delete waits for a node: 10 seconds.
+	UndoTimeout time.Duration
+}
+
+// Service is the use cases. Every method may be called at once with every other; operations on one volume take turns.
+// A call that is cut off leaves a state from which the same call, or the reconciler, goes on.
+type Service struct {
+	store   Store
+	agents  Agents
+	o       Options
+	flights flights
+
+	mu sync.Mutex
+	// staleQoS are attached volumes whose node may not have their limits; nil until all of them have been looked at.
+	staleQoS map[volume.ID]bool
+	// strays by node; suspects were seen in one report only and may be on their way out.
+	strays, suspects map[volume.NodeID]map[string]Stray
+}
+
+// New returns the use cases over a state and the nodes.
+func New(store Store, agents Agents, o Options) *Service {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.NodeTimeout == 0 {
+		o.NodeTimeout = 2 * time.Minute
+	}
+	if o.UndoTimeout == 0 {
+		o.UndoTimeout = 10 * time.Second
+	}
+	return &Service{
+		store: store, agents: agents, o: o, flights: flights{m: map[string]*flight{}},
+		strays: map[volume.NodeID]map[string]Stray{}, suspects: map[volume.NodeID]map[string]Stray{},
+	}
+}
+
+const (
+	volumePrefix   = "vol-"
+	snapshotPrefix = "snap-"
+	clonePrefix    = "clone-"
+	replicaPrefix  = "rep-"
+	idBytes        = 10
+)
+
+func newID() (string, error) {
+	var b [idBytes]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return "", fmt.Errorf("make an id: %w", err)
+	}
+	return hex.EncodeToString(b[:]), nil
+}
+
+// replicaID is derived, so that a create that is made again finds what it made.
+func replicaID(id volume.ID, i int) volume.ReplicaID {
+	return volume.ReplicaID(fmt.Sprintf("%s%s-%d", replicaPrefix, strings.TrimPrefix(string(id), volumePrefix), i))
+}
+
+// cloneCut is the hidden snapshot through which a clone of a volume is made.
+func cloneCut(id volume.ID) volume.SnapshotID {
+	return volume.SnapshotID(clonePrefix + strings.TrimPrefix(string(id), volumePrefix))
+}
+
+func (s *Service) now() volume.Timestamp { return volume.Timestamp(s.o.Now().UnixNano()) }
+
+func (s *Service) record(ctx context.Context, action, object, detail string, err error) {
+	if s.o.Audit != nil {
+		s.o.Audit.Record(ctx, action, object, detail, err)
+	}
+}
+
+func (s *Service) propose(ctx context.Context, c command.Command) error {
+	_, err := s.store.Propose(ctx, c)
+	return err
+}
+
+func (s *Service) proposeVolume(ctx context.Context, c command.Command) (command.Volume, error) {
+	r, err := s.store.Propose(ctx, c)
+	if err != nil {
+		return command.Volume{}, err
+	}
+	v, ok := r.(command.Volume)
+	if !ok {
+		return command.Volume{}, fmt.Errorf("the state machine answered %T to %T", r, c)
+	}
+	return v, nil
+}
+
+func (s *Service) proposeSnapshot(ctx context.Context, c command.Command) (command.Snapshot, error) {
+	r, err := s.store.Propose(ctx, c)
+	if err != nil {
+		return command.Snapshot{}, err
+	}
+	x, ok := r.(command.Snapshot)
+	if !ok {
+		return command.Snapshot{}, fmt.Errorf("the state machine answered %T to %T", r, c)
+	}
+	return x, nil
+}
+
+// live returns a volume that is not being deleted.
+func (s *Service) live(ctx context.Context, id volume.ID) (volume.Volume, error) {
+	v, err := s.store.Volume(ctx, id)
+	if err == nil && v.State == volume.Deleting {
+		err = fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+	}
+	return v, err
+}
+
+// undoing is a context for what must be undone although the call may have been cut off.
+func (s *Service) undoing(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), s.o.UndoTimeout)
+}
+
+// definite tells whether an agent refused for good: its answer will not change by asking again.
+func definite(err error) bool {
+	for _, e := range []error{volume.ErrNoSpace, volume.ErrNotFound, volume.ErrInvalid, volume.ErrOutOfRange, volume.ErrExists, volume.ErrDataLoss} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// view is the cluster for placement.
+func (s *Service) view(ctx context.Context) (placement.View, error) {
+	nodes, err := s.store.Nodes(ctx)
+	if err != nil {
+		return placement.View{}, err
+	}
+	v := placement.View{Nodes: nodes, Down: map[volume.NodeID]string{}}
+	for _, n := range nodes {
+		if silent := s.silence(n); silent > s.o.NodeTimeout {
+			v.Down[n.ID] = fmt.Sprintf("its node has not reported for %s", silent.Round(time.Second))
+		}
+	}
+	return v, nil
+}
+
+func (s *Service) silence(n volume.Node) time.Duration {
+	return s.o.Now().Sub(time.Unix(0, int64(n.LastSeen)))
+}
+
+// Ready returns nil when requests can be served: the state can be read and a node has registered.
+func (s *Service) Ready(ctx context.Context) error {
+	nodes, err := s.store.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	if len(nodes) == 0 {
+		return fmt.Errorf("no node has registered yet: %w", volume.ErrUnavailable)
+	}
+	return nil
+}

@@ -1,0 +1,209 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// CreateSnapshot cuts a snapshot and returns it Ready: what was acknowledged before the call is in it. The same name and
+// source again return the same one. volume.ErrNotFound: the volume. ErrExists: the name has another source. ErrQuota.
+// ErrNoSpace. After ErrUnavailable, ErrBusy or the end of ctx a cut may be half made; the same call makes a fresh one.
+func (s *Service) CreateSnapshot(ctx context.Context, r CreateSnapshot) (volume.Snapshot, error) {
+	if err := volume.CheckName("snapshot name", r.Name); err != nil {
+		return volume.Snapshot{}, err
+	}
+	unlock, err := s.flights.lock(ctx, snapshotNameKey(r.Name))
+	if err != nil {
+		return volume.Snapshot{}, err
+	}
+	defer unlock()
+	for n := 1; ; n++ {
+		x, made, err := s.snapshotOnce(ctx, r)
+		if errors.Is(err, errAgain) && n < starts {
+			continue
+		}
+		if made || err != nil {
+			s.record(ctx, "snapshot.create", objectOf(x.ID, r.Name), fmt.Sprintf("name %q of volume %.128s", r.Name, r.Volume), err)
+		}
+		if err != nil {
+			return volume.Snapshot{}, err
+		}
+		return x, nil
+	}
+}
+
+func (s *Service) snapshotOnce(ctx context.Context, r CreateSnapshot) (x volume.Snapshot, made bool, err error) {
+	random, err := newID()
+	if err != nil {
+		return x, false, err
+	}
+	id := volume.SnapshotID(snapshotPrefix + random)
+	unlock, err := s.flights.lock(ctx, snapshotKey(string(id)))
+	if err != nil {
+		return x, false, err
+	}
+	defer unlock()
+	if len(r.Volume) > volume.MaxNameLen || r.Volume == "" {
+		return x, false, fmt.Errorf("volume %.128q does not exist: %w", r.Volume, volume.ErrNotFound)
+	}
+	res, err := s.proposeSnapshot(ctx, command.BeginSnapshot{Now: s.now(), ID: id, Name: r.Name, Volume: r.Volume, Freeze: r.Freeze})
+	if err != nil {
+		return x, false, err
+	}
+	x = res.Snapshot
+	switch {
+	case x.Volume != r.Volume:
+		return x, false, fmt.Errorf("snapshot %s has the name %q and is of volume %s: %w", x.ID, x.Name, x.Volume, volume.ErrExists)
+	case x.State == volume.Ready:
+		return x, false, nil
+	case !res.Created:
+		// Left by a call that was cut off and never answered: what it cut may be old.
+		unlock, err := s.flights.lock(ctx, snapshotKey(string(x.ID)))
+		if err != nil {
+			return x, false, err
+		}
+		defer unlock()
+		if err := s.abandonSnapshot(ctx, x.ID, errors.New("the call that began it was cut off")); err != nil {
+			return x, false, err
+		}
+		return x, false, fmt.Errorf("snapshot %s was left unfinished; try again: %w: %w", x.ID, volume.ErrBusy, errAgain)
+	}
+	for _, h := range x.Holders {
+		err := s.agents.CutSnapshot(ctx, h.Node, SnapshotSpec{ID: x.ID, Volume: x.Volume, Replica: h.ID, Pool: h.Pool, Freeze: x.Freeze})
+		if err == nil {
+			continue
+		}
+		err = fmt.Errorf("cut snapshot %s of volume %s on node %s: %w", x.ID, x.Volume, h.Node, err)
+		if definite(err) {
+			if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
+				return x, true, err
+			}
+		}
+		return x, true, err
+	}
+	res, err = s.proposeSnapshot(ctx, command.FinishSnapshot{Snapshot: x.ID})
+	if errors.Is(err, volume.ErrBusy) {
+		if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
+			return x, true, err
+		}
+		return x, true, fmt.Errorf("%w: %w", err, errAgain)
+	}
+	if err != nil {
+		return x, true, err
+	}
+	return res.Snapshot, true, nil
+}
+
+// abandonSnapshot undoes a snapshot that nobody was told of. nil: nothing of it is left. Otherwise the reconciler goes on,
+// and the error is not a final one. The caller has its lock.
+func (s *Service) abandonSnapshot(ctx context.Context, id volume.SnapshotID, cause error) error {
+	ctx, cancel := s.undoing(ctx)
+	defer cancel()
+	now, err := s.store.Snapshot(ctx, id)
+	if err == nil && now.State == volume.Ready { // finished while this call waited for its turn
+		return nil
+	}
+	if err == nil {
+		err = s.propose(ctx, command.BeginDeleteSnapshot{Snapshot: id})
+	}
+	if err == nil {
+		err = s.completeDeleteSnapshot(ctx, now)
+	}
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		return fmt.Errorf("snapshot %s is dropped (%v) and still being undone (%v): %w", id, cause, err, volume.ErrUnavailable)
+	}
+	return nil
+}
+
+// DeleteSnapshot deletes a snapshot; one that does not exist is nil. Nil means that the tombstone is durable; the space
+// follows when its nodes answer. It returns volume.ErrInUse while a volume is being made from it.
+func (s *Service) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error {
+	x, err := s.Snapshot(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	unlock, err := s.flights.lock(ctx, snapshotKey(string(id)))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	err = s.propose(ctx, command.BeginDeleteSnapshot{Snapshot: id})
+	if errors.Is(err, volume.ErrNotFound) {
+		return nil
+	}
+	s.record(ctx, "snapshot.delete", string(id), fmt.Sprintf("name %q of volume %s", x.Name, x.Volume), err)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := s.undoing(ctx)
+	defer cancel()
+	if err := s.completeDeleteSnapshot(ctx, x); err != nil {
+		s.o.Logger.Warn("snapshot is deleted, its space will be freed later", "snapshot", id, "error", err)
+	}
+	return nil
+}
+
+// completeDeleteSnapshot has the holders of a snapshot with a tombstone let go of it, and forgets it. The caller has its
+// lock.
+func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot) error {
+	view, err := s.view(ctx)
+	if err != nil {
+		return err
+	}
+	for _, h := range x.Holders {
+		if why := view.Down[h.Node]; why != "" {
+			return fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable)
+		}
+		if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID); err != nil {
+			return fmt.Errorf("free snapshot %s on node %s: %w", x.ID, h.Node, err)
+		}
+	}
+	return s.propose(ctx, command.FinishDeleteSnapshot{Snapshot: x.ID})
+}
+
+// Extents calls fn with the runs of a snapshot that may differ from base, in order and not overlapping, from offset on;
+// with base "" with the runs that were ever written. It stops at fn's first error and returns it. volume.ErrNotFound: a
+// snapshot. ErrInvalid: they are of different volumes. ErrOutOfRange: the offset.
+func (s *Service) Extents(ctx context.Context, snap, base volume.SnapshotID, offset int64, fn func(Extent) error) error {
+	x, err := s.readySnapshot(ctx, snap)
+	if err != nil {
+		return err
+	}
+	if offset < 0 || offset > x.Size {
+		return fmt.Errorf("offset %d is not within snapshot %s of %d bytes: %w", offset, snap, x.Size, volume.ErrOutOfRange)
+	}
+	holders := x.Holders
+	if base != "" {
+		b, err := s.readySnapshot(ctx, base)
+		if err != nil {
+			return err
+		}
+		if b.Volume != x.Volume {
+			return fmt.Errorf("snapshot %s is of volume %s and %s is of %s: %w", base, b.Volume, snap, x.Volume, volume.ErrInvalid)
+		}
+		holders = nil
+		for _, h := range x.Holders {
+			for _, o := range b.Holders {
+				if h.Pool == o.Pool {
+					holders = append(holders, h)
+				}
+			}
+		}
+	}
+	if len(holders) == 0 {
+		return fmt.Errorf("no pool holds what is asked for of snapshot %s: %w", snap, volume.ErrUnavailable)
+	}
+	return s.agents.Extents(ctx, holders[0], snap, base, offset, fn)
+}
+
+func (s *Service) readySnapshot(ctx context.Context, id volume.SnapshotID) (volume.Snapshot, error) {
+	x, err := s.Snapshot(ctx, id)
+	if err == nil && x.State != volume.Ready {
+		err = fmt.Errorf("snapshot %s is not ready yet: %w", id, volume.ErrBusy)
+	}
+	return x, err
+}

@@ -1,0 +1,185 @@
+package meta
+
+import (
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/quota"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// apply decides on one encoded command and leaves what it changes in v; after a refusal v is to be dropped. It reads
+// nothing but v and the command: no clock, no randomness, no map in its order.
+func apply(v *view, encoded []byte) command.Result {
+	c, err := command.Decode(encoded)
+	if err != nil {
+		return command.Refuse(err)
+	}
+	var r command.Result
+	switch c := c.(type) {
+	case command.RegisterNode:
+		r, err = registerNode(v, c)
+	case command.ReportUsage:
+		r, err = reportUsage(v, c)
+	case command.CreateVolume:
+		r, err = createVolume(v, c)
+	case command.FinishCreate:
+		r, err = finishCreate(v, c)
+	case command.BeginDelete:
+		r, err = beginDelete(v, c)
+	case command.FinishDelete:
+		r, err = finishDelete(v, c)
+	case command.Attach:
+		r, err = attach(v, c)
+	case command.BeginDetach:
+		r, err = beginDetach(v, c)
+	case command.FinishDetach:
+		r, err = finishDetach(v, c)
+	case command.BeginExpand:
+		r, err = beginExpand(v, c)
+	case command.FinishExpand:
+		r, err = finishExpand(v, c)
+	case command.AbortExpand:
+		r, err = abortExpand(v, c)
+	case command.ModifyQoS:
+		r, err = modifyQoS(v, c)
+	case command.SetFilesystem:
+		r, err = setFilesystem(v, c)
+	case command.BeginSnapshot:
+		r, err = beginSnapshot(v, c)
+	case command.FinishSnapshot:
+		r, err = finishSnapshot(v, c)
+	case command.BeginDeleteSnapshot:
+		r, err = beginDeleteSnapshot(v, c)
+	case command.FinishDeleteSnapshot:
+		r, err = finishDeleteSnapshot(v, c)
+	case command.SetQuota:
+		save(v, limits+c.Tenant, c.Limit)
+		r = command.Done{}
+	case command.DeleteQuota:
+		v.del(limits + c.Tenant)
+		r = command.Done{}
+	default:
+		err = fmt.Errorf("command %T is not known to the state machine: %w", c, volume.ErrInvalid)
+	}
+	if err != nil {
+		return command.Refuse(err)
+	}
+	return r
+}
+
+// replayed answers a command whose index was applied before: the kind of result that it had then, with the records as
+// they are now.
+func replayed(v *view, encoded []byte) command.Result {
+	c, err := command.Decode(encoded)
+	if err != nil {
+		return command.Refuse(err)
+	}
+	var id volume.ID
+	var snap volume.SnapshotID
+	switch c := c.(type) {
+	case command.CreateVolume:
+		id = volume.ID(v.read(volumeNames + c.Volume.Name))
+	case command.FinishCreate:
+		id = c.Volume
+	case command.BeginDelete:
+		id = c.Volume
+	case command.Attach:
+		id = c.Volume
+	case command.BeginDetach:
+		id = c.Volume
+	case command.FinishDetach:
+		id = c.Volume
+	case command.BeginExpand:
+		id = c.Volume
+	case command.FinishExpand:
+		id = c.Volume
+	case command.AbortExpand:
+		id = c.Volume
+	case command.ModifyQoS:
+		id = c.Volume
+	case command.SetFilesystem:
+		id = c.Volume
+	case command.BeginSnapshot:
+		snap = volume.SnapshotID(v.read(snapshotNames + c.Name))
+	case command.FinishSnapshot:
+		snap = c.Snapshot
+	case command.BeginDeleteSnapshot:
+		snap = c.Snapshot
+	default:
+		return command.Done{}
+	}
+	if snap != "" {
+		rec, _ := load[volume.Snapshot](v, snapshots+string(snap))
+		return command.Snapshot{Snapshot: rec}
+	}
+	rec, _ := load[volume.Volume](v, volumes+string(id))
+	return command.Volume{Volume: rec}
+}
+
+// reserve charges a tenant, where its quota allows.
+func reserve(v *view, tenant string, ask volume.Amounts) error {
+	limit, _ := load[volume.Amounts](v, limits+tenant)
+	used, _ := load[volume.Amounts](v, uses+tenant)
+	used, err := quota.Reserve(tenant, limit, used, ask)
+	if err != nil {
+		return err
+	}
+	saveUse(v, tenant, used)
+	return nil
+}
+
+func release(v *view, tenant string, less volume.Amounts) {
+	used, _ := load[volume.Amounts](v, uses+tenant)
+	saveUse(v, tenant, quota.Release(used, less))
+}
+
+// measure moves a tenant's physical use from old to now, whatever the limit is.
+func measure(v *view, tenant string, old, now int64) {
+	used, _ := load[volume.Amounts](v, uses+tenant)
+	used = quota.Release(used, volume.Amounts{PhysicalBytes: old})
+	saveUse(v, tenant, quota.Add(used, volume.Amounts{PhysicalBytes: now}))
+}
+
+func saveUse(v *view, tenant string, used volume.Amounts) {
+	if used == (volume.Amounts{}) {
+		v.del(uses + tenant)
+		return
+	}
+	save(v, uses+tenant, used)
+}
+
+// provision places more logical bytes in the pools of a volume's replicas. It returns volume.ErrNoSpace where one has no
+// room for them.
+func provision(v *view, rs []volume.Replica, more int64) error {
+	for _, r := range rs {
+		p, ok := load[volume.Pool](v, pools+string(r.Pool))
+		if !ok {
+			return fmt.Errorf("pool %s is not registered: %w", r.Pool, volume.ErrNoSpace)
+		}
+		if p.Free() < more {
+			return fmt.Errorf("pool %s on node %s: %d bytes may still be placed, %d are asked for: %w", p.ID, p.Node, p.Free(), more, volume.ErrNoSpace)
+		}
+		p.Provisioned += more
+		save(v, pools+string(p.ID), p)
+	}
+	return nil
+}
+
+func unprovision(v *view, rs []volume.Replica, less int64) {
+	for _, r := range rs {
+		p, ok := load[volume.Pool](v, pools+string(r.Pool))
+		if !ok {
+			continue
+		}
+		p.Provisioned = max(0, p.Provisioned-less)
+		if p.Provisioned == 0 && p.Capacity == 0 { // its node registered without it, and nothing is placed on it any more
+			forgetPool(v, p)
+			continue
+		}
+		save(v, pools+string(p.ID), p)
+	}
+}
+
+// reserved is what a volume has placed in each of its pools, in bytes.
+func reserved(rec volume.Volume) int64 { return max(rec.Size, rec.Target) }

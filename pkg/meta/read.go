@@ -1,0 +1,228 @@
+package meta
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/dgraph-io/badger/v4"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// reader is one consistent read of the state.
+type reader struct {
+	*view
+	txn *badger.Txn
+	// nodeOf is where pools are now: a record keeps where they were when it was written.
+	nodeOf map[volume.PoolID]volume.NodeID
+}
+
+func (s *Store) read(ctx context.Context, f func(r *reader) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if s.db.IsClosed() {
+		return fmt.Errorf("the cluster's state is closed: %w", volume.ErrUnavailable)
+	}
+	return s.db.View(func(txn *badger.Txn) error {
+		r := &reader{view: newView(txnBase{txn}), txn: txn, nodeOf: map[volume.PoolID]volume.NodeID{}}
+		if err := f(r); err != nil {
+			return err
+		}
+		return r.err
+	})
+}
+
+// scan calls f with the keys (less prefix) and values under prefix, those after a key, until f returns false.
+func (r *reader) scan(prefix, after string, f func(key string, value []byte) (bool, error)) error {
+	o := badger.DefaultIteratorOptions
+	o.Prefix = []byte(prefix)
+	it := r.txn.NewIterator(o)
+	defer it.Close()
+	for it.Seek([]byte(prefix + after)); it.Valid(); it.Next() {
+		key := strings.TrimPrefix(string(it.Item().Key()), prefix)
+		if after != "" && key == after {
+			continue
+		}
+		more := true
+		err := it.Item().Value(func(b []byte) (err error) {
+			more, err = f(key, b)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("record %q: %w", prefix+key, err)
+		}
+		if !more {
+			return nil
+		}
+	}
+	return nil
+}
+
+// locate sets the nodes of replicas to where their pools are now.
+func (r *reader) locate(rs []volume.Replica) {
+	for i, x := range rs {
+		n, ok := r.nodeOf[x.Pool]
+		if !ok {
+			n = place(r.view, x).Node
+			r.nodeOf[x.Pool] = n
+		}
+		rs[i].Node = n
+	}
+}
+
+func (r *reader) volume(id volume.ID) (volume.Volume, error) {
+	v, ok := load[volume.Volume](r.view, volumes+string(id))
+	if !ok {
+		return v, fmt.Errorf("volume %.128q does not exist: %w", id, volume.ErrNotFound)
+	}
+	r.locate(v.Replicas)
+	return v, nil
+}
+
+func (r *reader) snapshot(id volume.SnapshotID) (volume.Snapshot, error) {
+	s, ok := load[volume.Snapshot](r.view, snapshots+string(id))
+	if !ok {
+		return s, fmt.Errorf("snapshot %.128q does not exist: %w", id, volume.ErrNotFound)
+	}
+	r.locate(s.Holders)
+	return s, nil
+}
+
+// Volume returns a volume in any state.
+func (s *Store) Volume(ctx context.Context, id volume.ID) (v volume.Volume, err error) {
+	if len(id) > volume.MaxNameLen {
+		return v, fmt.Errorf("volume %.128q does not exist: %w", id, volume.ErrNotFound)
+	}
+	err = s.read(ctx, func(r *reader) error {
+		v, err = r.volume(id)
+		return err
+	})
+	return v, err
+}
+
+// VolumeByName returns the volume that has the name: one that is not being deleted.
+func (s *Store) VolumeByName(ctx context.Context, name string) (v volume.Volume, err error) {
+	err = s.read(ctx, func(r *reader) error {
+		id := r.view.read(volumeNames + name)
+		if id == nil {
+			return fmt.Errorf("no volume has the name %.128q: %w", name, volume.ErrNotFound)
+		}
+		v, err = r.volume(volume.ID(id))
+		return err
+	})
+	return v, err
+}
+
+// Volumes returns volumes in every state, in order of id, those after an id; limit 0 is no bound.
+func (s *Store) Volumes(ctx context.Context, after volume.ID, limit int) (list []volume.Volume, err error) {
+	err = s.read(ctx, func(r *reader) error {
+		return r.scan(volumes, string(after), func(_ string, b []byte) (bool, error) {
+			v, err := decode[volume.Volume](b)
+			r.locate(v.Replicas)
+			list = append(list, v)
+			return len(list) != limit, err
+		})
+	})
+	return list, err
+}
+
+// Snapshot returns a snapshot in any state.
+func (s *Store) Snapshot(ctx context.Context, id volume.SnapshotID) (x volume.Snapshot, err error) {
+	if len(id) > volume.MaxNameLen {
+		return x, fmt.Errorf("snapshot %.128q does not exist: %w", id, volume.ErrNotFound)
+	}
+	err = s.read(ctx, func(r *reader) error {
+		x, err = r.snapshot(id)
+		return err
+	})
+	return x, err
+}
+
+// Snapshots returns snapshots in every state, in order of id, those after an id; of a volume, or "" of all. Limit 0 is no
+// bound.
+func (s *Store) Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) (list []volume.Snapshot, err error) {
+	if len(of) > volume.MaxNameLen || strings.Contains(string(of), "/") {
+		return nil, nil
+	}
+	err = s.read(ctx, func(r *reader) error {
+		if of == "" {
+			return r.scan(snapshots, string(after), func(_ string, b []byte) (bool, error) {
+				x, err := decode[volume.Snapshot](b)
+				r.locate(x.Holders)
+				list = append(list, x)
+				return len(list) != limit, err
+			})
+		}
+		return r.scan(snapshotsOf+string(of)+"/", string(after), func(id string, _ []byte) (bool, error) {
+			x, err := r.snapshot(volume.SnapshotID(id))
+			list = append(list, x)
+			return len(list) != limit, err
+		})
+	})
+	return list, err
+}
+
+// Unsettled returns what is in a state that must end: being created, deleted, expanded or detached.
+func (s *Store) Unsettled(ctx context.Context) (vs []volume.ID, ss []volume.SnapshotID, err error) {
+	err = s.read(ctx, func(r *reader) error {
+		return r.scan(unsettled, "", func(key string, _ []byte) (bool, error) {
+			if id, ok := strings.CutPrefix(key, "v/"); ok {
+				vs = append(vs, volume.ID(id))
+			} else if id, ok := strings.CutPrefix(key, "s/"); ok {
+				ss = append(ss, volume.SnapshotID(id))
+			}
+			return true, nil
+		})
+	})
+	return vs, ss, err
+}
+
+// Nodes returns the nodes with their pools, in order of id.
+func (s *Store) Nodes(ctx context.Context) (list []volume.Node, err error) {
+	err = s.read(ctx, func(r *reader) error {
+		return r.scan(nodes, "", func(_ string, b []byte) (bool, error) {
+			rec, err := decode[nodeRecord](b)
+			n := volume.Node{ID: rec.ID, LastSeen: rec.LastSeen}
+			for _, id := range rec.Pools {
+				if p, ok := load[volume.Pool](r.view, pools+string(id)); ok {
+					n.Pools = append(n.Pools, p)
+				}
+			}
+			list = append(list, n)
+			return true, err
+		})
+	})
+	return list, err
+}
+
+// Quotas returns the tenants that have limits or use anything, in order.
+func (s *Store) Quotas(ctx context.Context) (list []volume.Quota, err error) {
+	err = s.read(ctx, func(r *reader) error {
+		err := r.scan(limits, "", func(tenant string, b []byte) (bool, error) {
+			limit, err := decode[volume.Amounts](b)
+			used, _ := load[volume.Amounts](r.view, uses+tenant)
+			list = append(list, volume.Quota{Tenant: tenant, Limit: limit, Used: used})
+			return true, err
+		})
+		if err != nil {
+			return err
+		}
+		return r.scan(uses, "", func(tenant string, b []byte) (bool, error) {
+			if _, ok := load[volume.Amounts](r.view, limits+tenant); ok {
+				return true, nil
+			}
+			used, err := decode[volume.Amounts](b)
+			list = append(list, volume.Quota{Tenant: tenant, Used: used})
+			return true, err
+		})
+	})
+	sortQuotas(list)
+	return list, err
+}
+
+func sortQuotas(list []volume.Quota) {
+	slices.SortFunc(list, func(a, b volume.Quota) int { return strings.Compare(a.Tenant, b.Tenant) })
+}

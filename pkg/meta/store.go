@@ -1,0 +1,308 @@
+// Package meta is the cluster's state: a deterministic state machine over Badger.
+//
+// Apply carries out one command of a log. What it changes and the index of the command are one Badger transaction, so an
+// index that was applied changes nothing when it comes again. Propose is the log of a cluster of one: it gives commands
+// their index and applies those that arrive together in one transaction, each of them whole or not at all.
+package meta
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/options"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// FormatVersion of the database. Open refuses any other.
+const FormatVersion = 1
+
+const (
+	maxBatch      = 64        // commands in one transaction
+	maxBatchBytes = 512 << 10 // a transaction stays well under what Badger's memtable allows
+	memTable      = 8 << 20
+)
+
+// Options of a Store.
+type Options struct {
+	// InMemory keeps nothing on disk.
+	InMemory bool
+	// Logger gets what the database warns of; nil drops it.
+	Logger *slog.Logger
+}
+
+// Store is the state machine and its database.
+type Store struct {
+	db *badger.DB
+
+	mu      sync.Mutex // one writer at a time
+	applied uint64
+	fatal   error // set when a transaction failed: what is durable is unknown until the next Open
+
+	closing   chan struct{}
+	once      sync.Once
+	proposals chan *proposal
+	done      chan struct{}
+}
+
+type proposal struct {
+	command []byte
+	result  chan outcome
+}
+
+type outcome struct {
+	result command.Result
+	err    error
+}
+
+// Open opens the state in dir, and makes it where there is none. It starts one goroutine, which Close ends.
+func Open(dir string, o Options) (*Store, error) {
+	db, err := badger.Open(databaseOptions(dir, o))
+	if err != nil {
+		return nil, fmt.Errorf("open the cluster's state in %s: %w", dir, err)
+	}
+	s := &Store{db: db, closing: make(chan struct{}), proposals: make(chan *proposal, maxBatch), done: make(chan struct{})}
+	if err := s.load(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open the cluster's state in %s: %w", dir, err), db.Close())
+	}
+	go s.propose()
+	return s, nil
+}
+
+// databaseOptions keep an idle database small: a few MiB, and no caches (tables are neither compressed nor encrypted, so
+// reads come from the page cache).
+func databaseOptions(dir string, o Options) badger.Options {
+	if o.InMemory {
+		dir = ""
+	}
+	return badger.DefaultOptions(dir).
+		WithInMemory(o.InMemory).
+		WithSyncWrites(!o.InMemory).
+		WithLogger(logger{o.Logger}).
+		WithMemTableSize(memTable).
+		WithNumMemtables(2).
+		WithValueThreshold(1 << 20).
+		WithValueLogFileSize(16 << 20).
+		WithBaseTableSize(2 << 20).
+		WithNumLevelZeroTables(2).
+		WithNumLevelZeroTablesStall(6).
+		WithNumCompactors(2).
+		WithNumGoroutines(1).
+		WithCompression(options.None).
+		WithBlockCacheSize(0).
+		WithIndexCacheSize(0).
+		WithMetricsEnabled(false).
+		WithDetectConflicts(false)
+}
+
+func (s *Store) load() error {
+	txn := s.db.NewTransaction(true)
+	defer txn.Discard()
+	b := txnBase{txn}
+	format, err := b.get(keyFormat)
+	if err != nil {
+		return err
+	}
+	if format == nil {
+		if err := txn.Set([]byte(keyFormat), []byte{FormatVersion}); err != nil {
+			return err
+		}
+		return txn.Commit()
+	}
+	if !bytes.Equal(format, []byte{FormatVersion}) {
+		return fmt.Errorf("the format has version %v, this program knows %d", format, FormatVersion)
+	}
+	applied, err := b.get(keyApplied)
+	if err != nil {
+		return err
+	}
+	if applied != nil {
+		if len(applied) != 8 {
+			return fmt.Errorf("the applied index has %d bytes: %w", len(applied), volume.ErrDataLoss)
+		}
+		s.applied = binary.BigEndian.Uint64(applied)
+	}
+	return nil
+}
+
+// Close ends the goroutine and closes the database. Proposals under way get volume.ErrUnavailable.
+func (s *Store) Close() error {
+	var err error
+	s.once.Do(func() {
+		close(s.closing)
+		<-s.done
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.fatal = fmt.Errorf("the cluster's state is closed: %w", volume.ErrUnavailable)
+		err = s.db.Close()
+	})
+	return err
+}
+
+// Applied is the index of the last command that was applied.
+func (s *Store) Applied() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.applied
+}
+
+// Apply carries out the command of an index, which is durable when Apply returns. Indexes rise; they may have gaps. One
+// that was applied before changes nothing and is answered with the records as they are now. An error means that the
+// database failed and nothing more is applied; a refusal by the state is a command.Refused.
+func (s *Store) Apply(index uint64, encoded []byte) (command.Result, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if index <= s.applied {
+		txn := s.db.NewTransaction(false)
+		defer txn.Discard()
+		v := newView(txnBase{txn})
+		r := replayed(v, encoded)
+		return r, v.err
+	}
+	rs, err := s.commit(index, [][]byte{encoded})
+	if err != nil {
+		return nil, err
+	}
+	return rs[0], nil
+}
+
+// commit applies commands from an index on in one transaction. The caller holds mu.
+func (s *Store) commit(index uint64, commands [][]byte) ([]command.Result, error) {
+	if s.fatal != nil {
+		return nil, s.fatal
+	}
+	results, err := s.transact(index, commands)
+	if err != nil {
+		s.fatal = fmt.Errorf("the cluster's state cannot be written, restart to recover (%v): %w", err, volume.ErrUnavailable)
+		return nil, s.fatal
+	}
+	s.applied = index + uint64(len(commands)) - 1
+	return results, nil
+}
+
+func (s *Store) transact(index uint64, commands [][]byte) ([]command.Result, error) {
+	txn := s.db.NewTransaction(true)
+	defer txn.Discard()
+	all := newView(txnBase{txn})
+	results := make([]command.Result, len(commands))
+	for i, c := range commands {
+		one := newView(all)
+		results[i] = apply(one, c)
+		if one.err != nil {
+			return nil, one.err
+		}
+		if _, refused := results[i].(command.Refused); !refused {
+			all.merge(one)
+		}
+	}
+	last := index + uint64(len(commands)) - 1
+	all.put(keyApplied, binary.BigEndian.AppendUint64(nil, last))
+	for _, k := range slices.Sorted(maps.Keys(all.writes)) {
+		var err error
+		if b := all.writes[k]; b == nil {
+			err = txn.Delete([]byte(k))
+		} else {
+			err = txn.Set([]byte(k), b)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("write %q: %w", k, err)
+		}
+	}
+	return results, txn.Commit()
+}
+
+// Propose implements control.Store for a cluster of one.
+func (s *Store) Propose(ctx context.Context, c command.Command) (command.Result, error) {
+	b, err := command.Encode(c)
+	if err != nil {
+		return nil, err
+	}
+	p := &proposal{command: b, result: make(chan outcome, 1)}
+	closed := fmt.Errorf("the cluster's state is closed: %w", volume.ErrUnavailable)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	select {
+	case s.proposals <- p:
+	case <-s.closing:
+		return nil, closed
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	select {
+	case o := <-p.result:
+		if r, ok := o.result.(command.Refused); ok {
+			return nil, r.Err()
+		}
+		return o.result, o.err
+	case <-s.done:
+		return nil, closed
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// propose applies what is waiting, as much at once as fits.
+func (s *Store) propose() {
+	defer close(s.done)
+	for {
+		var batch []*proposal
+		select {
+		case <-s.closing:
+			return
+		case p := <-s.proposals:
+			batch = append(batch, p)
+		}
+		size := len(batch[0].command)
+	gather:
+		for len(batch) < maxBatch && size < maxBatchBytes/2 {
+			select {
+			case p := <-s.proposals:
+				batch = append(batch, p)
+				size += len(p.command)
+			default:
+				break gather
+			}
+		}
+		commands := make([][]byte, len(batch))
+		for i, p := range batch {
+			commands[i] = p.command
+		}
+		s.mu.Lock()
+		results, err := s.commit(s.applied+1, commands)
+		s.mu.Unlock()
+		for i, p := range batch {
+			if err != nil {
+				p.result <- outcome{err: err}
+			} else {
+				p.result <- outcome{result: results[i]}
+			}
+		}
+	}
+}
+
+type logger struct{ log *slog.Logger }
+
+func (l logger) Errorf(f string, a ...any) {
+	if l.log != nil {
+		l.log.Error("database: " + fmt.Sprintf(f, a...))
+	}
+}
+
+func (l logger) Warningf(f string, a ...any) {
+	if l.log != nil {
+		l.log.Warn("database: " + fmt.Sprintf(f, a...))
+	}
+}
+
+func (logger) Infof(string, ...any)  {}
+func (logger) Debugf(string, ...any) {}

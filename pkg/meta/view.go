@@ -1,0 +1,157 @@
+package meta
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/dgraph-io/badger/v4"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Keys. Every value is a record: a version byte and JSON, except the indexes, whose values are ids.
+const (
+	keyFormat  = "!format"
+	keyApplied = "!applied"
+
+	volumes       = "v/" // + volume id
+	volumeNames   = "vn/"
+	replicas      = "vr/" // + replica id -> volume id
+	snapshots     = "s/"  // + snapshot id
+	snapshotNames = "sn/"
+	snapshotsOf   = "sv/" // + volume id / snapshot id
+	nodes         = "n/"
+	pools         = "p/"
+	limits        = "ql/" // + tenant
+	uses          = "qu/" // + tenant
+	pins          = "x/"  // + id of a source -> how many volumes are being made from it
+	unsettled     = "w/"  // + v/volume id or s/snapshot id: the record is in a state that must end
+)
+
+// recordVersion is the first byte of every record.
+const recordVersion = 1
+
+// base is what a view reads through to: a Badger transaction or another view.
+type base interface {
+	get(key string) ([]byte, error)
+}
+
+type txnBase struct{ txn *badger.Txn }
+
+func (t txnBase) get(key string) ([]byte, error) {
+	item, err := t.txn.Get([]byte(key))
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return item.ValueCopy(nil)
+}
+
+// view is a change under construction: writes stay in it until it is merged into its base or dropped. The first failure
+// to read is kept in err; what a handler decided after that is void.
+type view struct {
+	base   base
+	writes map[string][]byte // nil is a deletion
+	size   int
+	err    error
+}
+
+func newView(b base) *view { return &view{base: b, writes: map[string][]byte{}} }
+
+func (v *view) get(key string) ([]byte, error) {
+	if b, ok := v.writes[key]; ok {
+		return b, nil
+	}
+	return v.base.get(key)
+}
+
+func (v *view) read(key string) []byte {
+	b, err := v.get(key)
+	if err != nil && v.err == nil {
+		v.err = fmt.Errorf("read %q: %w", key, err)
+	}
+	return b
+}
+
+func (v *view) put(key string, b []byte) {
+	v.writes[key] = b
+	v.size += len(key) + len(b)
+}
+
+func (v *view) del(key string) { v.put(key, nil) }
+
+// merge takes over what another view on top of this one wrote.
+func (v *view) merge(o *view) {
+	for k, b := range o.writes {
+		v.put(k, b)
+	}
+}
+
+func load[T any](v *view, key string) (rec T, ok bool) {
+	b := v.read(key)
+	if b == nil {
+		return rec, false
+	}
+	rec, err := decode[T](b)
+	if err != nil && v.err == nil {
+		v.err = fmt.Errorf("record %q: %w", key, err)
+	}
+	return rec, err == nil
+}
+
+func save(v *view, key string, rec any) {
+	b, err := encode(rec)
+	if err != nil && v.err == nil {
+		v.err = fmt.Errorf("record %q: %w", key, err)
+	}
+	v.put(key, b)
+}
+
+func encode(rec any) ([]byte, error) {
+	b, err := json.Marshal(rec)
+	return append([]byte{recordVersion}, b...), err
+}
+
+func decode[T any](b []byte) (rec T, err error) {
+	if len(b) == 0 || b[0] != recordVersion {
+		return rec, fmt.Errorf("record version is not %d: %w", recordVersion, volume.ErrDataLoss)
+	}
+	if err := json.Unmarshal(b[1:], &rec); err != nil {
+		return rec, fmt.Errorf("%v: %w", err, volume.ErrDataLoss)
+	}
+	return rec, nil
+}
+
+// putVolume stores a volume and keeps the index of what is unsettled.
+func putVolume(v *view, rec volume.Volume) {
+	save(v, volumes+string(rec.ID), rec)
+	settle(v, "v/"+string(rec.ID), rec.State != volume.Ready || rec.Target != 0 || (rec.Attachment != nil && rec.Attachment.Detaching))
+}
+
+func putSnapshot(v *view, rec volume.Snapshot) {
+	save(v, snapshots+string(rec.ID), rec)
+	settle(v, "s/"+string(rec.ID), rec.State != volume.Ready)
+}
+
+func settle(v *view, what string, open bool) {
+	key := unsettled + what
+	switch marked := v.read(key) != nil; {
+	case open && !marked:
+		v.put(key, []byte{1})
+	case !open && marked:
+		v.del(key)
+	}
+}
+
+// pin counts the volumes that are being made from a source.
+func pin(v *view, source string, delta int) {
+	n, _ := load[int](v, pins+source)
+	if n += delta; n > 0 {
+		save(v, pins+source, n)
+	} else {
+		v.del(pins + source)
+	}
+}

@@ -1,0 +1,318 @@
+package meta
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+func find(v *view, id volume.ID) (volume.Volume, error) {
+	rec, ok := load[volume.Volume](v, volumes+string(id))
+	if !ok || rec.State == volume.Deleting {
+		return rec, fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+	}
+	return rec, nil
+}
+
+func findReady(v *view, id volume.ID) (volume.Volume, error) {
+	rec, err := find(v, id)
+	if err == nil && rec.State != volume.Ready {
+		return rec, fmt.Errorf("volume %s is still being created; try again: %w", id, volume.ErrBusy)
+	}
+	return rec, err
+}
+
+func createVolume(v *view, c command.CreateVolume) (command.Result, error) {
+	rec := c.Volume
+	if id := v.read(volumeNames + rec.Name); id != nil {
+		old, ok := load[volume.Volume](v, volumes+string(id))
+		if !ok {
+			return nil, fmt.Errorf("name %q points to volume %s, which has no record: %w", rec.Name, id, volume.ErrDataLoss)
+		}
+		return command.Volume{Volume: old}, nil
+	}
+	if v.read(volumes+string(rec.ID)) != nil {
+		return nil, fmt.Errorf("volume id %s is taken: %w", rec.ID, volume.ErrBusy)
+	}
+	if rec.Source != nil {
+		if err := takeSource(v, &rec); err != nil {
+			return nil, err
+		}
+	}
+	for i, r := range rec.Replicas {
+		if v.read(replicas+string(r.ID)) != nil {
+			return nil, fmt.Errorf("replica id %s is taken: %w", r.ID, volume.ErrBusy)
+		}
+		v.put(replicas+string(r.ID), []byte(rec.ID))
+		if p, ok := load[volume.Pool](v, pools+string(r.Pool)); ok {
+			rec.Replicas[i].Node = p.Node
+		}
+	}
+	if err := reserve(v, rec.Tenant, volume.Amounts{LogicalBytes: rec.Size, Volumes: 1}); err != nil {
+		return nil, err
+	}
+	if err := provision(v, rec.Replicas, rec.Size); err != nil {
+		return nil, err
+	}
+	rec.Epoch, rec.ConfigVersion = 1, 1
+	v.put(volumeNames+rec.Name, []byte(rec.ID))
+	putVolume(v, rec)
+	return command.Volume{Volume: rec, Created: true}, nil
+}
+
+// takeSource checks the source of a new volume, copies from it what must be the same and pins it.
+func takeSource(v *view, rec *volume.Volume) error {
+	var size int64
+	var holders []volume.Replica
+	source := sourceID(*rec)
+	if id := rec.Source.Snapshot; id != "" {
+		s, ok := load[volume.Snapshot](v, snapshots+string(id))
+		if !ok || s.State != volume.Ready {
+			return fmt.Errorf("source snapshot %s does not exist or is not ready: %w", id, volume.ErrNotFound)
+		}
+		size, holders, rec.Filesystem, rec.Parameters.BlockSize = s.Size, s.Holders, s.Filesystem, s.BlockSize
+	} else {
+		s, ok := load[volume.Volume](v, volumes+string(rec.Source.Volume))
+		if !ok || s.State != volume.Ready {
+			return fmt.Errorf("source volume %s does not exist or is not ready: %w", rec.Source.Volume, volume.ErrNotFound)
+		}
+		if s.Target != 0 {
+			return fmt.Errorf("source volume %s is being expanded; try again: %w", s.ID, volume.ErrBusy)
+		}
+		size, holders, rec.Filesystem, rec.Parameters.BlockSize = s.Size, s.Replicas, s.Filesystem, s.Parameters.BlockSize
+	}
+	if rec.Size < size {
+		return fmt.Errorf("size %d is below that of the source, %d: %w", rec.Size, size, volume.ErrOutOfRange)
+	}
+	for _, r := range rec.Replicas {
+		if !slices.ContainsFunc(holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
+			return fmt.Errorf("pool %s does not hold source %s: %w", r.Pool, source, volume.ErrNoSpace)
+		}
+	}
+	pin(v, source, 1)
+	return nil
+}
+
+func sourceID(rec volume.Volume) string {
+	if rec.Source.Snapshot != "" {
+		return string(rec.Source.Snapshot)
+	}
+	return string(rec.Source.Volume)
+}
+
+func finishCreate(v *view, c command.FinishCreate) (command.Result, error) {
+	rec, err := find(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if rec.State == volume.Ready {
+		return command.Volume{Volume: rec}, nil
+	}
+	if rec.Source != nil {
+		if rec.Source.Volume != "" {
+			// The copy was cut after the command was applied: what is recorded of its filesystem must still describe it.
+			s, ok := load[volume.Volume](v, volumes+string(rec.Source.Volume))
+			if ok && s.Filesystem != rec.Filesystem {
+				return nil, fmt.Errorf("the filesystem of source volume %s was made while it was copied: %w", s.ID, volume.ErrBusy)
+			}
+		}
+		pin(v, sourceID(rec), -1)
+	}
+	rec.State = volume.Ready
+	putVolume(v, rec)
+	return command.Volume{Volume: rec}, nil
+}
+
+func beginDelete(v *view, c command.BeginDelete) (command.Result, error) {
+	rec, ok := load[volume.Volume](v, volumes+string(c.Volume))
+	if !ok {
+		return nil, fmt.Errorf("volume %s does not exist: %w", c.Volume, volume.ErrNotFound)
+	}
+	if rec.State == volume.Deleting {
+		return command.Volume{Volume: rec}, nil
+	}
+	if a := rec.Attachment; a != nil {
+		return nil, fmt.Errorf("volume %s is attached to node %s; detach it there first: %w", rec.ID, a.Node, volume.ErrInUse)
+	}
+	if n, _ := load[int](v, pins+string(rec.ID)); n > 0 {
+		return nil, fmt.Errorf("volume %s is being cloned; delete it when the clone is made: %w", rec.ID, volume.ErrInUse)
+	}
+	if rec.State == volume.Creating && rec.Source != nil {
+		pin(v, sourceID(rec), -1)
+	}
+	release(v, rec.Tenant, volume.Amounts{LogicalBytes: reserved(rec), Volumes: 1})
+	rec.State = volume.Deleting
+	rec.Epoch++
+	v.del(volumeNames + rec.Name)
+	putVolume(v, rec)
+	return command.Volume{Volume: rec}, nil
+}
+
+func finishDelete(v *view, c command.FinishDelete) (command.Result, error) {
+	rec, ok := load[volume.Volume](v, volumes+string(c.Volume))
+	if !ok {
+		return command.Done{}, nil
+	}
+	if rec.State != volume.Deleting {
+		return nil, fmt.Errorf("volume %s has no tombstone: %w", rec.ID, volume.ErrInUse)
+	}
+	unprovision(v, rec.Replicas, reserved(rec))
+	release(v, rec.Tenant, volume.Amounts{PhysicalBytes: rec.PhysicalBytes})
+	for _, r := range rec.Replicas {
+		v.del(replicas + string(r.ID))
+	}
+	v.del(volumes + string(rec.ID))
+	settle(v, "v/"+string(rec.ID), false)
+	return command.Done{}, nil
+}
+
+func attach(v *view, c command.Attach) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if v.read(nodes+string(c.Node)) == nil {
+		return nil, fmt.Errorf("node %s does not exist: %w", c.Node, volume.ErrNotFound)
+	}
+	if a := rec.Attachment; a != nil {
+		switch {
+		case a.Node != c.Node:
+			return nil, fmt.Errorf("volume %s is attached to node %s; detach it there first: %w", rec.ID, a.Node, volume.ErrInUse)
+		case a.Detaching:
+			return nil, fmt.Errorf("volume %s is being detached from node %s; try again: %w", rec.ID, a.Node, volume.ErrBusy)
+		case a.ReadOnly != c.ReadOnly || !a.Capability.Equal(c.Capability):
+			return nil, fmt.Errorf("volume %s is attached to node %s with another capability or readonly flag; detach it first: %w", rec.ID, a.Node, volume.ErrExists)
+		}
+		return command.Volume{Volume: rec}, nil
+	}
+	if rec.Parameters.DataLocality == volume.LocalityRequired && !slices.ContainsFunc(rec.Replicas, func(r volume.Replica) bool { return place(v, r).Node == c.Node }) {
+		return nil, fmt.Errorf("volume %s has no replica on node %s and its data locality is required: %w", rec.ID, c.Node, volume.ErrInUse)
+	}
+	rec.Attachment = &volume.Attachment{Node: c.Node, ReadOnly: c.ReadOnly, Capability: c.Capability, Since: c.Now}
+	rec.Epoch++
+	putVolume(v, rec)
+	return command.Volume{Volume: rec, Created: true}, nil
+}
+
+// place is the replica with the node that its pool is on now.
+func place(v *view, r volume.Replica) volume.Replica {
+	if p, ok := load[volume.Pool](v, pools+string(r.Pool)); ok {
+		r.Node = p.Node
+	}
+	return r
+}
+
+func beginDetach(v *view, c command.BeginDetach) (command.Result, error) {
+	rec, err := find(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if a := rec.Attachment; a != nil && rec.Epoch == c.Epoch && !a.Detaching {
+		a.Detaching = true
+		putVolume(v, rec)
+	}
+	return command.Volume{Volume: rec}, nil
+}
+
+func finishDetach(v *view, c command.FinishDetach) (command.Result, error) {
+	rec, err := find(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if a := rec.Attachment; a != nil && rec.Epoch == c.Epoch {
+		if !a.Detaching {
+			return nil, fmt.Errorf("volume %s is attached to node %s and not being detached: %w", rec.ID, a.Node, volume.ErrInUse)
+		}
+		rec.Attachment = nil
+		putVolume(v, rec)
+	}
+	return command.Volume{Volume: rec}, nil
+}
+
+func beginExpand(v *view, c command.BeginExpand) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if more := c.Target - reserved(rec); c.Target > rec.Size && more > 0 {
+		if err := reserve(v, rec.Tenant, volume.Amounts{LogicalBytes: more}); err != nil {
+			return nil, err
+		}
+		if err := provision(v, rec.Replicas, more); err != nil {
+			return nil, err
+		}
+		rec.Target = c.Target
+		putVolume(v, rec)
+	}
+	return command.Volume{Volume: rec}, nil
+}
+
+func finishExpand(v *view, c command.FinishExpand) (command.Result, error) {
+	rec, err := find(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if c.Size > reserved(rec) {
+		return nil, fmt.Errorf("volume %s: size %d was not reserved, %d is: %w", rec.ID, c.Size, reserved(rec), volume.ErrInvalid)
+	}
+	if c.Size > rec.Size {
+		rec.Size = c.Size
+		if rec.Target <= rec.Size {
+			rec.Target = 0
+		}
+		putVolume(v, rec)
+	}
+	return command.Volume{Volume: rec}, nil
+}
+
+func abortExpand(v *view, c command.AbortExpand) (command.Result, error) {
+	rec, err := find(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if rec.Target == c.Target && rec.Target > rec.Size {
+		less := rec.Target - rec.Size
+		release(v, rec.Tenant, volume.Amounts{LogicalBytes: less})
+		unprovision(v, rec.Replicas, less)
+		rec.Target = 0
+		putVolume(v, rec)
+	}
+	return command.Volume{Volume: rec}, nil
+}
+
+func modifyQoS(v *view, c command.ModifyQoS) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	old := rec.QoS
+	if c.IOPS != nil {
+		rec.QoS.IOPS = *c.IOPS
+	}
+	if c.Bandwidth != nil {
+		rec.QoS.Bandwidth = *c.Bandwidth
+	}
+	if rec.QoS != old {
+		putVolume(v, rec)
+	}
+	return command.Volume{Volume: rec}, nil
+}
+
+func setFilesystem(v *view, c command.SetFilesystem) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	now := rec.Filesystem
+	if now == c.Filesystem {
+		return command.Volume{Volume: rec}, nil
+	}
+	if now.Phase == volume.Formatted {
+		return nil, fmt.Errorf("volume %s carries %s already: %w", rec.ID, now.Type, volume.ErrInUse)
+	}
+	rec.Filesystem = c.Filesystem
+	putVolume(v, rec)
+	return command.Volume{Volume: rec}, nil
+}
