@@ -18,6 +18,7 @@ type ack struct {
 	position int
 	stream   string
 	n        int64
+	text     string
 }
 
 // writeUntilCut boots a scenario that writes, cuts the power a while after the first acknowledgement, and returns the
@@ -35,7 +36,7 @@ func writeUntilCut(t *testing.T, c Config, work time.Duration) []ack {
 	for e := range m.Events {
 		switch e.Kind {
 		case report.Acked:
-			acks = append(acks, ack{c.Disk.Position(), e.Name, e.N})
+			acks = append(acks, ack{c.Disk.Position(), e.Name, e.N, e.Text})
 			if timer == nil {
 				timer = time.AfterFunc(work, func() {
 					c.Disk.Halt()
@@ -59,11 +60,11 @@ func writeUntilCut(t *testing.T, c Config, work time.Duration) []ack {
 }
 
 // known returns, per stream, the last acknowledgement that came before the cut at position.
-func known(acks []ack, position int) map[string]int64 {
-	last := map[string]int64{}
+func known(acks []ack, position int) map[string]ack {
+	last := map[string]ack{}
 	for _, a := range acks {
 		if a.position <= position {
-			last[a.stream] = a.n
+			last[a.stream] = a
 		}
 	}
 	return last
@@ -89,7 +90,7 @@ func TestHarnessFindsLoss(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			_, err = Run(ctx, config(t, newDisk(t, 256<<20, image), "plain-verify",
-				fmt.Sprintf("-acked=%d", known(acks, position)["plain"])))
+				fmt.Sprintf("-acked=%d", known(acks, position)["plain"].n)))
 			if honest && err != nil {
 				t.Errorf("flushed data is gone: %v", err)
 			}
@@ -98,4 +99,106 @@ func TestHarnessFindsLoss(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPowerCut cuts the power under a working Ballast and demands, of what is left, everything that was acknowledged.
+//
+// One run of the work gives as many cuts as are wanted: the disk makes from its log what a cut at any moment could have
+// left. BALLAST_VM_CUTS sets how many per kind of pool; BALLAST_VM_SEED repeats a run's random choices, though not the
+// guest's timing.
+func TestPowerCut(t *testing.T) {
+	cuts := setting(t, "BALLAST_VM_CUTS", 2)
+	seed := uint64(setting(t, "BALLAST_VM_SEED", int(time.Now().UnixNano()>>10)))
+	for _, pool := range []string{"ext4", "xfs"} {
+		t.Run(pool, func(t *testing.T) {
+			t.Logf("BALLAST_VM_SEED=%d", seed)
+			work := []string{"-pool=" + pool, "-fs=" + pool, fmt.Sprintf("-seed=%d", seed)}
+			disk := newDisk(t, diskSize, "")
+			acks := writeUntilCut(t, config(t, disk, append([]string{"cut-write"}, work...)...), 15*time.Second)
+			end := known(acks, disk.Position())
+			for _, stream := range []string{"raw", "files", "snapshot", "deleted"} {
+				t.Logf("%s: %d acknowledged, the last: %q", stream, end[stream].n, end[stream].text)
+				if end[stream].n == 0 {
+					t.Fatalf("no work of %q was acknowledged", stream)
+				}
+			}
+			rnd := rand.New(rand.NewPCG(seed, 0))
+			for i := range cuts {
+				c := choose(i, acks, disk.Position(), rnd)
+				t.Run(fmt.Sprintf("%d-%s", i, c.fate), func(t *testing.T) {
+					c.verify(t, disk, work, known(acks, c.position), rand.New(rand.NewPCG(seed, uint64(i+1))))
+				})
+			}
+		})
+	}
+}
+
+// moment is when the power is cut, and how.
+type moment struct {
+	position int
+	fate     cutdisk.Fate
+	// again cuts the power a second time, during the recovery.
+	again bool
+}
+
+// choose returns the i-th moment: first the real one, with a reordering disk; then right after an acknowledgement, with
+// all lost that was not flushed; then any.
+func choose(i int, acks []ack, end int, rnd *rand.Rand) moment {
+	begin := start(acks)
+	switch i % 3 {
+	case 0:
+		if i == 0 {
+			return moment{end, cutdisk.Scatter, true}
+		}
+		return moment{begin + rnd.IntN(end-begin+1), cutdisk.Keep, true}
+	case 1:
+		for {
+			if a := acks[rnd.IntN(len(acks))]; a.position >= begin {
+				return moment{a.position, cutdisk.Lose, false}
+			}
+		}
+	default:
+		return moment{begin + rnd.IntN(end-begin+1), cutdisk.Scatter, rnd.IntN(2) == 0}
+	}
+}
+
+// start is the position from which on both volumes are known to exist.
+func start(acks []ack) int {
+	seen := map[string]bool{}
+	for _, a := range acks {
+		if seen[a.stream] = true; seen["raw"] && seen["files"] {
+			return a.position
+		}
+	}
+	return acks[len(acks)-1].position
+}
+
+func (m moment) verify(t *testing.T, disk *cutdisk.Disk, work []string, last map[string]ack, rnd *rand.Rand) {
+	image := filepath.Join(t.TempDir(), "cut")
+	rep, err := disk.Cut(image, m.position, m.fate, rnd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("cut at %d: %s", m.position, rep)
+	args := append([]string{"cut-verify"}, work...)
+	args = append(args, fmt.Sprintf("-raw=%d", last["raw"].n), fmt.Sprintf("-files=%d", last["files"].n))
+	if s := strings.Fields(last["snapshot"].text); len(s) == 3 {
+		// The last one: the guest deletes a snapshot only after it acknowledged newer ones.
+		args = append(args, "-snapshot="+s[0], "-must="+s[1], "-may="+s[2])
+	}
+	if d := last["deleted"].text; d != "" {
+		args = append(args, "-deleted="+d)
+	}
+	recovered := newDisk(t, diskSize, image)
+	runConfig(t, config(t, recovered, args...), 4*time.Minute)
+	if !m.again {
+		return
+	}
+	second := moment{position: 1 + rnd.IntN(recovered.Position()), fate: cutdisk.Scatter}
+	image = filepath.Join(t.TempDir(), "cut")
+	if rep, err = recovered.Cut(image, second.position, second.fate, rnd); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("cut again, at %d of %d of the recovery: %s", second.position, recovered.Position(), rep)
+	runConfig(t, config(t, newDisk(t, diskSize, image), args...), 4*time.Minute)
 }

@@ -13,9 +13,13 @@ import (
 
 	"github.com/ballast-csi/ballast/test/vm/cutdisk"
 	"github.com/ballast-csi/ballast/test/vm/image"
+	"github.com/ballast-csi/ballast/test/vm/report"
 )
 
-const root = "../.."
+const (
+	root     = "../.."
+	diskSize = 8 << 30 // sparse
+)
 
 // tools of this machine that the guest's scenarios, ballastd and mount-utils call.
 var tools = []string{
@@ -38,7 +42,8 @@ var prepare = sync.OnceValues(func() (bootable, error) {
 		return bootable{}, err
 	}
 	b := bootable{kernel: kernel.Path, initramfs: filepath.Join(scratch, "initramfs")}
-	build := exec.CommandContext(ctx, "go", "build", "-o", scratch+"/", "./test/vm/guest")
+	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", scratch+"/",
+		"./test/vm/guest", "./cmd/ballastd", "./cmd/ballastctl")
 	build.Dir = root
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -46,6 +51,7 @@ var prepare = sync.OnceValues(func() (bootable, error) {
 	}
 	return b, image.Initramfs{
 		Init: filepath.Join(scratch, "guest"), Tools: tools, Modules: modules,
+		Binaries: []string{filepath.Join(scratch, "ballastd"), filepath.Join(scratch, "ballastctl")},
 	}.Write(ctx, b.initramfs, kernel)
 })
 
@@ -81,6 +87,29 @@ func newDisk(t *testing.T, size int64, base string) *cutdisk.Disk {
 	}
 	t.Cleanup(func() { d.Close() })
 	return d
+}
+
+// run boots one scenario on a new disk and fails the test where the scenario does.
+func run(t *testing.T, memoryMiB int, limit time.Duration, scenario ...string) {
+	t.Helper()
+	c := config(t, newDisk(t, diskSize, ""), scenario...)
+	c.MemoryMiB = memoryMiB
+	runConfig(t, c, limit)
+}
+
+func runConfig(t *testing.T, c Config, limit time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	events, err := Run(ctx, c)
+	for _, e := range events {
+		if e.Kind == report.Value {
+			t.Logf("%s: %s", e.Name, e.Text)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // setting reads a number from the environment.

@@ -23,6 +23,11 @@ import (
 var scenarios = map[string]func(ctx context.Context, r *reporter, args []string) error{
 	"plain-write":  plainWrite,
 	"plain-verify": plainVerify,
+	"flusher":      flusher,
+	"expand":       expand,
+	"cut-write":    cutWrite,
+	"cut-verify":   cutVerify,
+	"pressure":     pressure,
 }
 
 func main() {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -144,7 +145,7 @@ func (p pattern) check(r io.ReaderAt, h history) error {
 			at := off + i
 			s := at / sector
 			got, err := p.origin(part[i:i+sector], at)
-			if err == nil && got != h.settled[s] && !contains(h.pending[s], got) {
+			if err == nil && got != h.settled[s] && !slices.Contains(h.pending[s], got) {
 				err = fmt.Errorf("holds batch %d; flushed was %d, written later %d", got, h.settled[s], h.pending[s])
 			}
 			if err != nil {
@@ -163,15 +164,6 @@ func (p pattern) check(r io.ReaderAt, h history) error {
 // errLost is what a verifier reports when an acknowledged write is gone. The host knows it by its text: the harness's
 // own test expects it.
 var errLost = errors.New("acknowledged data lost")
-
-func contains(list []int64, x int64) bool {
-	for _, v := range list {
-		if v == x {
-			return true
-		}
-	}
-	return false
-}
 
 // write does batch n on an O_DIRECT file; it does not flush.
 func (p pattern) write(f *os.File, n int64) error {
