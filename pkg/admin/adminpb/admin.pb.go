@@ -134,7 +134,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{37, 0}
+	return file_admin_proto_rawDescGZIP(), []int{40, 0}
 }
 
 type VersionRequest struct {
@@ -950,11 +950,13 @@ func (x *Replica) GetPool() string {
 }
 
 type Attachment struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	ReadOnly      bool                   `protobuf:"varint,2,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
-	Capability    *Capability            `protobuf:"bytes,3,opt,name=capability,proto3" json:"capability,omitempty"`
-	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Node       string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	ReadOnly   bool                   `protobuf:"varint,2,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Capability *Capability            `protobuf:"bytes,3,opt,name=capability,proto3" json:"capability,omitempty"`
+	Since      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	// detaching: the node must still prove that it writes no more.
+	Detaching     bool `protobuf:"varint,5,opt,name=detaching,proto3" json:"detaching,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1015,6 +1017,13 @@ func (x *Attachment) GetSince() *timestamppb.Timestamp {
 		return x.Since
 	}
 	return nil
+}
+
+func (x *Attachment) GetDetaching() bool {
+	if x != nil {
+		return x.Detaching
+	}
+	return false
 }
 
 type ListVolumesRequest struct {
@@ -2074,6 +2083,155 @@ func (x *ListPoolsReply) GetPools() []*Pool {
 	return nil
 }
 
+type ListStraysRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListStraysRequest) Reset() {
+	*x = ListStraysRequest{}
+	mi := &file_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListStraysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListStraysRequest) ProtoMessage() {}
+
+func (x *ListStraysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListStraysRequest.ProtoReflect.Descriptor instead.
+func (*ListStraysRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{29}
+}
+
+type ListStraysReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Strays        []*Stray               `protobuf:"bytes,1,rep,name=strays,proto3" json:"strays,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListStraysReply) Reset() {
+	*x = ListStraysReply{}
+	mi := &file_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListStraysReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListStraysReply) ProtoMessage() {}
+
+func (x *ListStraysReply) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListStraysReply.ProtoReflect.Descriptor instead.
+func (*ListStraysReply) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListStraysReply) GetStrays() []*Stray {
+	if x != nil {
+		return x.Strays
+	}
+	return nil
+}
+
+type Stray struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// replica or snapshot is set.
+	Replica       string `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
+	Snapshot      string `protobuf:"bytes,3,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	PhysicalBytes int64  `protobuf:"varint,4,opt,name=physical_bytes,json=physicalBytes,proto3" json:"physical_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stray) Reset() {
+	*x = Stray{}
+	mi := &file_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stray) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stray) ProtoMessage() {}
+
+func (x *Stray) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stray.ProtoReflect.Descriptor instead.
+func (*Stray) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *Stray) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Stray) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *Stray) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *Stray) GetPhysicalBytes() int64 {
+	if x != nil {
+		return x.PhysicalBytes
+	}
+	return 0
+}
+
 type Amounts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LogicalBytes  int64                  `protobuf:"varint,1,opt,name=logical_bytes,json=logicalBytes,proto3" json:"logical_bytes,omitempty"`
@@ -2086,7 +2244,7 @@ type Amounts struct {
 
 func (x *Amounts) Reset() {
 	*x = Amounts{}
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2098,7 +2256,7 @@ func (x *Amounts) String() string {
 func (*Amounts) ProtoMessage() {}
 
 func (x *Amounts) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2111,7 +2269,7 @@ func (x *Amounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Amounts.ProtoReflect.Descriptor instead.
 func (*Amounts) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{29}
+	return file_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Amounts) GetLogicalBytes() int64 {
@@ -2154,7 +2312,7 @@ type Quota struct {
 
 func (x *Quota) Reset() {
 	*x = Quota{}
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2324,7 @@ func (x *Quota) String() string {
 func (*Quota) ProtoMessage() {}
 
 func (x *Quota) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2179,7 +2337,7 @@ func (x *Quota) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quota.ProtoReflect.Descriptor instead.
 func (*Quota) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{30}
+	return file_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Quota) GetTenant() string {
@@ -2211,7 +2369,7 @@ type ListQuotasRequest struct {
 
 func (x *ListQuotasRequest) Reset() {
 	*x = ListQuotasRequest{}
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2223,7 +2381,7 @@ func (x *ListQuotasRequest) String() string {
 func (*ListQuotasRequest) ProtoMessage() {}
 
 func (x *ListQuotasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2236,7 +2394,7 @@ func (x *ListQuotasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuotasRequest.ProtoReflect.Descriptor instead.
 func (*ListQuotasRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{31}
+	return file_admin_proto_rawDescGZIP(), []int{34}
 }
 
 type ListQuotasReply struct {
@@ -2248,7 +2406,7 @@ type ListQuotasReply struct {
 
 func (x *ListQuotasReply) Reset() {
 	*x = ListQuotasReply{}
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2260,7 +2418,7 @@ func (x *ListQuotasReply) String() string {
 func (*ListQuotasReply) ProtoMessage() {}
 
 func (x *ListQuotasReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2273,7 +2431,7 @@ func (x *ListQuotasReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuotasReply.ProtoReflect.Descriptor instead.
 func (*ListQuotasReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{32}
+	return file_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListQuotasReply) GetQuotas() []*Quota {
@@ -2296,7 +2454,7 @@ type SetQuotaRequest struct {
 
 func (x *SetQuotaRequest) Reset() {
 	*x = SetQuotaRequest{}
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2308,7 +2466,7 @@ func (x *SetQuotaRequest) String() string {
 func (*SetQuotaRequest) ProtoMessage() {}
 
 func (x *SetQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2321,7 +2479,7 @@ func (x *SetQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{33}
+	return file_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SetQuotaRequest) GetTenant() string {
@@ -2369,7 +2527,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2381,7 +2539,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2394,7 +2552,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{34}
+	return file_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WhyRequest) GetKind() Kind {
@@ -2420,7 +2578,7 @@ type WhyReply struct {
 
 func (x *WhyReply) Reset() {
 	*x = WhyReply{}
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2432,7 +2590,7 @@ func (x *WhyReply) String() string {
 func (*WhyReply) ProtoMessage() {}
 
 func (x *WhyReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2445,7 +2603,7 @@ func (x *WhyReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyReply.ProtoReflect.Descriptor instead.
 func (*WhyReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{35}
+	return file_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *WhyReply) GetText() string {
@@ -2466,7 +2624,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2478,7 +2636,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2491,7 +2649,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{36}
+	return file_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WatchRequest) GetKind() Kind {
@@ -2525,7 +2683,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2537,7 +2695,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2550,7 +2708,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{37}
+	return file_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Event) GetType() Event_Type {
@@ -2657,7 +2815,7 @@ type AuditRequest struct {
 
 func (x *AuditRequest) Reset() {
 	*x = AuditRequest{}
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2669,7 +2827,7 @@ func (x *AuditRequest) String() string {
 func (*AuditRequest) ProtoMessage() {}
 
 func (x *AuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2682,7 +2840,7 @@ func (x *AuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRequest.ProtoReflect.Descriptor instead.
 func (*AuditRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{38}
+	return file_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AuditRequest) GetLast() int32 {
@@ -2707,18 +2865,17 @@ type AuditEntry struct {
 	// what is the operation.
 	What string `protobuf:"bytes,3,opt,name=what,proto3" json:"what,omitempty"`
 	// object is the id or the name of what was changed.
-	Object  string            `protobuf:"bytes,4,opt,name=object,proto3" json:"object,omitempty"`
-	Details map[string]string `protobuf:"bytes,5,rep,name=details,proto3" json:"details,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// outcome is "ok" or the code of the error.
+	Object string `protobuf:"bytes,4,opt,name=object,proto3" json:"object,omitempty"`
+	Detail string `protobuf:"bytes,5,opt,name=detail,proto3" json:"detail,omitempty"`
+	// outcome is "ok" or the error.
 	Outcome       string `protobuf:"bytes,6,opt,name=outcome,proto3" json:"outcome,omitempty"`
-	Message       string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AuditEntry) Reset() {
 	*x = AuditEntry{}
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2730,7 +2887,7 @@ func (x *AuditEntry) String() string {
 func (*AuditEntry) ProtoMessage() {}
 
 func (x *AuditEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2743,7 +2900,7 @@ func (x *AuditEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
 func (*AuditEntry) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{39}
+	return file_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AuditEntry) GetTime() *timestamppb.Timestamp {
@@ -2774,23 +2931,16 @@ func (x *AuditEntry) GetObject() string {
 	return ""
 }
 
-func (x *AuditEntry) GetDetails() map[string]string {
+func (x *AuditEntry) GetDetail() string {
 	if x != nil {
-		return x.Details
+		return x.Detail
 	}
-	return nil
+	return ""
 }
 
 func (x *AuditEntry) GetOutcome() string {
 	if x != nil {
 		return x.Outcome
-	}
-	return ""
-}
-
-func (x *AuditEntry) GetMessage() string {
-	if x != nil {
-		return x.Message
 	}
 	return ""
 }
@@ -2873,7 +3023,7 @@ const file_admin_proto_rawDesc = "" +
 	"\aReplica\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
-	"\x04pool\x18\x03 \x01(\tR\x04pool\"\xad\x01\n" +
+	"\x04pool\x18\x03 \x01(\tR\x04pool\"\xcb\x01\n" +
 	"\n" +
 	"Attachment\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1b\n" +
@@ -2881,7 +3031,8 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"capability\x18\x03 \x01(\v2\x1c.ballast.admin.v1.CapabilityR\n" +
 	"capability\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"~\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1c\n" +
+	"\tdetaching\x18\x05 \x01(\bR\tdetaching\"~\n" +
 	"\x12ListVolumesRequest\x12\x10\n" +
 	"\x03max\x18\x01 \x01(\x05R\x03max\x12\x1d\n" +
 	"\n" +
@@ -2975,7 +3126,15 @@ const file_admin_proto_rawDesc = "" +
 	"\x10ListPoolsRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\">\n" +
 	"\x0eListPoolsReply\x12,\n" +
-	"\x05pools\x18\x01 \x03(\v2\x16.ballast.admin.v1.PoolR\x05pools\"\x8d\x01\n" +
+	"\x05pools\x18\x01 \x03(\v2\x16.ballast.admin.v1.PoolR\x05pools\"\x13\n" +
+	"\x11ListStraysRequest\"B\n" +
+	"\x0fListStraysReply\x12/\n" +
+	"\x06strays\x18\x01 \x03(\v2\x17.ballast.admin.v1.StrayR\x06strays\"x\n" +
+	"\x05Stray\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\tR\areplica\x12\x1a\n" +
+	"\bsnapshot\x18\x03 \x01(\tR\bsnapshot\x12%\n" +
+	"\x0ephysical_bytes\x18\x04 \x01(\x03R\rphysicalBytes\"\x8d\x01\n" +
 	"\aAmounts\x12#\n" +
 	"\rlogical_bytes\x18\x01 \x01(\x03R\flogicalBytes\x12%\n" +
 	"\x0ephysical_bytes\x18\x02 \x01(\x03R\rphysicalBytes\x12\x18\n" +
@@ -3024,19 +3183,15 @@ const file_admin_proto_rawDesc = "" +
 	"\x06object\":\n" +
 	"\fAuditRequest\x12\x12\n" +
 	"\x04last\x18\x01 \x01(\x05R\x04last\x12\x16\n" +
-	"\x06follow\x18\x02 \x01(\bR\x06follow\"\xaf\x02\n" +
+	"\x06follow\x18\x02 \x01(\bR\x06follow\"\xac\x01\n" +
 	"\n" +
 	"AuditEntry\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
 	"\x03who\x18\x02 \x01(\tR\x03who\x12\x12\n" +
 	"\x04what\x18\x03 \x01(\tR\x04what\x12\x16\n" +
-	"\x06object\x18\x04 \x01(\tR\x06object\x12C\n" +
-	"\adetails\x18\x05 \x03(\v2).ballast.admin.v1.AuditEntry.DetailsEntryR\adetails\x12\x18\n" +
-	"\aoutcome\x18\x06 \x01(\tR\aoutcome\x12\x18\n" +
-	"\amessage\x18\a \x01(\tR\amessage\x1a:\n" +
-	"\fDetailsEntry\x12\x10\n" +
-	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01*U\n" +
+	"\x06object\x18\x04 \x01(\tR\x06object\x12\x16\n" +
+	"\x06detail\x18\x05 \x01(\tR\x06detail\x12\x18\n" +
+	"\aoutcome\x18\x06 \x01(\tR\aoutcome*U\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\n" +
 	"\n" +
@@ -3044,7 +3199,7 @@ const file_admin_proto_rawDesc = "" +
 	"\bSNAPSHOT\x10\x02\x12\b\n" +
 	"\x04POOL\x10\x03\x12\b\n" +
 	"\x04NODE\x10\x04\x12\t\n" +
-	"\x05QUOTA\x10\x052\xc7\x0e\n" +
+	"\x05QUOTA\x10\x052\x9d\x0f\n" +
 	"\x05Admin\x12K\n" +
 	"\aVersion\x12 .ballast.admin.v1.VersionRequest\x1a\x1e.ballast.admin.v1.VersionReply\x12H\n" +
 	"\x06Health\x12\x1f.ballast.admin.v1.HealthRequest\x1a\x1d.ballast.admin.v1.HealthReply\x12W\n" +
@@ -3063,6 +3218,8 @@ const file_admin_proto_rawDesc = "" +
 	"\aGetNode\x12\x1c.ballast.admin.v1.GetRequest\x1a\x16.ballast.admin.v1.Node\x12Q\n" +
 	"\tListPools\x12\".ballast.admin.v1.ListPoolsRequest\x1a .ballast.admin.v1.ListPoolsReply\x12?\n" +
 	"\aGetPool\x12\x1c.ballast.admin.v1.GetRequest\x1a\x16.ballast.admin.v1.Pool\x12T\n" +
+	"\n" +
+	"ListStrays\x12#.ballast.admin.v1.ListStraysRequest\x1a!.ballast.admin.v1.ListStraysReply\x12T\n" +
 	"\n" +
 	"ListQuotas\x12#.ballast.admin.v1.ListQuotasRequest\x1a!.ballast.admin.v1.ListQuotasReply\x12A\n" +
 	"\bGetQuota\x12\x1c.ballast.admin.v1.GetRequest\x1a\x17.ballast.admin.v1.Quota\x12F\n" +
@@ -3085,7 +3242,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_admin_proto_goTypes = []any{
 	(Kind)(0),                     // 0: ballast.admin.v1.Kind
 	(Event_Type)(0),               // 1: ballast.admin.v1.Event.Type
@@ -3118,52 +3275,54 @@ var file_admin_proto_goTypes = []any{
 	(*Pool)(nil),                  // 28: ballast.admin.v1.Pool
 	(*ListPoolsRequest)(nil),      // 29: ballast.admin.v1.ListPoolsRequest
 	(*ListPoolsReply)(nil),        // 30: ballast.admin.v1.ListPoolsReply
-	(*Amounts)(nil),               // 31: ballast.admin.v1.Amounts
-	(*Quota)(nil),                 // 32: ballast.admin.v1.Quota
-	(*ListQuotasRequest)(nil),     // 33: ballast.admin.v1.ListQuotasRequest
-	(*ListQuotasReply)(nil),       // 34: ballast.admin.v1.ListQuotasReply
-	(*SetQuotaRequest)(nil),       // 35: ballast.admin.v1.SetQuotaRequest
-	(*WhyRequest)(nil),            // 36: ballast.admin.v1.WhyRequest
-	(*WhyReply)(nil),              // 37: ballast.admin.v1.WhyReply
-	(*WatchRequest)(nil),          // 38: ballast.admin.v1.WatchRequest
-	(*Event)(nil),                 // 39: ballast.admin.v1.Event
-	(*AuditRequest)(nil),          // 40: ballast.admin.v1.AuditRequest
-	(*AuditEntry)(nil),            // 41: ballast.admin.v1.AuditEntry
-	nil,                           // 42: ballast.admin.v1.AuditEntry.DetailsEntry
-	(*timestamppb.Timestamp)(nil), // 43: google.protobuf.Timestamp
+	(*ListStraysRequest)(nil),     // 31: ballast.admin.v1.ListStraysRequest
+	(*ListStraysReply)(nil),       // 32: ballast.admin.v1.ListStraysReply
+	(*Stray)(nil),                 // 33: ballast.admin.v1.Stray
+	(*Amounts)(nil),               // 34: ballast.admin.v1.Amounts
+	(*Quota)(nil),                 // 35: ballast.admin.v1.Quota
+	(*ListQuotasRequest)(nil),     // 36: ballast.admin.v1.ListQuotasRequest
+	(*ListQuotasReply)(nil),       // 37: ballast.admin.v1.ListQuotasReply
+	(*SetQuotaRequest)(nil),       // 38: ballast.admin.v1.SetQuotaRequest
+	(*WhyRequest)(nil),            // 39: ballast.admin.v1.WhyRequest
+	(*WhyReply)(nil),              // 40: ballast.admin.v1.WhyReply
+	(*WatchRequest)(nil),          // 41: ballast.admin.v1.WatchRequest
+	(*Event)(nil),                 // 42: ballast.admin.v1.Event
+	(*AuditRequest)(nil),          // 43: ballast.admin.v1.AuditRequest
+	(*AuditEntry)(nil),            // 44: ballast.admin.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil), // 45: google.protobuf.Timestamp
 }
 var file_admin_proto_depIdxs = []int32{
-	43, // 0: ballast.admin.v1.VersionReply.started_at:type_name -> google.protobuf.Timestamp
+	45, // 0: ballast.admin.v1.VersionReply.started_at:type_name -> google.protobuf.Timestamp
 	6,  // 1: ballast.admin.v1.HealthReply.volumes:type_name -> ballast.admin.v1.VolumeHealth
 	7,  // 2: ballast.admin.v1.VolumeHealth.conditions:type_name -> ballast.admin.v1.Condition
-	43, // 3: ballast.admin.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
+	45, // 3: ballast.admin.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
 	12, // 4: ballast.admin.v1.Volume.capabilities:type_name -> ballast.admin.v1.Capability
 	13, // 5: ballast.admin.v1.Volume.replicas:type_name -> ballast.admin.v1.Replica
 	14, // 6: ballast.admin.v1.Volume.attachment:type_name -> ballast.admin.v1.Attachment
 	7,  // 7: ballast.admin.v1.Volume.conditions:type_name -> ballast.admin.v1.Condition
 	12, // 8: ballast.admin.v1.Attachment.capability:type_name -> ballast.admin.v1.Capability
-	43, // 9: ballast.admin.v1.Attachment.since:type_name -> google.protobuf.Timestamp
+	45, // 9: ballast.admin.v1.Attachment.since:type_name -> google.protobuf.Timestamp
 	11, // 10: ballast.admin.v1.ListVolumesReply.volumes:type_name -> ballast.admin.v1.Volume
-	43, // 11: ballast.admin.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
+	45, // 11: ballast.admin.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
 	13, // 12: ballast.admin.v1.Snapshot.holders:type_name -> ballast.admin.v1.Replica
 	21, // 13: ballast.admin.v1.ListSnapshotsReply.snapshots:type_name -> ballast.admin.v1.Snapshot
-	43, // 14: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
+	45, // 14: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
 	28, // 15: ballast.admin.v1.Node.pools:type_name -> ballast.admin.v1.Pool
 	25, // 16: ballast.admin.v1.ListNodesReply.nodes:type_name -> ballast.admin.v1.Node
 	28, // 17: ballast.admin.v1.ListPoolsReply.pools:type_name -> ballast.admin.v1.Pool
-	31, // 18: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
-	31, // 19: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
-	32, // 20: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
-	0,  // 21: ballast.admin.v1.WhyRequest.kind:type_name -> ballast.admin.v1.Kind
-	0,  // 22: ballast.admin.v1.WatchRequest.kind:type_name -> ballast.admin.v1.Kind
-	1,  // 23: ballast.admin.v1.Event.type:type_name -> ballast.admin.v1.Event.Type
-	11, // 24: ballast.admin.v1.Event.volume:type_name -> ballast.admin.v1.Volume
-	21, // 25: ballast.admin.v1.Event.snapshot:type_name -> ballast.admin.v1.Snapshot
-	28, // 26: ballast.admin.v1.Event.pool:type_name -> ballast.admin.v1.Pool
-	25, // 27: ballast.admin.v1.Event.node:type_name -> ballast.admin.v1.Node
-	32, // 28: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
-	43, // 29: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
-	42, // 30: ballast.admin.v1.AuditEntry.details:type_name -> ballast.admin.v1.AuditEntry.DetailsEntry
+	33, // 18: ballast.admin.v1.ListStraysReply.strays:type_name -> ballast.admin.v1.Stray
+	34, // 19: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
+	34, // 20: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
+	35, // 21: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
+	0,  // 22: ballast.admin.v1.WhyRequest.kind:type_name -> ballast.admin.v1.Kind
+	0,  // 23: ballast.admin.v1.WatchRequest.kind:type_name -> ballast.admin.v1.Kind
+	1,  // 24: ballast.admin.v1.Event.type:type_name -> ballast.admin.v1.Event.Type
+	11, // 25: ballast.admin.v1.Event.volume:type_name -> ballast.admin.v1.Volume
+	21, // 26: ballast.admin.v1.Event.snapshot:type_name -> ballast.admin.v1.Snapshot
+	28, // 27: ballast.admin.v1.Event.pool:type_name -> ballast.admin.v1.Pool
+	25, // 28: ballast.admin.v1.Event.node:type_name -> ballast.admin.v1.Node
+	35, // 29: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
+	45, // 30: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
 	2,  // 31: ballast.admin.v1.Admin.Version:input_type -> ballast.admin.v1.VersionRequest
 	4,  // 32: ballast.admin.v1.Admin.Health:input_type -> ballast.admin.v1.HealthRequest
 	15, // 33: ballast.admin.v1.Admin.ListVolumes:input_type -> ballast.admin.v1.ListVolumesRequest
@@ -3181,39 +3340,41 @@ var file_admin_proto_depIdxs = []int32{
 	8,  // 45: ballast.admin.v1.Admin.GetNode:input_type -> ballast.admin.v1.GetRequest
 	29, // 46: ballast.admin.v1.Admin.ListPools:input_type -> ballast.admin.v1.ListPoolsRequest
 	8,  // 47: ballast.admin.v1.Admin.GetPool:input_type -> ballast.admin.v1.GetRequest
-	33, // 48: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
-	8,  // 49: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
-	35, // 50: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
-	9,  // 51: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
-	36, // 52: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
-	38, // 53: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
-	40, // 54: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
-	3,  // 55: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
-	5,  // 56: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
-	16, // 57: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
-	11, // 58: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
-	11, // 59: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
-	10, // 60: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
-	11, // 61: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
-	11, // 62: ballast.admin.v1.Admin.SetVolumeQoS:output_type -> ballast.admin.v1.Volume
-	11, // 63: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
-	23, // 64: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
-	21, // 65: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
-	21, // 66: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
-	10, // 67: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
-	27, // 68: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
-	25, // 69: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
-	30, // 70: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
-	28, // 71: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
-	34, // 72: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
-	32, // 73: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
-	32, // 74: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
-	10, // 75: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
-	37, // 76: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
-	39, // 77: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
-	41, // 78: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
-	55, // [55:79] is the sub-list for method output_type
-	31, // [31:55] is the sub-list for method input_type
+	31, // 48: ballast.admin.v1.Admin.ListStrays:input_type -> ballast.admin.v1.ListStraysRequest
+	36, // 49: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
+	8,  // 50: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
+	38, // 51: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
+	9,  // 52: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
+	39, // 53: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
+	41, // 54: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
+	43, // 55: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
+	3,  // 56: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
+	5,  // 57: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
+	16, // 58: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
+	11, // 59: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
+	11, // 60: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
+	10, // 61: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
+	11, // 62: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
+	11, // 63: ballast.admin.v1.Admin.SetVolumeQoS:output_type -> ballast.admin.v1.Volume
+	11, // 64: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
+	23, // 65: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
+	21, // 66: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
+	21, // 67: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
+	10, // 68: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
+	27, // 69: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
+	25, // 70: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
+	30, // 71: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
+	28, // 72: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
+	32, // 73: ballast.admin.v1.Admin.ListStrays:output_type -> ballast.admin.v1.ListStraysReply
+	37, // 74: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
+	35, // 75: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
+	35, // 76: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
+	10, // 77: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
+	40, // 78: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
+	42, // 79: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
+	44, // 80: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
+	56, // [56:81] is the sub-list for method output_type
+	31, // [31:56] is the sub-list for method input_type
 	31, // [31:31] is the sub-list for extension type_name
 	31, // [31:31] is the sub-list for extension extendee
 	0,  // [0:31] is the sub-list for field type_name
@@ -3225,8 +3386,8 @@ func file_admin_proto_init() {
 		return
 	}
 	file_admin_proto_msgTypes[17].OneofWrappers = []any{}
-	file_admin_proto_msgTypes[33].OneofWrappers = []any{}
-	file_admin_proto_msgTypes[37].OneofWrappers = []any{
+	file_admin_proto_msgTypes[36].OneofWrappers = []any{}
+	file_admin_proto_msgTypes[40].OneofWrappers = []any{
 		(*Event_Volume)(nil),
 		(*Event_Snapshot)(nil),
 		(*Event_Pool)(nil),
@@ -3239,7 +3400,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   41,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -41,6 +41,7 @@ const (
 	Admin_GetNode_FullMethodName        = "/ballast.admin.v1.Admin/GetNode"
 	Admin_ListPools_FullMethodName      = "/ballast.admin.v1.Admin/ListPools"
 	Admin_GetPool_FullMethodName        = "/ballast.admin.v1.Admin/GetPool"
+	Admin_ListStrays_FullMethodName     = "/ballast.admin.v1.Admin/ListStrays"
 	Admin_ListQuotas_FullMethodName     = "/ballast.admin.v1.Admin/ListQuotas"
 	Admin_GetQuota_FullMethodName       = "/ballast.admin.v1.Admin/GetQuota"
 	Admin_SetQuota_FullMethodName       = "/ballast.admin.v1.Admin/SetQuota"
@@ -77,6 +78,8 @@ type AdminClient interface {
 	GetNode(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*Node, error)
 	ListPools(ctx context.Context, in *ListPoolsRequest, opts ...grpc.CallOption) (*ListPoolsReply, error)
 	GetPool(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*Pool, error)
+	// ListStrays lists what pools hold and no record knows. Nothing deletes it by itself.
+	ListStrays(ctx context.Context, in *ListStraysRequest, opts ...grpc.CallOption) (*ListStraysReply, error)
 	ListQuotas(ctx context.Context, in *ListQuotasRequest, opts ...grpc.CallOption) (*ListQuotasReply, error)
 	GetQuota(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*Quota, error)
 	// SetQuota changes the limits that are given; zero removes a limit.
@@ -268,6 +271,16 @@ func (c *adminClient) GetPool(ctx context.Context, in *GetRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *adminClient) ListStrays(ctx context.Context, in *ListStraysRequest, opts ...grpc.CallOption) (*ListStraysReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListStraysReply)
+	err := c.cc.Invoke(ctx, Admin_ListStrays_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) ListQuotas(ctx context.Context, in *ListQuotasRequest, opts ...grpc.CallOption) (*ListQuotasReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListQuotasReply)
@@ -383,6 +396,8 @@ type AdminServer interface {
 	GetNode(context.Context, *GetRequest) (*Node, error)
 	ListPools(context.Context, *ListPoolsRequest) (*ListPoolsReply, error)
 	GetPool(context.Context, *GetRequest) (*Pool, error)
+	// ListStrays lists what pools hold and no record knows. Nothing deletes it by itself.
+	ListStrays(context.Context, *ListStraysRequest) (*ListStraysReply, error)
 	ListQuotas(context.Context, *ListQuotasRequest) (*ListQuotasReply, error)
 	GetQuota(context.Context, *GetRequest) (*Quota, error)
 	// SetQuota changes the limits that are given; zero removes a limit.
@@ -454,6 +469,9 @@ func (UnimplementedAdminServer) ListPools(context.Context, *ListPoolsRequest) (*
 }
 func (UnimplementedAdminServer) GetPool(context.Context, *GetRequest) (*Pool, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetPool not implemented")
+}
+func (UnimplementedAdminServer) ListStrays(context.Context, *ListStraysRequest) (*ListStraysReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListStrays not implemented")
 }
 func (UnimplementedAdminServer) ListQuotas(context.Context, *ListQuotasRequest) (*ListQuotasReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListQuotas not implemented")
@@ -803,6 +821,24 @@ func _Admin_GetPool_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListStrays_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListStraysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListStrays(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListStrays_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListStrays(ctx, req.(*ListStraysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_ListQuotas_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListQuotasRequest)
 	if err := dec(in); err != nil {
@@ -989,6 +1025,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetPool",
 			Handler:    _Admin_GetPool_Handler,
+		},
+		{
+			MethodName: "ListStrays",
+			Handler:    _Admin_ListStrays_Handler,
 		},
 		{
 			MethodName: "ListQuotas",

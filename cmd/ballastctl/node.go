@@ -1,0 +1,88 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+)
+
+func nodeTotals(n nodeView) (used, capacity int64) {
+	for _, p := range n.Pools {
+		used += p.UsedBytes
+		capacity += p.CapacityBytes
+	}
+	return used, capacity
+}
+
+func seenCell(n nodeView, now time.Time) cell {
+	s := styleGood
+	if n.LastSeen == nil || now.Sub(*n.LastSeen) > 2*time.Minute {
+		s = styleBad
+	}
+	return cell{ageText(n.LastSeen, now), s}
+}
+
+func completeNodes(ctx context.Context, a adminpb.AdminClient) ([]cobra.Completion, error) {
+	r, err := a.ListNodes(ctx, &adminpb.ListNodesRequest{})
+	var out []cobra.Completion
+	for _, n := range r.GetNodes() {
+		out = append(out, safe(n.Id))
+	}
+	return out, err
+}
+
+func nodes() resource[nodeView] {
+	return resource[nodeView]{
+		kind: adminpb.Kind_NODE, one: "node", many: "nodes", arg: "NODE",
+		columns: []column[nodeView]{
+			{"NAME", false, func(n nodeView, _ time.Time) cell { return plain(n.ID) }},
+			{"POOLS", false, func(n nodeView, _ time.Time) cell { return plain(fmt.Sprint(len(n.Pools))) }},
+			{"CAPACITY", false, func(n nodeView, _ time.Time) cell { _, c := nodeTotals(n); return sizeCell(c) }},
+			{"USED", false, func(n nodeView, _ time.Time) cell { u, c := nodeTotals(n); return meter(u, c) }},
+			{"LAST SEEN", false, seenCell},
+		},
+		ref: func(n nodeView) string { return n.ID },
+		list: func(ctx context.Context, a adminpb.AdminClient) ([]nodeView, error) {
+			r, err := a.ListNodes(ctx, &adminpb.ListNodesRequest{})
+			if err != nil {
+				return nil, err
+			}
+			return views(r.Nodes, viewNode), nil
+		},
+		get: func(ctx context.Context, a adminpb.AdminClient, ref string) (nodeView, error) {
+			n, err := a.GetNode(ctx, &adminpb.GetRequest{Ref: ref})
+			if err != nil {
+				return nodeView{}, err
+			}
+			return viewNode(n), nil
+		},
+		describe: func(n nodeView, now time.Time) []field {
+			used, capacity := nodeTotals(n)
+			fs := []field{
+				{"Name", plain(n.ID)},
+				{"Last seen", seenCell(n, now)},
+				{"Capacity", sizeCell(capacity)},
+				{"Used", meter(used, capacity)},
+			}
+			for _, p := range n.Pools {
+				fs = append(fs, field{"Pool", plain(fmt.Sprintf("%s, %s of %s used, %s", p.Name, sizeText(p.UsedBytes), sizeText(p.CapacityBytes), p.Path))})
+			}
+			return fs
+		},
+		event:        func(e *adminpb.Event) nodeView { return viewNode(e.GetNode()) },
+		complete:     completeNodes,
+		listExample:  "  ballastctl node list",
+		whyExample:   "  ballastctl node why node-1",
+		emptyMessage: "No node has reported yet.",
+	}
+}
+
+func nodeCommand(c *cli) *cobra.Command {
+	cmd := group("node", "Nodes: list, get, watch, why", "nodes")
+	cmd.AddCommand(nodes().commands(c)...)
+	return cmd
+}

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+)
+
+func completePools(ctx context.Context, a adminpb.AdminClient) ([]cobra.Completion, error) {
+	r, err := a.ListPools(ctx, &adminpb.ListPoolsRequest{})
+	var out []cobra.Completion
+	for _, p := range r.GetPools() {
+		out = append(out, nameAndID(p.Name, p.Id, "on "+p.Node+", "+sizeText(p.FreeBytes)+" free")...)
+	}
+	return out, err
+}
+
+func pools(node *string) resource[poolView] {
+	return resource[poolView]{
+		kind: adminpb.Kind_POOL, one: "pool", many: "pools", arg: "POOL",
+		columns: []column[poolView]{
+			{"NAME", false, func(p poolView, _ time.Time) cell { return plain(p.Name) }},
+			{"ID", true, func(p poolView, _ time.Time) cell { return plain(p.ID) }},
+			{"NODE", false, func(p poolView, _ time.Time) cell { return plain(p.Node) }},
+			{"CAPACITY", false, func(p poolView, _ time.Time) cell { return sizeCell(p.CapacityBytes) }},
+			{"USED", false, func(p poolView, _ time.Time) cell { return meter(p.UsedBytes, p.CapacityBytes) }},
+			{"PROVISIONED", false, func(p poolView, _ time.Time) cell { return sizeCell(p.ProvisionedBytes) }},
+			{"PLACEABLE", false, func(p poolView, _ time.Time) cell { return sizeCell(p.FreeBytes) }},
+			{"RATIO", true, func(p poolView, _ time.Time) cell { return plain(fmt.Sprintf("%g", p.OverProvision)) }},
+			{"KIND", true, func(p poolView, _ time.Time) cell { return plain(p.Kind) }},
+			{"PATH", true, func(p poolView, _ time.Time) cell { return plain(p.Path) }},
+		},
+		ref: func(p poolView) string { return p.ID },
+		list: func(ctx context.Context, a adminpb.AdminClient) ([]poolView, error) {
+			r, err := a.ListPools(ctx, &adminpb.ListPoolsRequest{Node: *node})
+			if err != nil {
+				return nil, err
+			}
+			return views(r.Pools, viewPool), nil
+		},
+		get: func(ctx context.Context, a adminpb.AdminClient, ref string) (poolView, error) {
+			p, err := a.GetPool(ctx, &adminpb.GetRequest{Ref: ref})
+			if err != nil {
+				return poolView{}, err
+			}
+			return viewPool(p), nil
+		},
+		describe: func(p poolView, _ time.Time) []field {
+			return []field{
+				{"Name", plain(p.Name)},
+				{"Id", plain(p.ID)},
+				{"Node", plain(p.Node)},
+				{"Kind", plain(p.Kind)},
+				{"Path", plain(p.Path)},
+				{"Capacity", sizeCell(p.CapacityBytes)},
+				{"Used", plain(sizeText(p.UsedBytes))},
+				{"", meter(p.UsedBytes, p.CapacityBytes)},
+				{"Provisioned", plain(fmt.Sprintf("%s, at most %g times the capacity", sizeText(p.ProvisionedBytes), p.OverProvision))},
+				{"Placeable", sizeCell(p.FreeBytes)},
+			}
+		},
+		event:        func(e *adminpb.Event) poolView { return viewPool(e.GetPool()) },
+		complete:     completePools,
+		listExample:  "  ballastctl pool list\n  ballastctl pool list --node node-1 -o wide",
+		whyExample:   "  ballastctl pool why default",
+		emptyMessage: "There are no pools.",
+		listFlags: func(cmd *cobra.Command) {
+			cmd.Flags().StringVar(node, "node", "", "only those of this `node`")
+		},
+	}
+}
+
+func poolCommand(c *cli) *cobra.Command {
+	var node string
+	r := pools(&node)
+	cmd := group("pool", "Pools: list, get, watch, why; check and export offline", "pools")
+	cmds := r.commands(c)
+	must(cmds[0].RegisterFlagCompletionFunc("node", c.completeFlag(completeNodes)))
+	cmd.AddCommand(cmds...)
+	cmd.AddCommand(poolStrays(c))
+	return cmd
+}
+
+type strayView struct {
+	Node          string `json:"node"`
+	Replica       string `json:"replica,omitempty"`
+	Snapshot      string `json:"snapshot,omitempty"`
+	PhysicalBytes int64  `json:"physicalBytes"`
+}
+
+func poolStrays(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use:   "strays",
+		Short: "List what pools hold and no record knows",
+		Long: `List what pools hold and no record knows: after the cluster's state was lost or an old copy of it was restored, for
+instance. Nothing deletes it by itself, since the records may be what is wrong. ` + "`pool export`" + ` reads such data.`,
+		Args: arguments(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
+				r, err := a.ListStrays(ctx, &adminpb.ListStraysRequest{})
+				if err != nil {
+					return err
+				}
+				xs := views(r.Strays, func(x *adminpb.Stray) strayView {
+					return strayView{Node: x.Node, Replica: x.Replica, Snapshot: x.Snapshot, PhysicalBytes: x.PhysicalBytes}
+				})
+				if !c.forPeople() {
+					return c.data(xs)
+				}
+				if len(xs) == 0 {
+					_, err := fmt.Fprintln(c.err, "There are none: every byte on the pools belongs to a volume or a snapshot.")
+					return err
+				}
+				t := &table{head: []string{"NODE", "REPLICA", "SNAPSHOT", "ON DISK"}}
+				for _, x := range xs {
+					t.add([]cell{plain(x.Node), orDash(x.Replica), orDash(x.Snapshot), sizeCell(x.PhysicalBytes)})
+				}
+				return t.print(c.out)
+			})
+		},
+		ValidArgsFunction: cobra.NoFileCompletions,
+	}
+}

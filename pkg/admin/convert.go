@@ -1,0 +1,130 @@
+package admin
+
+import (
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+func timeToProto(t volume.Timestamp) *timestamppb.Timestamp {
+	if t == 0 {
+		return nil
+	}
+	return timestamppb.New(time.Unix(0, int64(t)))
+}
+
+func conditionsToProto(cs []volume.Condition) []*adminpb.Condition {
+	var out []*adminpb.Condition
+	for _, c := range cs {
+		out = append(out, &adminpb.Condition{Severity: string(c.Severity), Reason: c.Reason, Message: c.Message})
+	}
+	return out
+}
+
+// capabilityToProto leaves mount flags out: they may be sensitive.
+func capabilityToProto(c volume.Capability) *adminpb.Capability {
+	return &adminpb.Capability{Access: string(c.Access), Mode: string(c.Mode), FsType: c.FSType}
+}
+
+func replicasToProto(rs []volume.Replica) []*adminpb.Replica {
+	var out []*adminpb.Replica
+	for _, r := range rs {
+		out = append(out, &adminpb.Replica{Id: string(r.ID), Node: string(r.Node), Pool: string(r.Pool)})
+	}
+	return out
+}
+
+func volumeToProto(v volume.Volume, conditions []volume.Condition) *adminpb.Volume {
+	p := &adminpb.Volume{
+		Id:              string(v.ID),
+		Name:            v.Name,
+		Tenant:          v.Tenant,
+		State:           string(v.State),
+		SizeBytes:       v.Size,
+		TargetBytes:     v.Target,
+		PhysicalBytes:   v.PhysicalBytes,
+		CreatedAt:       timeToProto(v.CreatedAt),
+		ReplicasWanted:  int32(v.Parameters.Replicas),
+		MinInSync:       int32(v.Parameters.MinInSync),
+		DataLocality:    string(v.Parameters.DataLocality),
+		Pool:            v.Parameters.Pool,
+		FsType:          v.Parameters.FSType,
+		BlockSize:       int32(v.Parameters.BlockSize),
+		IopsLimit:       v.QoS.IOPS,
+		BandwidthLimit:  v.QoS.Bandwidth,
+		Replicas:        replicasToProto(v.Replicas),
+		FilesystemPhase: string(v.Filesystem.Phase),
+		FilesystemType:  v.Filesystem.Type,
+		Epoch:           uint64(v.Epoch),
+		Conditions:      conditionsToProto(conditions),
+	}
+	for _, c := range v.Capabilities {
+		p.Capabilities = append(p.Capabilities, capabilityToProto(c))
+	}
+	if v.Source != nil {
+		p.SourceVolume, p.SourceSnapshot = string(v.Source.Volume), string(v.Source.Snapshot)
+	}
+	for _, n := range v.Accessible {
+		p.AccessibleNodes = append(p.AccessibleNodes, string(n))
+	}
+	if a := v.Attachment; a != nil {
+		p.Attachment = &adminpb.Attachment{
+			Node:       string(a.Node),
+			ReadOnly:   a.ReadOnly,
+			Detaching:  a.Detaching,
+			Capability: capabilityToProto(a.Capability),
+			Since:      timeToProto(a.Since),
+		}
+	}
+	return p
+}
+
+func snapshotToProto(s volume.Snapshot, volumeName string) *adminpb.Snapshot {
+	return &adminpb.Snapshot{
+		Id:             string(s.ID),
+		Name:           s.Name,
+		Volume:         string(s.Volume),
+		VolumeName:     volumeName,
+		Tenant:         s.Tenant,
+		State:          string(s.State),
+		SizeBytes:      s.Size,
+		PhysicalBytes:  s.PhysicalBytes,
+		CreatedAt:      timeToProto(s.CreatedAt),
+		Holders:        replicasToProto(s.Holders),
+		FilesystemType: s.Filesystem.Type,
+	}
+}
+
+func poolToProto(p volume.Pool) *adminpb.Pool {
+	return &adminpb.Pool{
+		Id:               string(p.ID),
+		Name:             p.Name,
+		Node:             string(p.Node),
+		Kind:             string(p.Kind),
+		Path:             p.Path,
+		CapacityBytes:    p.Capacity,
+		UsedBytes:        p.Used,
+		ProvisionedBytes: p.Provisioned,
+		OverProvision:    p.OverProvision,
+		FreeBytes:        p.Free(),
+	}
+}
+
+func nodeToProto(n volume.Node) *adminpb.Node {
+	out := &adminpb.Node{Id: string(n.ID), LastSeen: timeToProto(n.LastSeen)}
+	for _, p := range n.Pools {
+		out.Pools = append(out.Pools, poolToProto(p))
+	}
+	return out
+}
+
+func amountsToProto(a volume.Amounts) *adminpb.Amounts {
+	return &adminpb.Amounts{LogicalBytes: a.LogicalBytes, PhysicalBytes: a.PhysicalBytes, Volumes: a.Volumes, Snapshots: a.Snapshots}
+}
+
+func quotaToProto(q volume.Quota) *adminpb.Quota {
+	return &adminpb.Quota{Tenant: q.Tenant, Limit: amountsToProto(q.Limit), Used: amountsToProto(q.Used)}
+}
