@@ -12,6 +12,9 @@ const DefaultTenant = "default"
 type CreateVolume struct {
 	Name   string
 	Tenant string // "" is DefaultTenant
+	// TenantImplied: the tenant comes from whom the volume is for, not from what was asked of it. It then counts for a new
+	// volume only, and another one under the same name is no conflict.
+	TenantImplied bool
 	// RequiredBytes and LimitBytes as in CSI's CapacityRange: 0 is not given.
 	RequiredBytes, LimitBytes int64
 	Parameters                volume.Parameters

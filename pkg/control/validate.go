@@ -226,7 +226,7 @@ func compare(r CreateVolume, v volume.Volume) error {
 		field string
 		is    bool
 	}{
-		{"tenant", r.Tenant != v.Tenant},
+		{"tenant", r.Tenant != v.Tenant && !r.TenantImplied},
 		{"required_bytes", r.RequiredBytes > reservedSize(v)},
 		{"limit_bytes", r.LimitBytes > 0 && v.Size > r.LimitBytes},
 		{"content source", !sameSource(r.Source, v.Source)},
