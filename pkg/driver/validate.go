@@ -16,7 +16,7 @@ const (
 	maxMap          = 4 << 10
 	maxPath         = 4096
 	maxCapabilities = 32
-	maxTopologies   = 1024
+	maxTopologies   = 10000
 )
 
 // required returns volume.ErrInvalid for an empty field of a request.
