@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,15 +15,16 @@ import (
 )
 
 func auditLine(e auditView) []cell {
-	outcome := cell{e.Outcome, styleGood}
+	outcome, detail := cell{"ok", styleGood}, e.Detail
 	if e.Outcome != "ok" {
-		outcome.style = styleBad
+		outcome = cell{"failed", styleBad}
+		detail = strings.TrimPrefix(detail+": "+e.Outcome, ": ")
 	}
 	at := "-"
 	if e.Time != nil {
 		at = e.Time.Local().Format(time.DateTime)
 	}
-	return []cell{{at, styleDim}, plain(e.Who), plain(e.What), orDash(e.Object), outcome, plain(e.Detail)}
+	return []cell{{at, styleDim}, plain(e.Who), plain(e.What), orDash(e.Object), outcome, plain(detail)}
 }
 
 func auditCommand(c *cli) *cobra.Command {
@@ -64,7 +66,7 @@ With -o json each entry is one line.`,
 func (c *cli) showAudit(ctx context.Context, recv func() (*adminpb.AuditEntry, error), follow bool) error {
 	t := &table{head: []string{"TIME", "WHO", "WHAT", "OBJECT", "OUTCOME", "DETAIL"}}
 	if follow && c.forPeople() {
-		t.fit([]cell{plain(time.DateTime), plain("admin uid=0 pid=100000"), plain("snapshot.create"), plain("snap-00000000000000000000"), plain("ok"), plain("")})
+		t.fit([]cell{plain(time.DateTime), plain("admin uid=0 pid=100000"), plain("snapshot.create"), plain("snap-00000000000000000000"), plain("failed"), plain("")})
 		if err := t.header(c.out); err != nil {
 			return err
 		}

@@ -74,10 +74,12 @@ func explain(err error) (string, int) {
 	case errors.Is(err, volume.ErrNotFound):
 		return err.Error(), exitNotFound
 	}
-	s, ok := status.FromError(err)
-	if !ok {
+	// A wrapped status would be shown with gRPC's own prefix.
+	var g interface{ GRPCStatus() *status.Status }
+	if !errors.As(err, &g) {
 		return err.Error(), exitFailed
 	}
+	s := g.GRPCStatus()
 	switch s.Code() {
 	case codes.NotFound:
 		return s.Message(), exitNotFound

@@ -81,7 +81,7 @@ func poolCommand(c *cli) *cobra.Command {
 	cmds := r.commands(c)
 	must(cmds[0].RegisterFlagCompletionFunc("node", c.completeFlag(completeNodes)))
 	cmd.AddCommand(cmds...)
-	cmd.AddCommand(poolStrays(c))
+	cmd.AddCommand(poolStrays(c), poolCheck(c), poolExport(c))
 	return cmd
 }
 

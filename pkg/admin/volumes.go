@@ -59,7 +59,7 @@ func (s *Service) GetVolume(ctx context.Context, r *adminpb.GetRequest) (*adminp
 		return nil, err
 	}
 	h, err := s.o.Control.Health(ctx, v.ID)
-	if err != nil {
+	if err != nil && !errors.Is(err, volume.ErrNotFound) { // one that is being deleted has no health
 		return nil, err
 	}
 	return volumeToProto(v, h.Conditions), nil
