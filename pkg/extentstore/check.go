@@ -1,0 +1,291 @@
+package extentstore
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/disk"
+	"github.com/ballast-csi/ballast/pkg/layer"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// maxProblems bounds a report.
+const maxProblems = 1000
+
+// Report is what Check found.
+type Report struct {
+	ID                                 volume.PoolID
+	Replicas, Snapshots, Layers, Pages int
+	Extents                            int64 // slots that hold data
+	Verified                           int64 // extents whose checksum was compared
+	Stale                              int64 // extents without a checksum yet: heads, and sealed a short while ago
+	Unreferenced                       int   // layers still to be freed in the background; not a problem
+	Problems                           []string
+	Truncated                          bool // there were more problems
+}
+
+func (r *Report) problem(format string, a ...any) {
+	if len(r.Problems) >= maxProblems {
+		r.Truncated = true
+		return
+	}
+	r.Problems = append(r.Problems, fmt.Sprintf(format, a...))
+}
+
+// Check examines a pool that no process has open: records, chains, pages, owners of slots and checksums. It changes
+// nothing. The error is of the examination itself; what is wrong with the pool is in the report.
+func Check(ctx context.Context, dir string) (_ Report, err error) {
+	var d deps
+	defer func() { err = errors.Join(err, d.close()) }()
+	if err := d.open(dir, true, true); err != nil {
+		return Report{}, err
+	}
+	return check(ctx, d.file, d.kv)
+}
+
+func (d *deps) close() error {
+	var errs []error
+	if d.kv != nil {
+		errs = append(errs, d.kv.Close(), d.file.Close())
+	}
+	for _, f := range d.release {
+		errs = append(errs, f())
+	}
+	return errors.Join(errs...)
+}
+
+// checker gathers what the records say, to compare the pages with.
+type checker struct {
+	Report
+	file   disk.File
+	layers map[uint64]layerRecord
+	sizes  map[uint64]int64 // of the largest that sees the layer
+	owner  map[layer.Slot]pageID
+	buf    []byte
+}
+
+func check(ctx context.Context, f disk.File, db kv) (Report, error) {
+	c := &checker{file: f, layers: map[uint64]layerRecord{}, sizes: map[uint64]int64{}, owner: map[layer.Slot]pageID{},
+		buf: disk.Aligned(layer.ExtentSize)}
+	if err := c.identity(db); err != nil {
+		return c.Report, err
+	}
+	if err := c.records(db); err != nil {
+		return c.Report, err
+	}
+	err := db.Scan([]byte{keyPage}, func(k, v []byte) error {
+		c.page(db, k, v)
+		return ctx.Err()
+	})
+	if err != nil {
+		return c.Report, err
+	}
+	err = db.Scan([]byte{keySums}, func(k, _ []byte) error {
+		id, idx, ok := parsePageKey(k)
+		if _, known := c.layers[id]; !ok || !known {
+			c.problem("checksums of page %d of layer %d, which is not there", idx, id)
+		}
+		return ctx.Err()
+	})
+	return c.Report, err
+}
+
+func (c *checker) identity(db kv) error {
+	b, err := db.Get([]byte{keyPool})
+	if err != nil {
+		return err
+	}
+	if b == nil {
+		c.problem("the pool has no record: it was never opened, or its database is lost")
+		return nil
+	}
+	rec, err := decodePool(b)
+	if err != nil {
+		c.problem("%v", err)
+		return nil
+	}
+	c.ID = rec.id
+	block := make([]byte, layer.BlockSize)
+	if err := c.file.ReadAt(block, 0); err != nil {
+		c.problem("read the superblock: %v", err)
+		return nil
+	}
+	super, none, err := decodeSuper(block)
+	switch {
+	case err != nil:
+		c.problem("%v", err)
+	case none:
+		c.problem("the data file has no superblock")
+	case super.id != rec.id:
+		c.problem("the data file is of pool %s, the database of pool %s", super.id, rec.id)
+	}
+	return nil
+}
+
+func (c *checker) records(db kv) error {
+	err := db.Scan([]byte{keyLayer}, func(k, v []byte) error {
+		r, err := decodeLayer(v)
+		if err != nil || len(k) != 9 {
+			c.problem("layer record %x: %v", k, err)
+			return nil
+		}
+		c.layers[binary.BigEndian.Uint64(k[1:])] = r
+		c.Layers++
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for id, r := range c.layers {
+		if _, ok := c.layers[r.parent]; r.parent != 0 && (!ok || r.parent >= id) {
+			c.problem("layer %d has parent %d, which is missing or younger", id, r.parent)
+		}
+	}
+	heads, sealed := map[uint64]string{}, map[uint64]string{}
+	err = db.Scan([]byte{keySnapshot}, func(k, v []byte) error {
+		c.Snapshots++
+		r, err := decodeSnapshot(v)
+		if err != nil {
+			c.problem("snapshot %s: %v", k[1:], err)
+			return nil
+		}
+		c.refer("snapshot "+string(k[1:]), r.layer, r.size, sealed)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = db.Scan([]byte{keyReplica}, func(k, v []byte) error {
+		c.Replicas++
+		r, err := decodeReplica(v)
+		if err != nil {
+			c.problem("replica %s: %v", k[1:], err)
+			return nil
+		}
+		c.refer("replica "+string(k[1:]), r.head, r.size, heads)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for id, who := range heads {
+		if s := sealed[id]; s != "" {
+			c.problem("layer %d is of %s and of %s", id, who, s)
+		}
+	}
+	for id, r := range c.layers {
+		if who := heads[r.parent]; r.parent != 0 && who != "" {
+			c.problem("layer %d has the head of %s as its parent", id, who)
+		}
+		if _, seen := c.sizes[id]; !seen {
+			c.Unreferenced++
+		}
+	}
+	return nil
+}
+
+// refer notes that something refers to a layer, and how far it sees into the layers below.
+func (c *checker) refer(who string, id uint64, size int64, taken map[uint64]string) {
+	if _, ok := c.layers[id]; !ok {
+		c.problem("%s refers to layer %d, which is missing", who, id)
+		return
+	}
+	if other := taken[id]; other != "" {
+		c.problem("layer %d is of %s and of %s", id, who, other)
+	}
+	taken[id] = who
+	for steps := 0; id != 0 && steps <= len(c.layers); steps++ {
+		c.sizes[id] = max(c.sizes[id], size)
+		parent := c.layers[id].parent
+		if parent >= id {
+			return
+		}
+		id = parent
+	}
+}
+
+func (c *checker) page(db kv, k, v []byte) {
+	c.Pages++
+	id, idx, ok := parsePageKey(k)
+	if _, known := c.layers[id]; !ok || !known || idx >= maxPages {
+		c.problem("page %x belongs to no layer", k)
+		return
+	}
+	var pg layer.Page
+	if err := pg.Decode(v); err != nil {
+		c.problem("page %d of layer %d: %v", idx, id, err)
+		return
+	}
+	size, seen := c.sizes[id]
+	for i, e := range pg {
+		off := int64(idx)*layer.PageSpan + int64(i)*layer.ExtentSize
+		if e.Covers() == 0 {
+			continue
+		}
+		if seen && off+int64(highest(e.Covers())+1)*layer.BlockSize > size {
+			c.problem("layer %d has blocks at %d, beyond the end at %d", id, off, size)
+		}
+		if e.Slot == 0 {
+			continue
+		}
+		c.Extents++
+		if e.Slot.Offset()+layer.ExtentSize > c.file.Size() {
+			c.problem("layer %d at %d has slot %d, beyond the data file", id, off, e.Slot)
+		}
+		if other, twice := c.owner[e.Slot]; twice {
+			c.problem("slot %d is of layer %d page %d and of layer %d page %d", e.Slot, id, idx, other.layer, other.idx)
+		}
+		c.owner[e.Slot] = pageID{id, idx}
+	}
+	c.sums(db, id, idx, &pg, v)
+}
+
+func highest(m layer.Mask) int {
+	n := -1
+	for ; m != 0; m >>= 1 {
+		n++
+	}
+	return n
+}
+
+// sums compares the bytes of a page with their checksums, where those are of this very page.
+func (c *checker) sums(db kv, id uint64, idx uint32, pg *layer.Page, stored []byte) {
+	b, err := db.Get(pageKey(keySums, id, idx))
+	if err != nil {
+		c.problem("checksums of page %d of layer %d: %v", idx, id, err)
+		return
+	}
+	var s sums
+	if b != nil {
+		if s, err = decodeSums(b); err != nil {
+			c.problem("checksums of page %d of layer %d: %v", idx, id, err)
+			return
+		}
+	}
+	if b == nil || s.page != layer.PageSum(stored) || len(s.crcs) != pg.Slots() {
+		if b == nil && c.layers[id].summed {
+			c.problem("page %d of layer %d has lost its checksums", idx, id)
+		}
+		c.Stale += int64(pg.Slots())
+		return
+	}
+	k := 0
+	for i, e := range pg {
+		if e.Slot == 0 {
+			continue
+		}
+		off := int64(idx)*layer.PageSpan + int64(i)*layer.ExtentSize
+		got, err := extentSum(c.file, e, c.buf)
+		switch {
+		case err != nil:
+			c.problem("layer %d at %d: read slot %d: %v", id, off, e.Slot, err)
+		case got != s.crcs[k]:
+			c.problem("layer %d at %d: the bytes in slot %d have checksum %08x, want %08x", id, off, e.Slot, got, s.crcs[k])
+		default:
+			c.Verified++
+		}
+		k++
+	}
+}

@@ -1,0 +1,152 @@
+package extentstore
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/options"
+)
+
+// op is one change of a commit: val nil deletes.
+type op struct{ key, val []byte }
+
+func (o op) size() int { return len(o.key) + len(o.val) + 64 }
+
+// maxCommit bounds the sum of op.size in one commit; a database must accept as much.
+const maxCommit = 768 << 10
+
+// kv is the pool's database.
+type kv interface {
+	// Get returns a copy of the value, nil where there is none.
+	Get(key []byte) ([]byte, error)
+	// Scan calls fn with every key of that prefix, ascending. The slices are valid until fn returns; fn may Get.
+	Scan(prefix []byte, fn func(key, val []byte) error) error
+	// Commit applies all or nothing; it is durable when it returns nil. After an error the outcome is unknown.
+	Commit(ops []op) error
+	Close() error
+}
+
+type badgerKV struct{ db *badger.DB }
+
+// openBadger opens the database. It is small: a pool has a few MiB of pages that are hot, cached above it.
+func openBadger(dir string) (*badgerKV, error) {
+	o := badger.DefaultOptions(dir).
+		WithLogger(nil).
+		WithSyncWrites(true).
+		WithDetectConflicts(false).
+		WithMetricsEnabled(false).
+		WithCompression(options.None).
+		WithBlockCacheSize(0).
+		WithMemTableSize(8 << 20).
+		WithNumMemtables(2).
+		WithNumCompactors(2).
+		WithNumLevelZeroTables(4).
+		WithNumLevelZeroTablesStall(10).
+		WithValueThreshold(64 << 10).
+		WithValueLogFileSize(4 << 20).
+		WithNumGoroutines(2)
+	db, err := badger.Open(o)
+	if err != nil {
+		return nil, fmt.Errorf("open the pool's database: %w", err)
+	}
+	return &badgerKV{db}, nil
+}
+
+func (b *badgerKV) Get(key []byte) (val []byte, err error) {
+	err = b.db.View(func(tx *badger.Txn) error {
+		it, err := tx.Get(key)
+		if errors.Is(err, badger.ErrKeyNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		val, err = it.ValueCopy(nil)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the pool's database: %w", err)
+	}
+	return val, nil
+}
+
+func (b *badgerKV) Scan(prefix []byte, fn func(key, val []byte) error) error {
+	return b.db.View(func(tx *badger.Txn) error {
+		o := badger.DefaultIteratorOptions
+		o.Prefix = prefix
+		it := tx.NewIterator(o)
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			if err := it.Item().Value(func(v []byte) error { return fn(it.Item().Key(), v) }); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (b *badgerKV) Commit(ops []op) error {
+	err := b.db.Update(func(tx *badger.Txn) error {
+		for _, o := range ops {
+			var err error
+			if o.val == nil {
+				err = tx.Delete(o.key)
+			} else {
+				err = tx.Set(o.key, o.val)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("commit to the pool's database: %w", err)
+	}
+	return nil
+}
+
+func (b *badgerKV) Close() error { return b.db.Close() }
+
+// store commits ops, units together: one unit is never split. The order of units is kept.
+func (p *Pool) store(units [][]op) error {
+	var batch []op
+	size := 0
+	for _, u := range units {
+		n := 0
+		for _, o := range u {
+			n += o.size()
+		}
+		if size+n > maxCommit && len(batch) > 0 {
+			if err := p.commitOps(batch); err != nil {
+				return err
+			}
+			batch, size = batch[:0], 0
+		}
+		batch, size = append(batch, u...), size+n
+	}
+	if len(batch) == 0 {
+		return nil
+	}
+	return p.commitOps(batch)
+}
+
+// commitOps is the only way to the database. An outcome that is unknown is the end of the pool until it is reopened:
+// what is in memory and what is stored may differ.
+func (p *Pool) commitOps(ops []op) error {
+	if err := p.failure(); err != nil {
+		return err
+	}
+	p.keepRoom()
+	err := p.kv.Commit(ops)
+	if err != nil && isNoSpace(err) {
+		if p.space.Release() == nil {
+			err = p.kv.Commit(ops)
+		}
+	}
+	if err != nil {
+		return p.fail(err)
+	}
+	return nil
+}

@@ -1,0 +1,330 @@
+package extentstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ballast-csi/ballast/pkg/disk"
+	"github.com/ballast-csi/ballast/pkg/layer"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+const (
+	// flushEvery and flushBytes bound what a crash can take that nobody asked to be flushed.
+	flushEvery = 5 * time.Second
+	flushBytes = 256 << 20
+	// maxDirtyPages bounds the map pages that wait for a commit: about 1.2 KiB each.
+	maxDirtyPages = 16 << 10
+)
+
+// Pool is an open pool. All methods may be called at once.
+type Pool struct {
+	dir   string
+	opts  Options
+	log   *slog.Logger
+	file  disk.File
+	kv    kv
+	space disk.Space
+	id    volume.PoolID
+	kind  volume.PoolKind
+	thin  bool // freed slots are punched
+
+	stripes     [stripeCount]stripe
+	stripePages int
+	dirtyPages  atomic.Int64
+	grace       grace
+	alloc       allocator
+	commits     committer
+	freed       struct {
+		mu    sync.Mutex
+		slots []layer.Slot
+		some  chan struct{}
+	}
+
+	mu        sync.Mutex // topology; held while it is committed
+	layers    map[uint64]*chain
+	replicas  map[volume.ReplicaID]*replica
+	snapshots map[volume.SnapshotID]*snapshot
+	nextLayer uint64
+	closed    bool
+
+	users   sync.RWMutex // shared by what neither mu nor a handle keeps the pool open for
+	failed  atomic.Pointer[error]
+	starved atomic.Int64 // writes that the filesystem has no room for
+	job     *job         // of the worker
+	urgent  bool         // the worker should look for something better to do
+	worker  sync.Mutex
+	copyBuf []byte        // of the worker
+	kicked  chan struct{} // work for the worker
+	flushMe chan struct{} // work for the flusher
+
+	ctx     context.Context
+	cancel  context.CancelFunc
+	group   errgroup.Group
+	release []func() error // what Open took, in the order of giving back
+}
+
+// chain is a layer, with what hangs on it. Fields without a note are guarded by Pool.mu.
+type chain struct {
+	id     uint64
+	tenant string
+	parent atomic.Pointer[chain]
+	// merging is the parent while its pages are moved into this layer.
+	merging atomic.Pointer[chain]
+	pages   presence
+	slots   atomic.Int64 // owned, reserved ones included
+
+	children int
+	head     *replica
+	snap     *snapshot
+	summed   bool  // each page has its checksums
+	bad      error // what keeps the worker from merging or summing it
+
+	dirtyMu sync.Mutex
+	dirty   []*page
+}
+
+func (l *chain) record() layerRecord {
+	r := layerRecord{summed: l.summed, tenant: l.tenant}
+	if parent := l.parent.Load(); parent != nil {
+		r.parent = parent.id
+	}
+	return r
+}
+
+type snapshot struct {
+	id      volume.SnapshotID
+	layer   *chain
+	size    int64
+	volume  volume.ID
+	tenant  string
+	replica volume.ReplicaID
+	readers int // guarded by Pool.mu
+}
+
+// deps are a pool's ports.
+type deps struct {
+	file    disk.File
+	kv      kv
+	space   disk.Space
+	release []func() error
+}
+
+// start opens a pool over its ports. It owns them from now on, also when it fails.
+func start(dir string, d deps, o Options) (_ *Pool, err error) {
+	o = o.withDefaults()
+	p := &Pool{
+		dir: dir, opts: o, log: o.Logger, file: d.file, kv: d.kv, space: d.space, release: d.release,
+		thin:   o.Kind == volume.PoolDir,
+		layers: map[uint64]*chain{}, replicas: map[volume.ReplicaID]*replica{}, snapshots: map[volume.SnapshotID]*snapshot{},
+		kicked: make(chan struct{}, 1), flushMe: make(chan struct{}, 1),
+	}
+	p.freed.some = make(chan struct{}, 1)
+	p.copyBuf = disk.Aligned(layer.ExtentSize)
+	p.stripePages = max(4, int(o.CacheBytes/stripeCount/1200))
+	for i := range p.stripes {
+		p.stripes[i].pages = map[pageID]*page{}
+	}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	if err := p.recover(); err != nil {
+		return nil, errors.Join(err, p.closePorts())
+	}
+	p.log = p.log.With("pool", p.id)
+	if _, err := p.space.Hold(growFloor); err != nil {
+		return nil, errors.Join(err, p.closePorts())
+	}
+	if !o.manual {
+		p.group.Go(p.runWorker)
+		p.group.Go(p.runFlusher)
+		p.group.Go(p.runRecycler)
+		p.kick()
+	}
+	return p, nil
+}
+
+// ID names the pool.
+func (p *Pool) ID() volume.PoolID { return p.id }
+
+// Info reports the pool. Node and Provisioned are left to the caller.
+func (p *Pool) Info() volume.Pool {
+	p.alloc.mu.Lock()
+	defer p.alloc.mu.Unlock()
+	return volume.Pool{
+		ID: p.id, Name: p.opts.Name, Kind: p.kind, Path: p.dir,
+		Capacity: int64(p.alloc.limit) * layer.ExtentSize, Used: int64(p.alloc.used) * layer.ExtentSize,
+		OverProvision: p.opts.OverProvision,
+	}
+}
+
+// fail ends all writing until the pool is reopened, and returns the error that every write gets from now on.
+func (p *Pool) fail(cause error) error {
+	err := fmt.Errorf("pool %s stopped writing after an error; restart the node's daemon once its disk is sound, the last flushed data is kept: %w (%w)",
+		p.id, cause, volume.ErrUnavailable)
+	if p.failed.CompareAndSwap(nil, &err) {
+		p.log.Error("pool stopped writing", "error", cause)
+		p.cancelWaits()
+	}
+	return *p.failed.Load()
+}
+
+func (p *Pool) failure() error {
+	if err := p.failed.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// cancelWaits makes those who wait for space look again.
+func (p *Pool) cancelWaits() {
+	p.alloc.mu.Lock()
+	defer p.alloc.mu.Unlock()
+	for _, w := range p.alloc.waiters {
+		close(w.slot)
+	}
+	p.alloc.waiters = nil
+}
+
+// Conditions reports what is wrong with a replica here, or with the whole pool for "". None is healthy.
+func (p *Pool) Conditions(volume.ReplicaID) []volume.Condition {
+	var c []volume.Condition
+	if err := p.failure(); err != nil {
+		c = append(c, volume.Condition{Severity: volume.Inaccessible, Reason: "PoolFailed", Message: err.Error()})
+	}
+	if p.full() {
+		c = append(c, volume.Condition{Severity: volume.Degraded, Reason: "PoolFull", Message: fmt.Sprintf(
+			"pool %s has no space left, writes to new places wait: delete volumes or snapshots, or enlarge the pool", p.id)})
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, l := range p.layers {
+		if l.bad != nil {
+			c = append(c, volume.Condition{Severity: volume.DataLoss, Reason: "ExtentUnreadable", Message: fmt.Sprintf(
+				"pool %s cannot read a layer of %s: %v; run \"ballastctl pool check\" and restore what it names", p.id, l.owner(), l.bad)})
+		}
+	}
+	return c
+}
+
+// owner says whose bytes a layer holds. Pool.mu is held.
+func (l *chain) owner() string {
+	switch {
+	case l.head != nil:
+		return "replica " + string(l.head.id)
+	case l.snap != nil:
+		return "snapshot " + string(l.snap.id)
+	}
+	return fmt.Sprintf("a deleted snapshot (layer %d)", l.id)
+}
+
+// Close flushes and closes everything, open devices included. It is called once.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	p.closed = true
+	var open []*handle
+	for _, r := range p.replicas {
+		if r.open != nil {
+			open = append(open, r.open)
+		}
+	}
+	p.mu.Unlock()
+	p.cancel()
+	var errs []error
+	for _, h := range open {
+		errs = append(errs, h.Close())
+	}
+	errs = append(errs, p.group.Wait())
+	if p.failure() == nil {
+		p.mu.Lock()
+		all := make([]*chain, 0, len(p.layers))
+		for _, l := range p.layers {
+			all = append(all, l)
+		}
+		p.mu.Unlock()
+		errs = append(errs, p.flush(all...))
+	}
+	p.users.Lock()
+	defer p.users.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return errors.Join(append(errs, p.closePorts())...)
+}
+
+func (p *Pool) closePorts() error {
+	p.cancel()
+	errs := []error{p.kv.Close(), p.file.Close()}
+	for _, f := range p.release {
+		errs = append(errs, f())
+	}
+	return errors.Join(errs...)
+}
+
+// kick tells the worker that there may be work.
+func (p *Pool) kick() {
+	select {
+	case p.kicked <- struct{}{}:
+	default:
+	}
+}
+
+// runFlusher bounds what is not durable, and takes the reserve back once there is room.
+func (p *Pool) runFlusher() error {
+	tick := time.NewTicker(flushEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.ctx.Done():
+			return nil
+		case <-tick.C:
+			if !p.space.Held() {
+				if held, err := p.space.Hold(2 * growFloor); err != nil {
+					p.log.Warn("cannot take the reserve back", "error", err)
+				} else if held {
+					p.log.Info("the pool's reserve is back")
+				}
+			}
+		case <-p.flushMe:
+		}
+		p.selfFlush()
+	}
+}
+
+func (p *Pool) selfFlush() {
+	var layers []*chain
+	var seen []func()
+	p.mu.Lock()
+	for _, r := range p.replicas {
+		if w := r.writes.Load(); w > r.flushed.Load() {
+			layers = append(layers, r.head.Load())
+			seen = append(seen, func() { r.setFlushed(w) })
+		}
+	}
+	p.mu.Unlock()
+	if len(layers) == 0 || p.flush(layers...) != nil {
+		return
+	}
+	for _, f := range seen {
+		f()
+	}
+}
+
+func (p *Pool) runRecycler() error {
+	for {
+		select {
+		case <-p.ctx.Done():
+			return nil
+		case <-p.freed.some:
+		}
+		p.freed.mu.Lock()
+		slots := p.freed.slots
+		p.freed.slots = nil
+		p.freed.mu.Unlock()
+		p.reuse(slots)
+	}
+}

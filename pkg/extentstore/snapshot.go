@@ -1,0 +1,204 @@
+package extentstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/ballast-csi/ballast/pkg/block"
+	"github.com/ballast-csi/ballast/pkg/layer"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// pin keeps a snapshot from being deleted until unpin. Pool.mu is held.
+func (p *Pool) pin(id volume.SnapshotID) (*snapshot, error) {
+	if p.closed {
+		return nil, errPoolClosed
+	}
+	s := p.snapshots[id]
+	if s == nil {
+		return nil, noSnapshot(p, id)
+	}
+	s.readers++
+	return s, nil
+}
+
+func (p *Pool) unpin(s *snapshot) {
+	p.mu.Lock()
+	s.readers--
+	p.mu.Unlock()
+}
+
+// use keeps the pool open until users is unlocked.
+func (p *Pool) use() error {
+	p.users.RLock()
+	if p.ctx.Err() != nil {
+		p.users.RUnlock()
+		return errPoolClosed
+	}
+	return nil
+}
+
+// reader is an open snapshot.
+type reader struct {
+	p      *Pool
+	s      *snapshot
+	life   sync.RWMutex
+	closed bool
+}
+
+// OpenSnapshot returns a snapshot as a device that cannot be written: WriteAt and Zero return volume.ErrInvalid. The
+// snapshot cannot be deleted until it is closed.
+func (p *Pool) OpenSnapshot(ctx context.Context, id volume.SnapshotID) (Device, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s, err := p.pin(id)
+	if err != nil {
+		return nil, err
+	}
+	return &reader{p: p, s: s}, nil
+}
+
+func (r *reader) ReadAt(ctx context.Context, b []byte, off int64) error {
+	r.life.RLock()
+	defer r.life.RUnlock()
+	if r.closed || r.p.use() != nil {
+		return block.ErrClosed
+	}
+	defer r.p.users.RUnlock()
+	if err := block.CheckRange(off, int64(len(b)), r.s.size); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil || len(b) == 0 {
+		return err
+	}
+	return r.p.read(r.s.layer, b, off)
+}
+
+var errReadOnly = fmt.Errorf("a snapshot cannot be written: %w", volume.ErrInvalid)
+
+func (r *reader) WriteAt(context.Context, []byte, int64) error { return r.refuse() }
+func (r *reader) Zero(context.Context, int64, int64) error     { return r.refuse() }
+func (r *reader) Size() int64                                  { return r.s.size }
+
+func (r *reader) Flush(context.Context) error {
+	if err := r.refuse(); !errors.Is(err, errReadOnly) {
+		return err
+	}
+	return nil
+}
+
+func (r *reader) refuse() error {
+	r.life.RLock()
+	defer r.life.RUnlock()
+	if r.closed {
+		return block.ErrClosed
+	}
+	return errReadOnly
+}
+
+func (r *reader) Close() error {
+	r.life.Lock()
+	defer r.life.Unlock()
+	if !r.closed {
+		r.closed = true
+		r.p.unpin(r.s)
+	}
+	return nil
+}
+
+// Extents calls fn with the runs of a snapshot, in bytes, in order and not overlapping, that may differ from base: the
+// blocks written or zeroed since. With base "" they are the blocks that hold data. Runs before offset are left out; one
+// that contains it is cut there. Base is an ancestor of the snapshot, else volume.ErrInvalid. It stops at fn's first
+// error and returns it.
+func (p *Pool) Extents(ctx context.Context, snap, base volume.SnapshotID, offset int64, fn func(offset, length int64) error) error {
+	if offset < 0 {
+		return fmt.Errorf("offset %d: %w", offset, volume.ErrOutOfRange)
+	}
+	s, b, err := p.pinBoth(snap, base)
+	if err != nil {
+		return err
+	}
+	defer p.unpin(s)
+	var end *chain
+	if b != nil {
+		defer p.unpin(b)
+		end = b.layer
+	}
+	return p.walk(ctx, s.layer, end, s.size, offset, fn)
+}
+
+// walk calls fn with the runs of data seen from head, or with those touched above end, within [offset, size).
+func (p *Pool) walk(ctx context.Context, head, end *chain, size, offset int64, fn func(offset, length int64) error) error {
+	if offset >= size {
+		return nil
+	}
+	runs := layer.Runs{Emit: fn, From: offset, To: size}
+	idx, _ := place(offset)
+	var masks [layer.ExtentsPerPage]layer.Mask
+	for {
+		next, ok := nextInChain(head, end, idx)
+		if !ok || int64(next)*layer.PageSpan >= size {
+			return runs.Flush()
+		}
+		idx = next
+		if err := p.masks(ctx, head, end, idx, &masks); err != nil {
+			return err
+		}
+		for i, m := range masks {
+			if err := runs.Add(int64(idx)*layer.PageSpan+int64(i)*layer.ExtentSize, m); err != nil {
+				return err
+			}
+		}
+		idx++
+	}
+}
+
+func (p *Pool) pinBoth(snap, base volume.SnapshotID) (s, b *snapshot, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s, err = p.pin(snap); err != nil || base == "" {
+		return s, nil, err
+	}
+	if b, err = p.pin(base); err != nil {
+		s.readers--
+		return nil, nil, err
+	}
+	for l := s.layer; l != nil; l = l.parent.Load() {
+		if l == b.layer {
+			return s, b, nil
+		}
+	}
+	s.readers--
+	b.readers--
+	return nil, nil, fmt.Errorf("snapshot %s is not an earlier state of %s: %w", base, snap, volume.ErrInvalid)
+}
+
+// masks are, per extent of a page, the blocks with data, or with an end those touched above it.
+func (p *Pool) masks(ctx context.Context, head, end *chain, idx uint32, out *[layer.ExtentsPerPage]layer.Mask) error {
+	if err := p.use(); err != nil {
+		return err
+	}
+	defer p.users.RUnlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	st, pages, exclusive, err := p.lockChain(head, end, idx, nil)
+	if err != nil {
+		return err
+	}
+	defer st.unlock(exclusive)
+	entries := make([]layer.Entry, len(pages))
+	for i := range out {
+		for k, pg := range pages {
+			entries[k] = pg.e[i]
+		}
+		if end == nil {
+			out[i] = layer.Visible(entries, layer.AllBlocks)
+		} else {
+			out[i] = layer.Touched(entries)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,362 @@
+package extentstore
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/layer"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// ReplicaSpec says what replica to make.
+type ReplicaSpec struct {
+	ID     volume.ReplicaID
+	Volume volume.ID
+	Tenant string
+	// Size in bytes, a multiple of volume.SizeQuantum, at least the parent's.
+	Size int64
+	// Parent is the snapshot whose bytes it starts with; "" is none: it reads as zeros.
+	Parent volume.SnapshotID
+}
+
+// CreateReplica makes a replica; one of that id and volume that exists is nil. It costs the same whatever the size.
+func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
+	if err := s.check(); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.ready(); err != nil {
+		return err
+	}
+	if r := p.replicas[s.ID]; r != nil {
+		if r.volume != s.Volume {
+			return fmt.Errorf("replica %s is of volume %s: %w", s.ID, r.volume, volume.ErrExists)
+		}
+		return nil
+	}
+	var parent *chain
+	if s.Parent != "" {
+		from := p.snapshots[s.Parent]
+		if from == nil {
+			return noSnapshot(p, s.Parent)
+		}
+		if s.Size < from.size {
+			return fmt.Errorf("replica %s of %d bytes is smaller than snapshot %s of %d: %w", s.ID, s.Size, s.Parent, from.size, volume.ErrOutOfRange)
+		}
+		parent = from.layer
+	}
+	head := p.newLayer(parent, s.Tenant)
+	r := &replica{p: p, id: s.ID, volume: s.Volume, tenant: s.Tenant}
+	r.size.Store(s.Size)
+	r.head.Store(head)
+	if err := p.commitOps([]op{{layerKey(head.id), head.record().encode()}, {replicaKey(s.ID), r.record().encode()}}); err != nil {
+		return err
+	}
+	head.head = r
+	p.adopt(head, parent)
+	p.replicas[s.ID] = r
+	return nil
+}
+
+func (s ReplicaSpec) check() error {
+	if err := volume.CheckName("replica id", string(s.ID)); err != nil {
+		return err
+	}
+	if err := volume.CheckName("volume id", string(s.Volume)); err != nil {
+		return err
+	}
+	if len(s.Tenant) > volume.MaxNameLen {
+		return fmt.Errorf("tenant has %d bytes: %w", len(s.Tenant), volume.ErrInvalid)
+	}
+	if badSize(s.Size) {
+		return fmt.Errorf("size of %d bytes is not a multiple of %d up to %d: %w", s.Size, volume.SizeQuantum, volume.MaxSize, volume.ErrOutOfRange)
+	}
+	return nil
+}
+
+// ready is called with mu held.
+func (p *Pool) ready() error {
+	if p.closed {
+		return errPoolClosed
+	}
+	return p.failure()
+}
+
+// newLayer is not known to the pool until adopt. An id that is not used because a commit failed is lost, which is nothing.
+func (p *Pool) newLayer(parent *chain, tenant string) *chain {
+	p.nextLayer++
+	l := &chain{id: p.nextLayer, tenant: tenant}
+	l.parent.Store(parent)
+	return l
+}
+
+func (p *Pool) adopt(l, parent *chain) {
+	p.layers[l.id] = l
+	if parent != nil {
+		parent.children++
+	}
+}
+
+// DeleteReplica forgets a replica; its space is freed in the background, also after a restart. One that is not there is
+// nil; one that is open is volume.ErrInUse.
+func (p *Pool) DeleteReplica(ctx context.Context, id volume.ReplicaID) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.ready(); err != nil {
+		return err
+	}
+	r := p.replicas[id]
+	if r == nil {
+		return nil
+	}
+	if r.open != nil {
+		return fmt.Errorf("replica %s is open: %w", id, volume.ErrInUse)
+	}
+	if err := p.commitOps([]op{{key: replicaKey(id)}}); err != nil {
+		return err
+	}
+	r.head.Load().head = nil
+	delete(p.replicas, id)
+	p.urgent = true
+	p.kick()
+	return nil
+}
+
+// DeleteSnapshot forgets a snapshot; what only it held is freed or merged in the background. One that is not there is
+// nil; one that is being read is volume.ErrBusy.
+func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.ready(); err != nil {
+		return err
+	}
+	s := p.snapshots[id]
+	if s == nil {
+		return nil
+	}
+	if s.readers > 0 {
+		return fmt.Errorf("snapshot %s is being read: %w", id, volume.ErrBusy)
+	}
+	if err := p.commitOps([]op{{key: snapshotKey(id)}}); err != nil {
+		return err
+	}
+	s.layer.snap = nil
+	delete(p.snapshots, id)
+	p.urgent = true
+	p.kick()
+	return nil
+}
+
+// Cut seals a replica's present state as a snapshot: all writes that returned before the call are in it. Writes wait for
+// a short moment that does not depend on the replica's size. A snapshot of that id of the same replica is nil.
+func (p *Pool) Cut(ctx context.Context, id volume.ReplicaID, snap volume.SnapshotID) error {
+	if err := volume.CheckName("snapshot id", string(snap)); err != nil {
+		return err
+	}
+	if err := p.use(); err != nil {
+		return err
+	}
+	defer p.users.RUnlock()
+	r, done, err := p.cutState(id, snap)
+	if done || err != nil {
+		return err
+	}
+	// Most of what is dirty goes out before the barrier.
+	if err := p.flush(r.head.Load()); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if !p.opts.broken.cutWithoutBarrier {
+		r.gate.Lock()
+		defer r.gate.Unlock()
+	}
+	if !p.opts.broken.cutWithoutFlush {
+		if err := p.flush(r.head.Load()); err != nil {
+			return err
+		}
+	}
+	return p.seal(r, snap)
+}
+
+// cutState tells whether the snapshot is there already.
+func (p *Pool) cutState(id volume.ReplicaID, snap volume.SnapshotID) (_ *replica, done bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.ready(); err != nil {
+		return nil, false, err
+	}
+	if s := p.snapshots[snap]; s != nil {
+		if s.replica != id {
+			return nil, false, fmt.Errorf("snapshot %s is of replica %s: %w", snap, s.replica, volume.ErrExists)
+		}
+		return nil, true, nil
+	}
+	r := p.replicas[id]
+	if r == nil {
+		return nil, false, noReplica(p, id)
+	}
+	return r, false, nil
+}
+
+// seal makes the head the snapshot's layer and opens a new one, in one transaction. Writes are kept out.
+func (p *Pool) seal(r *replica, snap volume.SnapshotID) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.ready(); err != nil {
+		return err
+	}
+	if p.replicas[r.id] != r {
+		return noReplica(p, r.id)
+	}
+	if s := p.snapshots[snap]; s != nil {
+		if s.replica != r.id {
+			return fmt.Errorf("snapshot %s is of replica %s: %w", snap, s.replica, volume.ErrExists)
+		}
+		return nil
+	}
+	old := r.head.Load()
+	s := &snapshot{id: snap, layer: old, size: r.size.Load(), volume: r.volume, tenant: r.tenant, replica: r.id}
+	head := p.newLayer(old, r.tenant)
+	rec := r.record()
+	rec.head = head.id
+	err := p.commitOps([]op{
+		{snapshotKey(snap), s.record().encode()},
+		{layerKey(head.id), head.record().encode()},
+		{replicaKey(r.id), rec.encode()},
+	})
+	if err != nil {
+		return err
+	}
+	p.adopt(head, old)
+	old.snap, old.head = s, nil
+	head.head = r
+	p.snapshots[snap] = s
+	r.head.Store(head)
+	p.kick()
+	return nil
+}
+
+func (s *snapshot) record() snapshotRecord {
+	return snapshotRecord{layer: s.layer.id, size: s.size, volume: string(s.volume), tenant: s.tenant, replica: string(s.replica)}
+}
+
+// Resize grows a replica; the new bytes read as zeros. It is durable before it is seen. A size that the replica has
+// already is nil.
+func (p *Pool) Resize(ctx context.Context, id volume.ReplicaID, size int64) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.ready(); err != nil {
+		return err
+	}
+	r := p.replicas[id]
+	if r == nil {
+		return noReplica(p, id)
+	}
+	if size <= r.size.Load() {
+		return nil
+	}
+	if badSize(size) {
+		return fmt.Errorf("size of %d bytes is not a multiple of %d up to %d: %w", size, volume.SizeQuantum, volume.MaxSize, volume.ErrOutOfRange)
+	}
+	if !p.opts.broken.resizeInMemory {
+		rec := r.record()
+		rec.size = size
+		if err := p.commitOps([]op{{replicaKey(id), rec.encode()}}); err != nil {
+			return err
+		}
+	}
+	r.size.Store(size)
+	return nil
+}
+
+// ReplicaInfo describes a replica.
+type ReplicaInfo struct {
+	ID     volume.ReplicaID
+	Volume volume.ID
+	Tenant string
+	// Size in bytes.
+	Size int64
+	Open bool
+}
+
+// HasReplica tells whether the pool has a replica.
+func (p *Pool) HasReplica(id volume.ReplicaID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.replicas[id] != nil
+}
+
+// HasSnapshot tells whether the pool has a snapshot.
+func (p *Pool) HasSnapshot(id volume.SnapshotID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.snapshots[id] != nil
+}
+
+// Replicas lists the replicas, in no order.
+func (p *Pool) Replicas() []ReplicaInfo {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := make([]ReplicaInfo, 0, len(p.replicas))
+	for _, r := range p.replicas {
+		out = append(out, ReplicaInfo{ID: r.id, Volume: r.volume, Tenant: r.tenant, Size: r.size.Load(), Open: r.open != nil})
+	}
+	return out
+}
+
+// Usage is what a pool's contents occupy, in physical bytes: whole slots.
+type Usage struct {
+	// Replicas have what was written since their last snapshot, and what is still being merged into that.
+	Replicas map[volume.ReplicaID]int64
+	// Snapshots have what their own layers hold.
+	Snapshots map[volume.SnapshotID]int64
+	// Tenants have all of it, also what only clones of a deleted snapshot still use.
+	Tenants map[string]int64
+	// Deleted is what is being freed in the background.
+	Deleted int64
+}
+
+// Usage reports what is occupied now; writes that are not flushed count.
+func (p *Pool) Usage() Usage {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	u := Usage{Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{}, Tenants: map[string]int64{}}
+	for _, l := range p.layers {
+		n := l.slots.Load() * layer.ExtentSize
+		if l.dead() {
+			u.Deleted += n
+			continue
+		}
+		u.Tenants[l.tenant] += n
+		switch {
+		case l.head != nil:
+			u.Replicas[l.head.id] += n
+		case l.snap != nil:
+			u.Snapshots[l.snap.id] += n
+		}
+	}
+	// A layer that is being merged belongs to the one it goes into.
+	for _, l := range p.layers {
+		if l.head == nil && l.snap == nil {
+			continue
+		}
+		for up := l.parent.Load(); up != nil && up.mergeable(); up = up.parent.Load() {
+			n := up.slots.Load() * layer.ExtentSize
+			if l.head != nil {
+				u.Replicas[l.head.id] += n
+			} else {
+				u.Snapshots[l.snap.id] += n
+			}
+		}
+	}
+	return u
+}
+
+// dead layers are referred to by nothing and are freed. Pool.mu is held.
+func (l *chain) dead() bool { return l.head == nil && l.snap == nil && l.children == 0 }
+
+// mergeable layers are needed only by their one child and are merged into it. Pool.mu is held.
+func (l *chain) mergeable() bool { return l.head == nil && l.snap == nil && l.children == 1 }
