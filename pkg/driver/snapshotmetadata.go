@@ -58,9 +58,6 @@ func (m *SnapshotMetadata) GetMetadataDelta(req *csi.GetMetadataDeltaRequest, st
 	if base.Volume != target.Volume {
 		return fmt.Errorf("snapshot %s is of volume %s, %s of %s: %w", base.ID, base.Volume, target.ID, target.Volume, volume.ErrInvalid)
 	}
-	if base.CreatedAt > target.CreatedAt {
-		return fmt.Errorf("base snapshot %s is newer than target snapshot %s: %w", base.ID, target.ID, volume.ErrInvalid)
-	}
 	return m.send(stream.Context(), target, base.ID, req.GetStartingOffset(), req.GetMaxResults(), func(b []*csi.BlockMetadata) error {
 		return stream.Send(&csi.GetMetadataDeltaResponse{
 			BlockMetadataType:   csi.BlockMetadataType_VARIABLE_LENGTH,
