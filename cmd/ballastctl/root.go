@@ -34,6 +34,8 @@ type cli struct {
 	output  string
 	timeout time.Duration
 	conn    *grpc.ClientConn
+	// started is set once the command line was understood.
+	started bool
 }
 
 // run carries out a command line and returns the process's exit code.
@@ -53,6 +55,9 @@ func run(ctx context.Context, args []string, s streams) int {
 	}
 	if ctx.Err() != nil {
 		return exitInterrupted
+	}
+	if !c.started {
+		err = usage(err)
 	}
 	message, code := explain(err)
 	fmt.Fprintf(s.err, "%s %s\n", paint(s.err, styleBad, "ballastctl:"), message)
@@ -128,9 +133,23 @@ Exit codes:
 		root.AddCommand(cmd)
 	}
 	root.AddCommand(docsCommand())
+	c.noteStart(root)
 	root.SetHelpCommandGroupID("other")
 	root.SetCompletionCommandGroupID("other")
 	return root
+}
+
+// noteStart tells mistakes in the command line, which cobra finds in several ways, from failures of the work.
+func (c *cli) noteStart(cmd *cobra.Command) {
+	if work := cmd.RunE; work != nil {
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			c.started = true
+			return work(cmd, args)
+		}
+	}
+	for _, sub := range cmd.Commands() {
+		c.noteStart(sub)
+	}
 }
 
 // must is for what only a mistake in this program makes fail.
