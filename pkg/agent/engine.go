@@ -1,0 +1,279 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"github.com/ballast-csi/ballast/pkg/frontend"
+	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// engine is an attached volume: its replica, the limits on it, and its kernel device.
+type engine struct {
+	at      volume.Replica
+	pool    Pool
+	replica Replica
+	dev     *limitedTMP
+	options frontend.Options
+	// path of the kernel device; readOnlyPath of a second one that refuses writes, "" when nobody needs it.
+	path, readOnlyPath string
+}
+
+// readOnlyName is the frontend's name for the second, read-only device of a volume.
+//
+// A bind mount of a device node cannot be made to refuse writes, and the first device may have a writer. The second
+// device has a page cache of its own: its buffered readers may see what a writer on the same node wrote only after
+// they reopen it. Readers with direct I/O see it at once.
+func readOnlyName(id volume.ID) string { return string(id) + ".ro" }
+
+func (e *engine) closeReplica() error {
+	// An unmount and the frontend's detach have flushed; this covers the requests of raw block users.
+	err := e.dev.Flush(context.Background())
+	return errors.Join(err, e.replica.Close())
+}
+
+// attachedHere returns volume.ErrInUse unless the controllers say that the volume is attached to this node.
+func (n *Node) attachedHere(cv volume.Volume) error {
+	switch a := cv.Attachment; {
+	case cv.State == volume.Deleting:
+		return fmt.Errorf("volume %s is being deleted: %w", cv.ID, volume.ErrNotFound)
+	case a == nil:
+		return fmt.Errorf("volume %s is not attached to any node; attach it to %s first: %w", cv.ID, n.cfg.ID, volume.ErrInUse)
+	case a.Node != n.cfg.ID:
+		return fmt.Errorf("volume %s is attached to node %s; detach it there and attach it to %s first: %w", cv.ID, a.Node, n.cfg.ID, volume.ErrInUse)
+	case a.Detaching:
+		return fmt.Errorf("volume %s is being detached from node %s; attach it again first: %w", cv.ID, n.cfg.ID, volume.ErrInUse)
+	}
+	return nil
+}
+
+// attach opens the volume's replica and makes its kernel device, unless that is done already.
+func (n *Node) attach(ctx context.Context, v *vol, cv volume.Volume, access volume.Access) error {
+	if v.eng != nil {
+		return nil
+	}
+	e := &engine{options: frontend.Options{
+		BlockSize: cv.Parameters.BlockSize,
+		// A filesystem attached read-only is mounted so; its device must be writable, for the replay of the journal.
+		ReadOnly: cv.Attachment.ReadOnly && access == volume.AccessBlock,
+	}}
+	for _, r := range cv.Replicas {
+		if r.Node == n.cfg.ID {
+			e.at, e.pool = r, n.pools[r.Pool]
+		}
+	}
+	switch {
+	case e.at.ID == "":
+		return fmt.Errorf("volume %s has no replica on node %s: %w", cv.ID, n.cfg.ID, volume.ErrUnavailable)
+	case e.pool == nil:
+		return fmt.Errorf("pool %s of volume %s is not open on node %s; bring its disk back and restart: %w", e.at.Pool, cv.ID, n.cfg.ID, volume.ErrUnavailable)
+	}
+	var err error
+	if e.replica, err = e.pool.OpenReplica(ctx, e.at.ID); err != nil {
+		return fmt.Errorf("open replica of volume %s: %w", cv.ID, err)
+	}
+	e.dev = newTMP(e.replica, cv.QoS)
+	if e.path, err = n.cfg.Frontend.Attach(ctx, string(v.id), e.dev, e.options); err != nil {
+		return errors.Join(fmt.Errorf("attach device of volume %s: %w", cv.ID, busy(err)), e.replica.Close())
+	}
+	v.eng = e
+	v.set(func(s *state) { s.replica, s.device = e.at.ID, e.path })
+	n.log.Info("volume attached", "volume", v.id, "device", e.path)
+	return nil
+}
+
+// busy gives a frontend's error the sentinel of the outer layers.
+func busy(err error) error {
+	if errors.Is(err, frontend.ErrBusy) {
+		return fmt.Errorf("%w: %w", err, volume.ErrBusy)
+	}
+	return err
+}
+
+// readOnlyDevice makes the second device.
+func (n *Node) readOnlyDevice(ctx context.Context, v *vol) (string, error) {
+	e := v.eng
+	if e.options.ReadOnly {
+		return e.path, nil
+	}
+	if e.readOnlyPath == "" {
+		path, err := n.cfg.Frontend.Attach(ctx, readOnlyName(v.id), e.dev, frontend.Options{BlockSize: e.options.BlockSize, ReadOnly: true})
+		if err != nil {
+			return "", fmt.Errorf("attach read-only device of volume %s: %w", v.id, busy(err))
+		}
+		e.readOnlyPath = path
+	}
+	return e.readOnlyPath, nil
+}
+
+func (n *Node) dropReadOnlyDevice(ctx context.Context, v *vol) error {
+	if v.eng == nil || v.eng.readOnlyPath == "" {
+		return nil
+	}
+	if err := n.cfg.Frontend.Detach(ctx, readOnlyName(v.id)); err != nil {
+		return fmt.Errorf("detach read-only device of volume %s; end the processes that have it open and try again: %w", v.id, busy(err))
+	}
+	v.eng.readOnlyPath = ""
+	return nil
+}
+
+// detach unmounts the volume's filesystem and ends its device once all that was written has reached the replica. It
+// returns volume.ErrBusy, and the device stays, while a process uses it.
+func (n *Node) detach(ctx context.Context, v *vol) error {
+	if v.eng == nil {
+		return nil
+	}
+	if err := n.unmountAnchor(v); err != nil {
+		return err
+	}
+	if err := n.dropReadOnlyDevice(ctx, v); err != nil {
+		return err
+	}
+	if err := n.cfg.Frontend.Detach(ctx, string(v.id)); err != nil {
+		return fmt.Errorf("detach device of volume %s; end the processes that have it open or mounted and try again: %w", v.id, busy(err))
+	}
+	return n.closeEngine(v)
+}
+
+// abort makes all I/O of the volume's devices fail for good. When it returns nil nothing more reaches the replica.
+func (n *Node) abort(ctx context.Context, v *vol) error {
+	if v.eng == nil {
+		return nil
+	}
+	err := errors.Join(n.cfg.Frontend.Abort(ctx, string(v.id)), n.cfg.Frontend.Abort(ctx, readOnlyName(v.id)))
+	if err != nil {
+		return fmt.Errorf("abort device of volume %s: %w", v.id, err)
+	}
+	if err := mount.Drop(n.anchor(v.id)); err != nil {
+		n.log.Warn("anchor of a dead filesystem stays", "volume", v.id, "err", err)
+	}
+	return n.closeEngine(v)
+}
+
+func (n *Node) closeEngine(v *vol) error {
+	e := v.eng
+	v.eng = nil
+	v.set(func(s *state) { *s = state{notRestored: s.notRestored, dead: s.dead} })
+	if err := e.closeReplica(); err != nil {
+		// The device is gone and cannot come back into this call; what was lost is the pool's to report.
+		n.log.Error("replica closed with an error", "volume", v.id, "replica", e.at.ID, "err", err)
+	}
+	return nil
+}
+
+// filesystemID is the UUID of a volume's own filesystem. It follows from the volume's id, so that a clone's can be
+// told from its source's without a record.
+func filesystemID(id volume.ID) uuid.UUID {
+	return uuid.NewSHA1(uuid.NameSpaceURL, []byte("ballast:"+string(id)))
+}
+
+// mountAnchor brings the volume's filesystem up at its anchor: formatted if it never was, checked, of its own identity,
+// and as large as the device.
+func (n *Node) mountAnchor(ctx context.Context, c Cluster, v *vol, cv volume.Volume, capability volume.Capability) error {
+	at := n.anchor(v.id)
+	e, mounted, err := mount.At(at)
+	if err != nil {
+		return err
+	}
+	if mounted && e.Source == v.eng.path {
+		return nil
+	}
+	if mounted {
+		if err := mount.Drop(at); err != nil {
+			return err
+		}
+	}
+	flags, err := mount.ParseFlags(capability.MountFlags)
+	if err != nil {
+		return err
+	}
+	m, device := n.cfg.Mounter, v.eng.path
+	readOnly := cv.Attachment.ReadOnly
+	found, err := m.Probe(device)
+	if err != nil {
+		return err
+	}
+	want := capability.FSType
+	if want == "" && cv.Filesystem.Phase != volume.Formatted {
+		want = cv.Parameters.FSType
+	}
+	plan, err := mount.Decide(cv.Filesystem, want, found, readOnly)
+	if err != nil {
+		return fmt.Errorf("volume %s: %w", v.id, err)
+	}
+	if plan.Format {
+		if err := n.format(ctx, c, v, plan.Type); err != nil {
+			return err
+		}
+	} else {
+		if cv.Filesystem.Phase != volume.Formatted {
+			// Its user made it through the raw device.
+			if err := c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatted, Type: plan.Type}); err != nil {
+				return err
+			}
+		}
+		if err := m.Check(device, plan.Type); err != nil {
+			return fmt.Errorf("volume %s: %w", v.id, err)
+		}
+		if cv.Source != nil {
+			if err := m.Identify(device, found, filesystemID(v.id), at); err != nil {
+				return fmt.Errorf("volume %s: %w", v.id, err)
+			}
+		}
+	}
+	fs := mount.Filesystem{Device: device, Type: plan.Type, Flags: flags, ReadOnly: readOnly}
+	if err := m.Mount(at, fs); err != nil {
+		return fmt.Errorf("volume %s: %w", v.id, err)
+	}
+	if found.CanGrow() && !readOnly {
+		if err := n.growBeforeUse(at, fs); err != nil {
+			return errors.Join(fmt.Errorf("volume %s: %w", v.id, err), mount.Unmount(at))
+		}
+	}
+	v.set(func(s *state) { s.anchor, s.readOnly, s.notGrown = at, readOnly, "" })
+	return nil
+}
+
+// format makes the volume's first filesystem. The intent is durable before mkfs, the success before anybody may write:
+// from then on nothing formats the volume again.
+func (n *Node) format(ctx context.Context, c Cluster, v *vol, fsType string) error {
+	// mkfs is not cut off when the caller gives up, nor is the record of its success.
+	ctx = context.WithoutCancel(ctx)
+	if err := c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatting, Type: fsType}); err != nil {
+		return err
+	}
+	n.log.Info("formatting", "volume", v.id, "device", v.eng.path, "filesystem", fsType)
+	if err := n.cfg.Mounter.Format(v.eng.path, fsType, filesystemID(v.id)); err != nil {
+		return fmt.Errorf("volume %s: %w", v.id, err)
+	}
+	return c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatted, Type: fsType})
+}
+
+// growBeforeUse grows a filesystem that only the anchor mounts yet.
+func (n *Node) growBeforeUse(at string, fs mount.Filesystem) error {
+	m := n.cfg.Mounter
+	err := m.Grow(fs.Device, fs.Type, at)
+	if !errors.Is(err, mount.ErrMounted) {
+		return err
+	}
+	if err := mount.Unmount(at); err != nil {
+		return err
+	}
+	if err := m.GrowUnmounted(fs.Device); err != nil {
+		return err
+	}
+	return m.Mount(at, fs)
+}
+
+func (n *Node) unmountAnchor(v *vol) error {
+	at := n.anchor(v.id)
+	if err := mount.Unmount(at); err != nil {
+		return fmt.Errorf("volume %s: %w", v.id, err)
+	}
+	v.set(func(s *state) { s.anchor = "" })
+	return mount.Remove(at)
+}

@@ -1,0 +1,501 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	kmount "k8s.io/mount-utils"
+
+	"github.com/ballast-csi/ballast/pkg/block"
+	"github.com/ballast-csi/ballast/pkg/block/blocktest"
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/frontend/fuseloop"
+	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+const (
+	nodeID = volume.NodeID("node-1")
+	poolID = volume.PoolID("pool-1")
+	mib    = int64(1) << 20
+)
+
+// fakeCluster keeps volumes in memory, with the state machine's rule for filesystems.
+type fakeCluster struct {
+	mu       sync.Mutex
+	volumes  map[volume.ID]volume.Volume
+	phases   []volume.Filesystem
+	down     error
+	reports  int
+	register int
+}
+
+func (c *fakeCluster) Volume(_ context.Context, id volume.ID) (volume.Volume, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.down != nil {
+		return volume.Volume{}, c.down
+	}
+	v, ok := c.volumes[id]
+	if !ok {
+		return volume.Volume{}, fmt.Errorf("volume %s: %w", id, volume.ErrNotFound)
+	}
+	return v, nil
+}
+
+func (c *fakeCluster) SetFilesystem(_ context.Context, id volume.ID, fs volume.Filesystem) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.down != nil {
+		return c.down
+	}
+	v := c.volumes[id]
+	if v.Filesystem.Phase == volume.Formatted && v.Filesystem != fs {
+		return volume.ErrInUse
+	}
+	v.Filesystem = fs
+	c.volumes[id] = v
+	c.phases = append(c.phases, fs)
+	return nil
+}
+
+func (c *fakeCluster) RegisterNode(context.Context, volume.Node) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.register++
+	return c.down
+}
+
+func (c *fakeCluster) ReportUsage(context.Context, volume.NodeID, control.Usage) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reports++
+	return c.down
+}
+
+func (c *fakeCluster) change(id volume.ID, fn func(*volume.Volume)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	v := c.volumes[id]
+	fn(&v)
+	c.volumes[id] = v
+}
+
+// filePool keeps each replica and snapshot in a sparse file.
+type filePool struct {
+	dir string
+
+	mu     sync.Mutex
+	open   map[volume.ReplicaID]*fileReplica
+	faulty map[volume.ReplicaID]*blocktest.Faulty
+	// conditions are what Conditions answers.
+	conditions []volume.Condition
+}
+
+type fileReplica struct {
+	*blocktest.Faulty
+	file *os.File
+	done func()
+}
+
+func (r *fileReplica) Close() error {
+	r.done()
+	return r.file.Close()
+}
+
+type fileDevice struct{ f *os.File }
+
+func (d fileDevice) Size() int64 {
+	info, err := d.f.Stat()
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+func (d fileDevice) ReadAt(_ context.Context, p []byte, off int64) error {
+	_, err := d.f.ReadAt(p, off)
+	return err
+}
+
+func (d fileDevice) WriteAt(_ context.Context, p []byte, off int64) error {
+	_, err := d.f.WriteAt(p, off)
+	return err
+}
+
+func (d fileDevice) Zero(_ context.Context, off, n int64) error {
+	return unix.Fallocate(int(d.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
+
+func (d fileDevice) Flush(context.Context) error { return nil }
+
+var _ block.Device = fileDevice{}
+
+func newFilePool(dir string) *filePool {
+	return &filePool{dir: dir, open: map[volume.ReplicaID]*fileReplica{}, faulty: map[volume.ReplicaID]*blocktest.Faulty{}}
+}
+
+func (p *filePool) path(id string) string { return filepath.Join(p.dir, id) }
+
+func (p *filePool) Info() volume.Pool {
+	return volume.Pool{ID: poolID, Name: "default", Kind: volume.PoolDir, Path: p.dir, Capacity: 100 << 30, OverProvision: 1}
+}
+
+func (p *filePool) CreateReplica(_ context.Context, r control.ReplicaSpec) error {
+	name := p.path(string(r.ID))
+	if _, err := os.Stat(name); err == nil {
+		return nil
+	}
+	if r.Parent != "" {
+		if err := copyFile(p.path(string(r.Parent)), name); err != nil {
+			return err
+		}
+	} else if err := os.WriteFile(name, nil, 0o600); err != nil {
+		return err
+	}
+	return os.Truncate(name, r.Size)
+}
+
+func copyFile(from, to string) error {
+	if out, err := exec.Command("cp", "--sparse=always", from, to).CombinedOutput(); err != nil {
+		return fmt.Errorf("cp: %w: %s", err, out)
+	}
+	return nil
+}
+
+func (p *filePool) DeleteReplica(_ context.Context, id volume.ReplicaID) error {
+	return os.RemoveAll(p.path(string(id)))
+}
+
+func (p *filePool) HasReplica(id volume.ReplicaID) bool {
+	_, err := os.Stat(p.path(string(id)))
+	return err == nil
+}
+
+func (p *filePool) OpenReplica(_ context.Context, id volume.ReplicaID) (Replica, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.open[id] != nil {
+		return nil, fmt.Errorf("replica %s is open: %w", id, volume.ErrInUse)
+	}
+	f, err := os.OpenFile(p.path(string(id)), os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	r := &fileReplica{Faulty: blocktest.NewFaulty(fileDevice{f}), file: f, done: func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.open, id)
+	}}
+	p.open[id] = r
+	if p.faulty[id] != nil {
+		r.Faulty = p.faulty[id]
+		return &fileReplica{Faulty: blocktest.NewFaulty(r.Faulty), file: f, done: r.done}, nil
+	}
+	return r, nil
+}
+
+func (p *filePool) Resize(_ context.Context, id volume.ReplicaID, size int64) error {
+	return os.Truncate(p.path(string(id)), size)
+}
+
+func (p *filePool) Cut(_ context.Context, id volume.ReplicaID, s volume.SnapshotID) error {
+	if _, err := os.Stat(p.path(string(s))); err == nil {
+		return nil
+	}
+	return copyFile(p.path(string(id)), p.path(string(s)))
+}
+
+func (p *filePool) DeleteSnapshot(_ context.Context, id volume.SnapshotID) error {
+	return os.RemoveAll(p.path(string(id)))
+}
+
+func (p *filePool) Extents(context.Context, volume.SnapshotID, volume.SnapshotID, int64, func(int64, int64) error) error {
+	return nil
+}
+
+func (p *filePool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64) {
+	return map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}
+}
+
+func (p *filePool) Conditions(volume.ReplicaID) []volume.Condition { return p.conditions }
+
+func (p *filePool) Close() error { return nil }
+
+// host is a machine: what survives a restart of the node's process.
+type host struct {
+	t       *testing.T
+	dir     string
+	cluster *fakeCluster
+	pool    *filePool
+	fe      *fuseloop.Frontend
+	mounter *recordingMounter
+	node    *Node
+}
+
+// recordingMounter keeps the arguments of mounts.
+type recordingMounter struct {
+	kmount.Interface
+	mu   sync.Mutex
+	args []string
+	// drop removes options that this kernel does not know, as context without SELinux.
+	drop string
+}
+
+func (m *recordingMounter) MountSensitive(source, target, fsType string, options, sensitive []string) error {
+	m.mu.Lock()
+	args, _ := kmount.MakeMountArgsSensitive(source, target, fsType, options, sensitive)
+	m.args = append(m.args, strings.Join(args, " "))
+	kept := []string{}
+	for _, o := range sensitive {
+		if m.drop == "" || !strings.HasPrefix(o, m.drop) {
+			kept = append(kept, o)
+		}
+	}
+	m.mu.Unlock()
+	return m.Interface.MountSensitive(source, target, fsType, options, kept)
+}
+
+func newHost(t *testing.T) *host {
+	t.Helper()
+	h := &host{t: t, dir: t.TempDir(), cluster: &fakeCluster{volumes: map[volume.ID]volume.Volume{}}}
+	for _, d := range []string{"pool", "node", "run", "w"} {
+		if err := os.MkdirAll(filepath.Join(h.dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.start()
+	t.Cleanup(h.checkLeaks)
+	return h
+}
+
+func (h *host) start() {
+	h.t.Helper()
+	h.boot()
+	h.node.Start(h.cluster)
+	<-h.node.recovered
+}
+
+// boot opens the node without starting it.
+func (h *host) boot() {
+	h.t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	if os.Getenv("BALLAST_TEST_LOG") != "" {
+		log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	}
+	fe, err := fuseloop.New(h.t.Context(), fuseloop.Options{RunDir: filepath.Join(h.dir, "run"), Logger: log})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.fe, h.pool = fe, newFilePool(filepath.Join(h.dir, "pool"))
+	h.mounter = &recordingMounter{Interface: kmount.NewWithoutSystemd("")}
+	h.node, err = Open(Config{
+		ID: nodeID, DataDir: filepath.Join(h.dir, "node"), RunDir: filepath.Join(h.dir, "run"), Pools: []Pool{h.pool},
+		Frontend: fe, Mounter: mount.New(h.mounter, log), Logger: log,
+	})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// crash ends the devices at once, as the death of the process does.
+func (h *host) crash() {
+	h.t.Helper()
+	if err := h.fe.Close(); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := h.node.Close(); err != nil {
+		h.t.Log(err)
+	}
+}
+
+func (h *host) restart() {
+	h.t.Helper()
+	h.crash()
+	h.start()
+}
+
+// w is a path for workloads.
+func (h *host) w(parts ...string) string {
+	return filepath.Join(append([]string{h.dir, "w"}, parts...)...)
+}
+
+func (h *host) create(id volume.ID, size int64) {
+	h.t.Helper()
+	h.createFrom(id, size, "")
+}
+
+func (h *host) createFrom(id volume.ID, size int64, from volume.SnapshotID) {
+	h.t.Helper()
+	r := volume.Replica{ID: volume.ReplicaID("rep-" + id), Node: nodeID, Pool: poolID}
+	v := volume.Volume{
+		ID: id, State: volume.Ready, Size: size, Parameters: volume.Parameters{BlockSize: 4096}, Replicas: []volume.Replica{r},
+		Attachment: &volume.Attachment{Node: nodeID},
+	}
+	if from != "" {
+		v.Source = &volume.Source{Snapshot: from}
+		v.Filesystem = volume.Filesystem{Phase: volume.Formatted, Type: fsOf(h.pool.path(string(from)))}
+	}
+	spec := control.ReplicaSpec{ID: r.ID, Volume: id, Pool: poolID, Size: size, Parent: from}
+	if err := h.node.CreateReplica(h.t.Context(), nodeID, spec); err != nil {
+		h.t.Fatal(err)
+	}
+	h.cluster.mu.Lock()
+	defer h.cluster.mu.Unlock()
+	h.cluster.volumes[id] = v
+}
+
+func fsOf(image string) string {
+	out, err := exec.Command("blkid", "-p", "-s", "TYPE", "-o", "value", image).Output()
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func (h *host) replica(id volume.ID) volume.Replica {
+	return volume.Replica{ID: volume.ReplicaID("rep-" + id), Node: nodeID, Pool: poolID}
+}
+
+func fsCap(fsType string, flags ...string) volume.Capability {
+	return volume.Capability{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, FSType: fsType, MountFlags: flags}
+}
+
+func blockCap(m volume.Mode) volume.Capability {
+	return volume.Capability{Access: volume.AccessBlock, Mode: m}
+}
+
+func (c capMod) with(m volume.Mode) volume.Capability {
+	v := volume.Capability(c)
+	v.Mode = m
+	return v
+}
+
+type capMod volume.Capability
+
+func (h *host) stage(id volume.ID, path string, c volume.Capability) {
+	h.t.Helper()
+	if err := h.node.Stage(h.t.Context(), Stage{Volume: id, Path: path, Capability: c}); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *host) publish(id volume.ID, staging, path string, c volume.Capability) {
+	h.t.Helper()
+	if err := h.node.Publish(h.t.Context(), Publish{Volume: id, Staging: staging, Path: path, Capability: c}); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *host) unpublish(id volume.ID, path string) {
+	h.t.Helper()
+	for range 2 {
+		if err := h.node.Unpublish(h.t.Context(), id, path); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		h.t.Fatalf("target %s is still there: %v", path, err)
+	}
+}
+
+func (h *host) unstage(id volume.ID, path string) {
+	h.t.Helper()
+	for range 2 {
+		if err := h.node.Unstage(h.t.Context(), id, path); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+}
+
+// checkLeaks stops the node and looks for what should be gone: every test undoes what it did.
+func (h *host) checkLeaks() {
+	h.t.Helper()
+	for _, v := range h.node.all() {
+		if v.eng != nil || !v.rec.empty() {
+			h.t.Errorf("volume %s is still in use: %+v", v.id, v.rec)
+		}
+	}
+	stale, err := h.fe.Stale(context.Background())
+	if err == nil && len(stale) > 0 {
+		h.t.Errorf("devices left: %+v", stale)
+	}
+	if err := h.node.Close(); err != nil {
+		h.t.Errorf("close: %v", err)
+	}
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(table)) {
+		if strings.Contains(line, h.dir+"/") {
+			h.t.Errorf("mount left: %s", line)
+			_ = mount.Drop(strings.Fields(line)[4])
+		}
+	}
+	backing, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, name := range backing {
+		if b, err := os.ReadFile(name); err == nil && strings.Contains(string(b), h.dir) {
+			h.t.Errorf("loop device left: %s %s", name, b)
+		}
+	}
+	for _, d := range []string{"node", "run/mounts"} {
+		if left, err := os.ReadDir(filepath.Join(h.dir, d)); err != nil || len(left) > 0 {
+			h.t.Errorf("left in %s: %v %v", d, left, err)
+		}
+	}
+}
+
+func write(t *testing.T, name, content string) {
+	t.Helper()
+	f, err := os.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(content); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantContent(t *testing.T, name, content string) {
+	t.Helper()
+	got, err := os.ReadFile(name)
+	if err != nil || string(got) != content {
+		t.Fatalf("%s: %q, %v; want %q", name, got, err, content)
+	}
+}
+
+func wantErr(t *testing.T, what string, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("%s: %v, want %v", what, err, want)
+	}
+}
+
+func reasons(cs []volume.Condition) string {
+	m := map[string]bool{}
+	for _, c := range cs {
+		m[string(c.Severity)+"/"+c.Reason] = true
+	}
+	var out []string
+	for k := range maps.Keys(m) {
+		out = append(out, k)
+	}
+	return strings.Join(out, " ")
+}

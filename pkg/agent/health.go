@@ -1,0 +1,132 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Conditions implements control.Agents.
+func (n *Node) Conditions(_ context.Context, node volume.NodeID, r volume.Replica, id volume.ID) ([]volume.Condition, error) {
+	if err := n.here(node); err != nil {
+		return nil, err
+	}
+	return n.conditions(id, r), nil
+}
+
+// Health returns what is wrong with a volume as this node sees it, dead paths included. It returns volume.ErrNotFound for
+// a volume that does not exist, or that has nothing to do with this node.
+func (n *Node) Health(ctx context.Context, id volume.ID) ([]volume.Condition, error) {
+	c, err := n.connected()
+	if err != nil {
+		return nil, err
+	}
+	v, known := n.known(id)
+	cv, err := c.Volume(ctx, id)
+	if err != nil && !(known && errors.Is(err, volume.ErrNotFound)) {
+		return nil, err
+	}
+	i := slices.IndexFunc(cv.Replicas, func(r volume.Replica) bool { return r.Node == n.cfg.ID })
+	var out []volume.Condition
+	if i >= 0 {
+		out = n.conditions(id, cv.Replicas[i])
+	} else if !known && (cv.Attachment == nil || cv.Attachment.Node != n.cfg.ID) {
+		return nil, fmt.Errorf("volume %s is not on node %s: %w", id, n.cfg.ID, volume.ErrNotFound)
+	}
+	if known {
+		if dead := v.get().dead; dead > 0 {
+			out = append(out, volume.Condition{
+				Severity: volume.Inaccessible, Reason: "DeviceGone",
+				Message: fmt.Sprintf("the volume was taken away from %d paths of node %s, where all I/O fails; restart the workloads that use them", dead, n.cfg.ID),
+			})
+		}
+	}
+	return out, nil
+}
+
+func (n *Node) conditions(id volume.ID, r volume.Replica) []volume.Condition {
+	var out []volume.Condition
+	add := func(s volume.Severity, reason, message string) {
+		out = append(out, volume.Condition{Severity: s, Reason: reason, Message: message})
+	}
+	if p, ok := n.pools[r.Pool]; !ok {
+		add(volume.Inaccessible, "PoolMissing", fmt.Sprintf("pool %s is not open on node %s; bring its disk back and restart ballastd", r.Pool, n.cfg.ID))
+	} else if !p.HasReplica(r.ID) {
+		add(volume.Inaccessible, "ReplicaMissing", fmt.Sprintf("pool %s has no replica %s; was its directory replaced? Bring the old one back, or restore a snapshot", r.Pool, r.ID))
+	} else {
+		out = append(out, p.Conditions(r.ID)...)
+	}
+	v, known := n.known(id)
+	if !known {
+		return out
+	}
+	s := v.get()
+	if s.notRestored != "" {
+		add(volume.Inaccessible, "DeviceNotRestored", "the volume is not usable on node "+string(n.cfg.ID)+" since a restart, and is tried again: "+s.notRestored)
+	}
+	if s.notGrown != "" {
+		add(volume.Degraded, "FilesystemNotGrown", "the volume was expanded, its filesystem not yet; restart its workload, and it is grown before the next mount: "+s.notGrown)
+	}
+	if s.anchor == "" || s.device == "" {
+		return out
+	}
+	e, mounted, err := mount.At(s.anchor)
+	switch {
+	case err != nil || !mounted || e.Source != s.device:
+		// It is just being mounted or unmounted.
+	case e.Shutdown:
+		add(volume.Inaccessible, "FilesystemShutDown", "the kernel shut the filesystem down after an error; restart its workload, and it is recovered before the next mount")
+	case e.SuperReadOnly && !s.readOnly:
+		add(volume.Inaccessible, "FilesystemReadOnly", "the kernel made the filesystem read-only after an error; cut a snapshot, then restart its workload: it is checked before the next mount")
+	case ext4Errors(s.device) > 0:
+		add(volume.Degraded, "FilesystemErrors", "the kernel found errors in the filesystem; cut a snapshot, then restart its workload: it is checked before the next mount")
+	}
+	return out
+}
+
+// ext4Errors is the count of errors that ext4 keeps of the filesystem on a device.
+func ext4Errors(device string) int {
+	text, err := os.ReadFile(filepath.Join("/sys/fs/ext4", filepath.Base(device), "errors_count"))
+	if err != nil {
+		return 0
+	}
+	count, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return 0
+	}
+	return count
+}
+
+// nearlyFull is the part of a pool's capacity in use from which its health is degraded.
+const nearlyFull = 0.95
+
+// StorageHealth returns what is wrong with the node's pools.
+func (n *Node) StorageHealth() []volume.Condition {
+	var out []volume.Condition
+	for _, p := range n.cfg.Pools {
+		i := p.Info()
+		switch used := float64(i.Used) / float64(max(1, i.Capacity)); {
+		case used >= 1:
+			out = append(out, volume.Condition{
+				Severity: volume.Degraded, Reason: "PoolFull",
+				Message: fmt.Sprintf("pool %s is full: writes to new space wait; delete volumes or snapshots, or add capacity", i.Name),
+			})
+		case used >= nearlyFull:
+			out = append(out, volume.Condition{
+				Severity: volume.Degraded, Reason: "PoolNearlyFull",
+				Message: fmt.Sprintf("pool %s is %.0f %% full; delete volumes or snapshots, or add capacity", i.Name, used*100),
+			})
+		}
+	}
+	// A reason may come once.
+	slices.SortFunc(out, func(a, b volume.Condition) int { return strings.Compare(a.Reason+a.Message, b.Reason+b.Message) })
+	return slices.CompactFunc(out, func(a, b volume.Condition) bool { return a.Reason == b.Reason })
+}

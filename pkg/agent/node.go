@@ -1,0 +1,346 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/frontend"
+	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Config of a node. The node owns, and closes, Pools, Frontend and Mounter; also when Open fails.
+type Config struct {
+	ID volume.NodeID
+	// DataDir keeps the records. RunDir, which a reboot clears, holds the anchors.
+	DataDir, RunDir string
+	Pools           []Pool
+	Frontend        frontend.Frontend
+	Mounter         *mount.Mounter
+	Logger          *slog.Logger
+	// ReportEvery is how often usage is reported when it changed; 0 is DefaultReportEvery.
+	ReportEvery time.Duration
+}
+
+// DefaultReportEvery is how often a node reports its usage, where it changed.
+const DefaultReportEvery = 5 * time.Second
+
+// Node is this host's side of Ballast. Its methods may be called at once; those of one volume run one after another.
+type Node struct {
+	cfg     Config
+	log     *slog.Logger
+	records records
+	pools   map[volume.PoolID]Pool
+
+	cluster atomic.Pointer[Cluster]
+	// recovered is closed once the restoring of every recorded volume has been attempted.
+	recovered chan struct{}
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu     sync.Mutex
+	vols   map[volume.ID]*vol
+	closed bool
+}
+
+// vol is a volume that is, was, or is about to be in use on this node.
+type vol struct {
+	id volume.ID
+	// lock holds one token; who took it may use rec and eng.
+	lock chan struct{}
+	rec  record
+	eng  *engine
+
+	// refs counts who holds or waits for lock; guarded by Node.mu.
+	refs int
+
+	// mu guards state, which is read without waiting for a long operation.
+	mu    sync.Mutex
+	state state
+}
+
+// state is what Conditions tells of a volume.
+type state struct {
+	replica volume.ReplicaID
+	// device is "" when there is none.
+	device string
+	// anchor is "" when no filesystem is mounted.
+	anchor   string
+	readOnly bool
+	// notGrown and notRestored say why; "" is fine.
+	notGrown, notRestored string
+	// dead is the number of paths whose device was taken away.
+	dead int
+}
+
+func (v *vol) set(fn func(*state)) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	fn(&v.state)
+}
+
+func (v *vol) get() state {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.state
+}
+
+// Open reads the records and clears away what an earlier process left in the run directory. Start begins the work.
+func Open(cfg Config) (n *Node, err error) {
+	if cfg.ReportEvery == 0 {
+		cfg.ReportEvery = DefaultReportEvery
+	}
+	n = &Node{
+		cfg: cfg, log: cfg.Logger,
+		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, recovered: make(chan struct{}),
+	}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	for _, p := range cfg.Pools {
+		id := p.Info().ID
+		if _, ok := n.pools[id]; ok {
+			return nil, fmt.Errorf("two pools have the id %s: %w", id, volume.ErrInvalid)
+		}
+		n.pools[id] = p
+	}
+	store, recs, err := openRecords(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	n.records = store
+	for _, r := range recs {
+		v := newVol(r.Volume)
+		v.rec = r
+		n.vols[r.Volume] = v
+		if r.live() {
+			v.set(func(s *state) { s.notRestored = "it is being brought back after a restart" })
+		}
+		n.thawLeft(v)
+	}
+	if err := n.clearAnchors(); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+func newVol(id volume.ID) *vol {
+	v := &vol{id: id, lock: make(chan struct{}, 1), rec: record{Volume: id}}
+	v.lock <- struct{}{}
+	return v
+}
+
+// Start connects the node to its cluster, and in the background registers it, brings back what was staged and published
+// before, and reports usage.
+func (n *Node) Start(c Cluster) {
+	n.cluster.Store(&c)
+	n.wg.Go(func() { n.report(c) })
+	n.wg.Go(func() { n.restoreAll(c) })
+}
+
+// Ready returns nil once Start was called and the restoring of what was in use before has been attempted; what could not
+// be restored is tried again and shown by Conditions.
+func (n *Node) Ready() error {
+	select {
+	case <-n.recovered:
+		return nil
+	default:
+		return fmt.Errorf("node %s is bringing back its volumes: %w", n.cfg.ID, volume.ErrUnavailable)
+	}
+}
+
+// ID is the node's name.
+func (n *Node) ID() volume.NodeID { return n.cfg.ID }
+
+func (n *Node) connected() (Cluster, error) {
+	c := n.cluster.Load()
+	if c == nil {
+		return nil, fmt.Errorf("node %s is starting: %w", n.cfg.ID, volume.ErrUnavailable)
+	}
+	return *c, nil
+}
+
+// acquire returns the volume, locked. With create it is also returned where nothing is known of it; otherwise nil is.
+func (n *Node) acquire(ctx context.Context, id volume.ID, create bool) (*vol, error) {
+	n.mu.Lock()
+	if n.closed {
+		n.mu.Unlock()
+		return nil, n.stopping()
+	}
+	v, ok := n.vols[id]
+	if !ok {
+		if !create {
+			n.mu.Unlock()
+			return nil, nil
+		}
+		v = newVol(id)
+		n.vols[id] = v
+	}
+	v.refs++
+	n.mu.Unlock()
+	select {
+	case <-v.lock:
+		if n.isClosed() {
+			v.lock <- struct{}{}
+			n.unref(v)
+			return nil, n.stopping()
+		}
+		return v, nil
+	case <-ctx.Done():
+		n.unref(v)
+		return nil, fmt.Errorf("another operation on volume %s is under way: %w: %w", id, ctx.Err(), volume.ErrBusy)
+	}
+}
+
+func (n *Node) isClosed() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.closed
+}
+
+func (n *Node) stopping() error {
+	return fmt.Errorf("node %s is stopping: %w", n.cfg.ID, volume.ErrUnavailable)
+}
+
+func (n *Node) release(v *vol) {
+	dead := 0
+	for _, s := range v.rec.Stages {
+		if s.Dead {
+			dead++
+		}
+	}
+	for _, t := range v.rec.Targets {
+		if t.Dead {
+			dead++
+		}
+	}
+	v.set(func(s *state) {
+		s.dead = dead
+		if !v.rec.live() {
+			s.notRestored = ""
+		}
+	})
+	v.lock <- struct{}{}
+	n.unref(v)
+}
+
+func (n *Node) unref(v *vol) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	v.refs--
+	// With no references nobody holds the lock.
+	if v.refs == 0 && v.rec.empty() && v.eng == nil {
+		delete(n.vols, v.id)
+	}
+}
+
+// all returns the volumes known here.
+func (n *Node) all() []*vol {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	out := make([]*vol, 0, len(n.vols))
+	for _, v := range n.vols {
+		out = append(out, v)
+	}
+	return out
+}
+
+// known returns a volume without locking it.
+func (n *Node) known(id volume.ID) (*vol, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	v, ok := n.vols[id]
+	return v, ok
+}
+
+// save makes changed the volume's record once it is durable.
+func (n *Node) save(v *vol, changed record) error {
+	if err := n.records.save(&changed); err != nil {
+		return err
+	}
+	v.rec = changed
+	return nil
+}
+
+func (n *Node) anchors() string { return filepath.Join(n.cfg.RunDir, "mounts") }
+
+func (n *Node) anchor(id volume.ID) string { return filepath.Join(n.anchors(), string(id)) }
+
+func (n *Node) clearAnchors() error {
+	if err := os.MkdirAll(n.anchors(), 0o700); err != nil {
+		return fmt.Errorf("open run directory: %w", err)
+	}
+	entries, err := os.ReadDir(n.anchors())
+	if err != nil {
+		return fmt.Errorf("open run directory: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(n.anchors(), e.Name())
+		if err := errors.Join(mount.Drop(path), mount.Remove(path)); err != nil {
+			return fmt.Errorf("clear run directory: %w", err)
+		}
+	}
+	return nil
+}
+
+// syncLimit bounds how long a clean stop waits for filesystems to be written out.
+const syncLimit = 10 * time.Second
+
+// Close stops the node cleanly: calls under way end, filesystems are written out, as far as they can be within seconds,
+// devices die, replicas and pools are closed. What is mounted stays mounted, dead.
+func (n *Node) Close() error {
+	n.mu.Lock()
+	if n.closed {
+		n.mu.Unlock()
+		return nil
+	}
+	n.closed = true
+	n.mu.Unlock()
+	n.cancel()
+
+	var syncs sync.WaitGroup
+	for _, v := range n.all() {
+		if at := v.get().anchor; at != "" {
+			syncs.Go(func() {
+				if err := mount.Sync(at); err != nil {
+					n.log.Warn("filesystem not written out", "volume", v.id, "err", err)
+				}
+			})
+		}
+	}
+	synced := make(chan struct{})
+	n.wg.Go(func() { syncs.Wait(); close(synced) })
+	select {
+	case <-synced:
+	case <-time.After(syncLimit):
+		n.log.Warn("filesystems not written out in time; what was not synced by its workload may be lost")
+	}
+	// Whatever still waits for a device fails now.
+	err := n.cfg.Frontend.Close()
+	n.wg.Wait()
+	for _, v := range n.all() {
+		<-v.lock
+		if v.eng != nil {
+			err = errors.Join(err, v.eng.closeReplica())
+			v.eng = nil
+		}
+		v.lock <- struct{}{}
+	}
+	n.cfg.Mounter.Close()
+	for _, p := range n.cfg.Pools {
+		err = errors.Join(err, p.Close())
+	}
+	return err
+}

@@ -1,0 +1,47 @@
+package agent
+
+import (
+	"context"
+
+	"github.com/ballast-csi/ballast/pkg/block"
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Cluster is what a node needs of the controllers. Every method returns volume.ErrUnavailable while they do not answer.
+type Cluster interface {
+	// Volume returns volume.ErrNotFound for a volume that does not exist.
+	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
+	// SetFilesystem commits what is known of a volume's filesystem: it is durable when it returns nil.
+	SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error
+	RegisterNode(ctx context.Context, n volume.Node) error
+	ReportUsage(ctx context.Context, node volume.NodeID, u control.Usage) error
+}
+
+// Pool is what a node needs of a pool. The methods that control.Agents has too promise what is written there.
+type Pool interface {
+	// Info returns the pool; Node is not set.
+	Info() volume.Pool
+	CreateReplica(ctx context.Context, r control.ReplicaSpec) error
+	DeleteReplica(ctx context.Context, id volume.ReplicaID) error
+	HasReplica(id volume.ReplicaID) bool
+	// OpenReplica opens a replica, which is open once at most.
+	OpenReplica(ctx context.Context, id volume.ReplicaID) (Replica, error)
+	// Resize grows a replica, open or not; an open one has the new size when it returns.
+	Resize(ctx context.Context, id volume.ReplicaID, size int64) error
+	// Cut seals the present state of a replica, open or not.
+	Cut(ctx context.Context, id volume.ReplicaID, s volume.SnapshotID) error
+	DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error
+	Extents(ctx context.Context, s, base volume.SnapshotID, offset int64, fn func(offset, length int64) error) error
+	// Usage returns the physical bytes of the replicas' and the snapshots' own layers.
+	Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64)
+	// Conditions are what is wrong with a replica, the pool's troubles that concern it included.
+	Conditions(id volume.ReplicaID) []volume.Condition
+	Close() error
+}
+
+// Replica is an open replica. Close waits for requests in flight; nothing is served after it.
+type Replica interface {
+	block.Device
+	Close() error
+}

@@ -1,0 +1,73 @@
+package agent
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// heartbeat is how often a node reports though nothing changed, so that it is seen to be alive.
+const heartbeat = time.Minute
+
+func (n *Node) poolInfos() []volume.Pool {
+	out := make([]volume.Pool, 0, len(n.cfg.Pools))
+	for _, p := range n.cfg.Pools {
+		i := p.Info()
+		i.Node = n.cfg.ID
+		out = append(out, i)
+	}
+	return out
+}
+
+func (n *Node) usage() control.Usage {
+	u := control.Usage{
+		Pools: n.poolInfos(), Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{},
+	}
+	for _, p := range n.cfg.Pools {
+		replicas, snapshots := p.Usage()
+		maps.Copy(u.Replicas, replicas)
+		maps.Copy(u.Snapshots, snapshots)
+	}
+	return u
+}
+
+func equalUsage(a, b control.Usage) bool {
+	return slices.Equal(a.Pools, b.Pools) && maps.Equal(a.Replicas, b.Replicas) && maps.Equal(a.Snapshots, b.Snapshots)
+}
+
+// report registers the node, and then reports what it uses, until the node is closed.
+func (n *Node) report(c Cluster) {
+	tick := time.NewTicker(n.cfg.ReportEvery)
+	defer tick.Stop()
+	registered := false
+	var last control.Usage
+	var at time.Time
+	for {
+		if !registered {
+			now := time.Now()
+			err := c.RegisterNode(n.ctx, volume.Node{ID: n.cfg.ID, LastSeen: volume.Timestamp(now.UnixNano()), Pools: n.poolInfos()})
+			if err != nil && n.ctx.Err() == nil {
+				n.log.Warn("node is not registered yet", "err", err)
+			}
+			registered = err == nil
+		}
+		if registered {
+			u := n.usage()
+			if !equalUsage(u, last) || time.Since(at) >= heartbeat {
+				if err := c.ReportUsage(n.ctx, n.cfg.ID, u); err == nil {
+					last, at = u, time.Now()
+				} else if n.ctx.Err() == nil {
+					n.log.Warn("usage is not reported", "err", err)
+				}
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-n.ctx.Done():
+			return
+		}
+	}
+}
