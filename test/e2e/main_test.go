@@ -140,13 +140,6 @@ func (b *bed) must(t *testing.T, err error) {
 	}
 }
 
-// restart kills the daemon and starts it again.
-func (b *bed) restart(t *testing.T) {
-	t.Helper()
-	b.must(t, b.Kill())
-	b.must(t, b.Start(b.ctx))
-}
-
 // used is what the pools say they hold, in bytes.
 func (b *bed) used() (int64, error) {
 	ctx, cancel := context.WithTimeout(b.ctx, 10*time.Second)

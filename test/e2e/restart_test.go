@@ -139,7 +139,7 @@ func TestRestartRevivesPaths(t *testing.T) {
 // TestManyIdleVolumes stages 50 volumes, stops and kills the daemon over them, and takes them down.
 func TestManyIdleVolumes(t *testing.T) {
 	const n = 50
-	b := newBed(t, 2*time.Minute, "--over-provision=1000")
+	b := newBed(t, 2*time.Minute, "--over-provision=100")
 	claims := make([]*harness.Claim, n)
 	for i := range claims {
 		claims[i] = &harness.Claim{Name: fmt.Sprintf("idle-%d", i), Size: extSize, FSType: []string{"ext4", ""}[i%2]}

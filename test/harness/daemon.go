@@ -304,7 +304,13 @@ func (d *Daemon) LogTail(n int) string {
 		b = b[:k]
 	}
 	lines := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+	lines = lines[max(0, len(lines)-n):]
+	for i, l := range lines {
+		if len(l) > 400 {
+			lines[i] = l[:400] + "…"
+		}
+	}
+	return strings.Join(lines, "\n")
 }
 
 // Ctl runs ballastctl against this daemon and returns its standard output.
