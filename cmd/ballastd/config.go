@@ -173,7 +173,7 @@ func (s *settings) read(f *pflag.FlagSet, given func(string) bool, set func(name
 			case bool:
 				text = strconv.FormatBool(v)
 			default:
-				return fmt.Errorf("%s: %v is not a plain value", from, v)
+				return fmt.Errorf("%s: %v is no plain value", from, v)
 			}
 			if err := set(name, text, from); err != nil {
 				return err
