@@ -1,0 +1,173 @@
+package fuseloop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ballast-csi/ballast/pkg/frontend"
+)
+
+// busyFor is how long Detach waits for a device to be let go of: probes of new devices, and filesystems just unmounted,
+// hold it for a moment.
+const busyFor = time.Second
+
+// Detach implements frontend.Frontend.
+func (f *Frontend) Detach(ctx context.Context, name string) error {
+	d, err := f.acquire(ctx, name, false)
+	if err != nil || d == nil {
+		return err
+	}
+	// A write that waits in the device makes the sync wait. The caller may leave then; the sync ends with the device's
+	// request or with Abort.
+	synced := make(chan error, 1)
+	f.tasks.Add(1)
+	go func() {
+		defer f.tasks.Done()
+		synced <- d.loop.sync()
+	}()
+	select {
+	case err = <-synced:
+	case <-ctx.Done():
+		f.tasks.Add(1)
+		go func() {
+			defer f.tasks.Done()
+			<-synced
+			f.release(d)
+		}()
+		return fmt.Errorf("detach device %s: %w", name, ctx.Err())
+	}
+	defer f.release(d)
+	if err != nil {
+		return fmt.Errorf("detach device %s: %w", name, err)
+	}
+	if err := f.unbind(ctx, d); err != nil {
+		return fmt.Errorf("detach device %s: %w", name, err)
+	}
+	err = f.tearDown(d)
+	f.remove(d)
+	if err != nil {
+		return fmt.Errorf("detach device %s: %w", name, err)
+	}
+	f.log.Info("detached", "device", name)
+	return nil
+}
+
+// unbind unbinds the loop device if nobody else uses it.
+func (f *Frontend) unbind(ctx context.Context, d *device) error {
+	deadline := time.Now().Add(busyFor)
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		alone, err := d.loop.unbind()
+		if err != nil || alone {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s is open or mounted: %w", d.loop.path, frontend.ErrBusy)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+		if err := d.loop.sync(); err != nil { // who had it open may have written
+			return err
+		}
+	}
+}
+
+// Abort implements frontend.Frontend. It does not wait for another operation before I/O fails: that operation may wait
+// for the very I/O.
+func (f *Frontend) Abort(ctx context.Context, name string) error {
+	f.mu.Lock()
+	d := f.devices[name]
+	if d != nil {
+		f.abortLocked(d)
+	}
+	f.mu.Unlock()
+	if d == nil {
+		return nil
+	}
+	d, err := f.acquire(ctx, name, false)
+	if err != nil || d == nil {
+		return err
+	}
+	defer f.release(d)
+	f.mu.Lock()
+	f.abortLocked(d) // it may have been attached only now
+	f.mu.Unlock()
+	if d.server != nil {
+		if err := d.server.quiesce(ctx); err != nil {
+			return fmt.Errorf("abort device %s: %w", name, err)
+		}
+	}
+	err = f.tearDown(d)
+	f.remove(d)
+	if err != nil {
+		return fmt.Errorf("abort device %s: %w", name, err)
+	}
+	f.log.Warn("aborted", "device", name)
+	return nil
+}
+
+// abortLocked fails the device's I/O. Frontend.mu is held.
+func (f *Frontend) abortLocked(d *device) {
+	if d.server == nil {
+		return
+	}
+	d.aborted = true
+	d.server.cancel()
+	f.ctl.abort(d.server.conn, d.server.path)
+}
+
+func (f *Frontend) isAborted(d *device) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return d.aborted
+}
+
+// tearDown frees what of a device there is. Its loop device is unbound, or its connection aborted, or it failed to come
+// up. The kernel frees later what is still in use.
+func (f *Frontend) tearDown(d *device) error {
+	var errs []error
+	if d.loop != nil {
+		// Its error is of page cache that could not be written: after a sync or an abort there is nothing to say.
+		_, _ = d.loop.unbind()
+		_ = d.loop.close()
+		d.loop = nil
+	}
+	if d.server != nil {
+		path := d.server.path
+		err := error(unix.EBUSY)
+		if !f.isAborted(d) {
+			err = unmount(path)
+		}
+		if err == unix.EBUSY {
+			f.ctl.abort(d.server.conn, path)
+			err = unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		}
+		if err != nil && err != unix.EINVAL { // EINVAL: somebody unmounted it
+			errs = append(errs, fmt.Errorf("unmount %s: %w", path, err))
+		} else if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		d.server.cancel()
+		<-d.server.stopped
+	}
+	return errors.Join(errs...)
+}
+
+// unmount unmounts a file that the kernel has just let go of, or is about to.
+func unmount(path string) error {
+	var err error
+	for pause := time.Millisecond; pause < time.Second; pause *= 2 {
+		if err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW); err != unix.EBUSY {
+			return err
+		}
+		time.Sleep(pause)
+	}
+	return err
+}

@@ -1,0 +1,204 @@
+package fuseloop
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxDiscard bounds one discard or write-zeroes, in bytes: the kernel lets no write to the file pass while one is under
+// way.
+const maxDiscard = 256 << 20
+
+// loop is an open loop device that is bound to a file. It is bound with LO_FLAGS_AUTOCLEAR: the kernel unbinds it when
+// nobody has it open any more, this process included. So a crash leaves behind only what others use.
+type loop struct {
+	fd   int
+	path string // /dev/loopN
+}
+
+// newLoop binds a free loop device to the file at path. Tag is the name that identifies it.
+func newLoop(ctx context.Context, path, tag string, blockSize int, readOnly bool) (*loop, error) {
+	access := unix.O_RDWR
+	cfg := unix.LoopConfig{Size: uint32(blockSize)}
+	cfg.Info.Flags = unix.LO_FLAGS_DIRECT_IO | unix.LO_FLAGS_AUTOCLEAR
+	if readOnly {
+		access = unix.O_RDONLY
+		cfg.Info.Flags |= unix.LO_FLAGS_READ_ONLY
+	}
+	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], tag)
+	// Not os.OpenFile: Go's poller would ask the file to be polled, which is a request to ourselves.
+	file, err := unix.Open(path, access|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	defer unix.Close(file) // the device holds the file by itself
+	cfg.Fd = uint32(file)
+
+	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/loop-control (is the loop module loaded?): %w", err)
+	}
+	defer unix.Close(control)
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		n, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return nil, fmt.Errorf("find a free loop device: %w", err)
+		}
+		l, err := bindLoop(n, access, &cfg)
+		if err == nil {
+			return l, nil
+		}
+		// Another process took it, or removed it, in between.
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENODEV) {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w; last: %w", ctx.Err(), err)
+		case <-time.After(pause):
+		}
+	}
+}
+
+func bindLoop(n, access int, cfg *unix.LoopConfig) (*loop, error) {
+	path := "/dev/loop" + strconv.Itoa(n)
+	fd, err := unix.Open(path, access|unix.O_CLOEXEC, 0)
+	if err == unix.ENOENT { // /dev is not the kernel's, as in many containers
+		if err := makeNode(path); err != nil {
+			return nil, err
+		}
+		fd, err = unix.Open(path, access|unix.O_CLOEXEC, 0)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	if err := unix.IoctlLoopConfigure(fd, cfg); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("configure %s: %w", path, err)
+	}
+	l := &loop{fd: fd, path: path}
+	// Where sysfs is read-only the limit stays at 4 GiB, which is correct too.
+	_ = os.WriteFile(filepath.Join(l.sysfs(), "queue/discard_max_bytes"), []byte(strconv.Itoa(maxDiscard)), 0)
+	return l, nil
+}
+
+// makeNode makes the device node of a loop device that the kernel has.
+func makeNode(path string) error {
+	text, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(path), "dev"))
+	if err != nil {
+		return fmt.Errorf("find the number of %s: %w", path, err)
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(string(text), "%d:%d", &major, &minor); err != nil {
+		return fmt.Errorf("parse the number of %s, %q: %w", path, text, err)
+	}
+	err = unix.Mknod(path, unix.S_IFBLK|0o660, int(unix.Mkdev(major, minor)))
+	if err != nil && err != unix.EEXIST {
+		return fmt.Errorf("make %s: %w", path, err)
+	}
+	return nil
+}
+
+func (l *loop) sysfs() string { return filepath.Join("/sys/block", filepath.Base(l.path)) }
+
+// size is what the kernel takes for the device's size, in bytes.
+func (l *loop) size() (int64, error) {
+	var size uint64
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&size))); errno != 0 {
+		return 0, fmt.Errorf("size of %s: %w", l.path, errno)
+	}
+	return int64(size), nil
+}
+
+// refresh makes the device take the file's present size.
+func (l *loop) refresh() error {
+	if err := unix.IoctlSetInt(l.fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
+		return fmt.Errorf("resize %s: %w", l.path, err)
+	}
+	return nil
+}
+
+// sync writes what the page cache holds for the device, and flushes it. Another process does it: a thread of this one
+// that waits for requests which this process answers would keep it from dying, and so its connections from being aborted.
+func (l *loop) sync() error {
+	// The second pass is short. It narrows the gap in which someone else writes and closes the device unsynced.
+	if out, err := exec.Command("sync", l.path, l.path).CombinedOutput(); err != nil {
+		return fmt.Errorf("sync %s: %w: %s", l.path, err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// unbind asks the kernel to unbind the device, and tells whether nobody else has it open: then it takes no more
+// requests, and is free after close. Otherwise nothing has changed: it is unbound after the last close anyway.
+func (l *loop) unbind() (alone bool, err error) {
+	if err := unix.IoctlSetInt(l.fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
+		return false, fmt.Errorf("unbind %s: %w", l.path, err)
+	}
+	_, err = unix.IoctlLoopGetStatus64(l.fd)
+	switch err {
+	case nil:
+		return false, nil
+	case unix.ENXIO:
+		return true, nil
+	}
+	return false, fmt.Errorf("status of %s: %w", l.path, err)
+}
+
+func (l *loop) close() error { return unix.Close(l.fd) }
+
+// boundLoop is a loop device as sysfs shows it.
+type boundLoop struct {
+	path    string // /dev/loopN
+	backing string // the file's path, as far as the kernel knows one
+	number  string // "major:minor"
+}
+
+// boundLoops lists the loop devices that are bound to a file, whoever's they are.
+func boundLoops() ([]boundLoop, error) {
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, err
+	}
+	var all []boundLoop
+	for _, file := range files {
+		dir := filepath.Dir(filepath.Dir(file))
+		backing, err := os.ReadFile(file)
+		if err != nil { // unbound meanwhile
+			continue
+		}
+		number, err := os.ReadFile(filepath.Join(dir, "dev"))
+		if err != nil {
+			continue
+		}
+		all = append(all, boundLoop{
+			path: "/dev/" + filepath.Base(dir), backing: strings.TrimSuffix(string(backing), "\n"), number: strings.TrimSpace(string(number)),
+		})
+	}
+	return all, nil
+}
+
+// openLoop opens a loop device and returns the tag that it is bound with. While it is open it stays bound.
+func openLoop(path string) (*loop, string, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, "", fmt.Errorf("open %s: %w", path, err)
+	}
+	l := &loop{fd: fd, path: path}
+	info, err := unix.IoctlLoopGetStatus64(fd)
+	if err != nil {
+		l.close()
+		return nil, "", fmt.Errorf("status of %s: %w", path, err)
+	}
+	return l, unix.ByteSliceToString(info.File_name[:]), nil
+}
