@@ -1,0 +1,318 @@
+package control_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// useCase is one operation on a world that was set up for it.
+type useCase struct {
+	name  string
+	setup func(w *world) (arg string)
+	run   func(w *world, ctx context.Context, arg string) error
+	// done checks what must hold once run returned nil.
+	done func(w *world, arg string)
+}
+
+func useCases() []useCase {
+	byName := func(w *world, name string) volume.Volume {
+		v, err := w.store.VolumeByName(context.Background(), name)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if v.State != volume.Ready {
+			w.t.Fatalf("volume is %s", v.State)
+		}
+		return v
+	}
+	small := func(name string, src *volume.Source) control.CreateVolume {
+		r := create(name)
+		r.Source = src
+		return r
+	}
+	return []useCase{
+		{
+			name:  "create",
+			setup: func(*world) string { return "" },
+			run: func(w *world, ctx context.Context, _ string) error {
+				_, err := w.CreateVolume(ctx, create("v"))
+				return err
+			},
+			done: func(w *world, _ string) { byName(w, "v") },
+		},
+		{
+			name: "restore",
+			setup: func(w *world) string {
+				v := w.mustCreate(create("src"))
+				w.agents.write(v.Replicas[0].ID, "precious")
+				x := w.mustSnapshot("s", v.ID)
+				if err := w.DeleteVolume(context.Background(), v.ID); err != nil {
+					w.t.Fatal(err)
+				}
+				return string(x.ID)
+			},
+			run: func(w *world, ctx context.Context, arg string) error {
+				_, err := w.CreateVolume(ctx, small("v", &volume.Source{Snapshot: volume.SnapshotID(arg)}))
+				return err
+			},
+			done: func(w *world, arg string) {
+				if got := w.agents.contents(byName(w, "v").Replicas[0].ID); got != "precious" {
+					w.t.Errorf("restored %q", got)
+				}
+			},
+		},
+		{
+			name: "clone",
+			setup: func(w *world) string {
+				v := w.mustCreate(create("src"))
+				w.agents.write(v.Replicas[0].ID, "precious")
+				return string(v.ID)
+			},
+			run: func(w *world, ctx context.Context, arg string) error {
+				_, err := w.CreateVolume(ctx, small("v", &volume.Source{Volume: volume.ID(arg)}))
+				return err
+			},
+			done: func(w *world, arg string) {
+				if got := w.agents.contents(byName(w, "v").Replicas[0].ID); got != "precious" {
+					w.t.Errorf("cloned %q", got)
+				}
+			},
+		},
+		{
+			name:  "delete",
+			setup: func(w *world) string { return string(w.mustCreate(create("v")).ID) },
+			run:   func(w *world, ctx context.Context, arg string) error { return w.DeleteVolume(ctx, volume.ID(arg)) },
+			done: func(w *world, arg string) {
+				_, err := w.Volume(context.Background(), volume.ID(arg))
+				wantErr(w.t, err, volume.ErrNotFound)
+			},
+		},
+		{
+			name: "delete with snapshot",
+			setup: func(w *world) string {
+				v := w.mustCreate(create("v"))
+				w.mustSnapshot("s", v.ID)
+				return string(v.ID)
+			},
+			run: func(w *world, ctx context.Context, arg string) error { return w.DeleteVolume(ctx, volume.ID(arg)) },
+			done: func(w *world, arg string) {
+				xs, _, err := w.Snapshots(context.Background(), control.SnapshotFilter{Volume: volume.ID(arg)}, control.Page{})
+				if err != nil || len(xs) != 1 {
+					w.t.Errorf("snapshots of the deleted volume: %v %v", xs, err)
+				}
+			},
+		},
+		{
+			name:  "attach",
+			setup: func(w *world) string { return string(w.mustCreate(create("v")).ID) },
+			run: func(w *world, ctx context.Context, arg string) error {
+				_, err := w.Attach(ctx, control.Attach{Volume: volume.ID(arg), Node: "n1", Capability: mount()[0]})
+				return err
+			},
+			done: func(w *world, arg string) {
+				if v := byName(w, "v"); v.Attachment == nil || v.Epoch != 2 {
+					w.t.Errorf("attachment %+v, epoch %d", v.Attachment, v.Epoch)
+				}
+			},
+		},
+		{
+			name: "detach",
+			setup: func(w *world) string {
+				return string(w.mustAttach(w.mustCreate(create("v")).ID, "n1").ID)
+			},
+			run: func(w *world, ctx context.Context, arg string) error { return w.Detach(ctx, volume.ID(arg), "n1") },
+			done: func(w *world, arg string) {
+				if v := byName(w, "v"); v.Attachment != nil {
+					w.t.Errorf("attachment %+v", v.Attachment)
+				}
+				w.agents.mu.Lock()
+				defer w.agents.mu.Unlock()
+				if n, ok := w.agents.attached[volume.ID(arg)]; ok {
+					w.t.Errorf("node %s can still write", n)
+				}
+			},
+		},
+		{
+			name:  "expand",
+			setup: func(w *world) string { return string(w.mustCreate(create("v")).ID) },
+			run: func(w *world, ctx context.Context, arg string) error {
+				_, err := w.ExpandVolume(ctx, volume.ID(arg), 2*gib, 0)
+				return err
+			},
+			done: func(w *world, arg string) {
+				if v := byName(w, "v"); v.Size != 2*gib {
+					w.t.Errorf("size %d", v.Size)
+				}
+			},
+		},
+		{
+			name: "modify",
+			setup: func(w *world) string {
+				return string(w.mustAttach(w.mustCreate(create("v")).ID, "n1").ID)
+			},
+			run: func(w *world, ctx context.Context, arg string) error {
+				n := int64(100)
+				_, err := w.ModifyVolume(ctx, volume.ID(arg), control.ModifyQoS{IOPS: &n})
+				return err
+			},
+			done: func(w *world, arg string) {
+				w.reconcile()
+				if v := byName(w, "v"); v.QoS.IOPS != 100 || w.agents.qos[v.ID].IOPS != 100 {
+					w.t.Errorf("limits: record %+v, node %+v", v.QoS, w.agents.qos[v.ID])
+				}
+			},
+		},
+		{
+			name:  "snapshot",
+			setup: func(w *world) string { return string(w.mustCreate(create("v")).ID) },
+			run: func(w *world, ctx context.Context, arg string) error {
+				v := byName(w, "v")
+				bytes := "at " + fmt.Sprint(time.Now().UnixNano())
+				w.agents.write(v.Replicas[0].ID, bytes)
+				ready, _, listErr := w.Snapshots(ctx, control.SnapshotFilter{}, control.Page{})
+				if listErr != nil {
+					return listErr
+				}
+				x, err := w.CreateSnapshot(ctx, control.CreateSnapshot{Name: "s", Volume: volume.ID(arg)})
+				w.agents.mu.Lock()
+				defer w.agents.mu.Unlock()
+				if got := w.agents.snapshots[x.ID].bytes; err == nil && got != bytes && len(ready) == 0 {
+					w.t.Errorf("the snapshot has %q, acknowledged before it was %q", got, bytes)
+				}
+				return err
+			},
+			done: func(w *world, arg string) {
+				xs, _, err := w.Snapshots(context.Background(), control.SnapshotFilter{}, control.Page{})
+				if err != nil || len(xs) != 1 {
+					w.t.Errorf("snapshots: %v %v", xs, err)
+				}
+			},
+		},
+		{
+			name: "delete snapshot",
+			setup: func(w *world) string {
+				return string(w.mustSnapshot("s", w.mustCreate(create("v")).ID).ID)
+			},
+			run: func(w *world, ctx context.Context, arg string) error {
+				return w.DeleteSnapshot(ctx, volume.SnapshotID(arg))
+			},
+			done: func(w *world, arg string) {
+				_, err := w.Snapshot(context.Background(), volume.SnapshotID(arg))
+				wantErr(w.t, err, volume.ErrNotFound)
+			},
+		},
+	}
+}
+
+// Every use case is struck at every side effect in every way, and then taken on in three ways: the same call again, the
+// reconciler alone, and the reconciler followed by the deletion of everything. Nothing may leak or hang.
+func TestStruckAtEveryStep(t *testing.T) {
+	for _, u := range useCases() {
+		for _, m := range modes {
+			for _, after := range []string{"retry", "retry without restart", "reconcile", "reconcile and delete all"} {
+				t.Run(fmt.Sprintf("%s/%s/%s", u.name, m, after), func(t *testing.T) {
+					for k := 1; ; k++ {
+						if k > 30 {
+							t.Fatal("the use case has no end")
+						}
+						if !strike(t, u, m, k, after) {
+							return
+						}
+						if t.Failed() {
+							t.Fatalf("struck at step %d", k)
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+func strike(t *testing.T, u useCase, m mode, k int, after string) (struck bool) {
+	w := newWorld(t)
+	arg := u.setup(w)
+	w.check()
+	w.f.arm(k, m)
+	timeout := 10 * time.Second
+	if m == hang {
+		timeout = 20 * time.Millisecond
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	err := u.run(w, ctx, arg)
+	cancel()
+	struck = w.f.struck()
+	if !struck && err != nil && m != hang {
+		t.Fatalf("step %d: %v", k, err)
+	}
+	w.f.arm(0, "")
+	if err == nil {
+		u.done(w, arg)
+	}
+	if final(err) { // nothing exists and nothing is running
+		w.check()
+	}
+	if after != "retry without restart" || m == crashBefore || m == crashAfter {
+		w.restart()
+	}
+	switch after {
+	case "retry", "retry without restart":
+		if err := u.run(w, context.Background(), arg); err != nil {
+			t.Errorf("the retry fails: %v", err)
+			return struck
+		}
+		u.done(w, arg)
+		w.reconcile()
+		u.done(w, arg)
+	case "reconcile":
+		w.reconcile()
+	case "reconcile and delete all":
+		w.reconcile()
+		w.deleteAll()
+	}
+	w.check()
+	return struck
+}
+
+func final(err error) bool {
+	for _, e := range []error{volume.ErrNoSpace, volume.ErrQuota, volume.ErrInvalid, volume.ErrNotFound, volume.ErrExists, volume.ErrOutOfRange} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *world) deleteAll() {
+	w.t.Helper()
+	ctx := context.Background()
+	vs, _, err := w.Volumes(ctx, control.Page{})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, v := range vs {
+		if err := w.Detach(ctx, v.ID, ""); err != nil {
+			w.t.Error(err)
+		}
+		if err := w.DeleteVolume(ctx, v.ID); err != nil {
+			w.t.Error(err)
+		}
+	}
+	xs, _, err := w.Snapshots(ctx, control.SnapshotFilter{}, control.Page{})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, x := range xs {
+		if err := w.DeleteSnapshot(ctx, x.ID); err != nil {
+			w.t.Error(err)
+		}
+	}
+	if rs, ss := w.agents.held(); len(rs)+len(ss) > 0 {
+		w.t.Errorf("left: %v %v", rs, ss)
+	}
+}

@@ -1,0 +1,281 @@
+package control_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// errCrash is what everything answers after the simulated crash of the process.
+var errCrash = errors.New("the process is dead")
+
+// faults strikes at one side effect: a proposal or a call to an agent that changes something.
+type faults struct {
+	mu   sync.Mutex
+	at   int // 0: never
+	mode mode
+	n    int
+	dead bool
+	hit  bool
+}
+
+type mode string
+
+const (
+	crashBefore mode = "crash before"
+	crashAfter  mode = "crash after"
+	failBefore  mode = "unavailable before" // once
+	failAfter   mode = "unavailable after"  // once
+	refuse      mode = "no space"           // once, agents only
+	hang        mode = "hang"               // once, until the call is cut off
+)
+
+var modes = []mode{crashBefore, crashAfter, failBefore, failAfter, refuse, hang}
+
+func (f *faults) arm(at int, m mode) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.at, f.mode, f.n, f.dead, f.hit = at, m, 0, false, false
+}
+
+func (f *faults) struck() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.hit
+}
+
+// step runs one side effect.
+func (f *faults) step(ctx context.Context, agent bool, effect func() error) error {
+	f.mu.Lock()
+	if f.dead {
+		f.mu.Unlock()
+		return errCrash
+	}
+	f.n++
+	now := f.at != 0 && f.n == f.at && (agent || f.mode != refuse)
+	m := f.mode
+	if now {
+		f.hit = true
+		f.dead = m == crashBefore || m == crashAfter
+	}
+	f.mu.Unlock()
+	if !now {
+		return effect()
+	}
+	switch m {
+	case crashBefore:
+		return errCrash
+	case crashAfter:
+		_ = effect()
+		return errCrash
+	case failAfter:
+		_ = effect()
+		return fmt.Errorf("no answer: %w", volume.ErrUnavailable)
+	case refuse:
+		return fmt.Errorf("the pool is full: %w", volume.ErrNoSpace)
+	case hang:
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	return fmt.Errorf("no answer: %w", volume.ErrUnavailable)
+}
+
+// faultyStore strikes at proposals.
+type faultyStore struct {
+	control.Store
+	f *faults
+}
+
+func (s faultyStore) Propose(ctx context.Context, c command.Command) (r command.Result, err error) {
+	err = s.f.step(ctx, false, func() error {
+		r, err = s.Store.Propose(ctx, c)
+		return err
+	})
+	return r, err
+}
+
+// fakeAgents is every node's data plane, with the semantics of the store: a snapshot keeps its bytes when the replica
+// that it was cut from is gone.
+type fakeAgents struct {
+	f *faults
+
+	mu         sync.Mutex
+	replicas   map[volume.ReplicaID]fakeReplica
+	snapshots  map[volume.SnapshotID]fakeReplica
+	attached   map[volume.ID]volume.NodeID // what is written there reaches the replica
+	qos        map[volume.ID]volume.QoS
+	down       map[volume.NodeID]bool
+	conditions []volume.Condition
+}
+
+type fakeReplica struct {
+	node  volume.NodeID
+	pool  volume.PoolID
+	size  int64
+	bytes string
+}
+
+func newFakeAgents(f *faults) *fakeAgents {
+	return &fakeAgents{
+		f: f, replicas: map[volume.ReplicaID]fakeReplica{}, snapshots: map[volume.SnapshotID]fakeReplica{},
+		attached: map[volume.ID]volume.NodeID{}, qos: map[volume.ID]volume.QoS{}, down: map[volume.NodeID]bool{},
+	}
+}
+
+func (a *fakeAgents) do(ctx context.Context, node volume.NodeID, effect func() error) error {
+	return a.f.step(ctx, true, func() error {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.down[node] {
+			return fmt.Errorf("node %s is down: %w", node, volume.ErrUnavailable)
+		}
+		return effect()
+	})
+}
+
+func (a *fakeAgents) CreateReplica(ctx context.Context, node volume.NodeID, r control.ReplicaSpec) error {
+	return a.do(ctx, node, func() error {
+		if _, ok := a.replicas[r.ID]; ok {
+			return nil
+		}
+		x := fakeReplica{node: node, pool: r.Pool, size: r.Size}
+		if r.Parent != "" {
+			p, ok := a.snapshots[r.Parent]
+			if !ok {
+				return fmt.Errorf("parent %s: %w", r.Parent, volume.ErrNotFound)
+			}
+			if p.size > r.Size {
+				return fmt.Errorf("size %d below the parent's %d: %w", r.Size, p.size, volume.ErrOutOfRange)
+			}
+			x.bytes = p.bytes
+		}
+		a.replicas[r.ID] = x
+		return nil
+	})
+}
+
+func (a *fakeAgents) DeleteReplica(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.ReplicaID) error {
+	return a.do(ctx, node, func() error {
+		delete(a.replicas, id)
+		return nil
+	})
+}
+
+func (a *fakeAgents) HasReplica(_ context.Context, node volume.NodeID, _ volume.PoolID, id volume.ReplicaID) (bool, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.down[node] {
+		return false, fmt.Errorf("node %s is down: %w", node, volume.ErrUnavailable)
+	}
+	_, ok := a.replicas[id]
+	return ok, nil
+}
+
+func (a *fakeAgents) ResizeReplica(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.ReplicaID, size int64) error {
+	return a.do(ctx, node, func() error {
+		x, ok := a.replicas[id]
+		if !ok {
+			return fmt.Errorf("replica %s: %w", id, volume.ErrNotFound)
+		}
+		x.size = max(x.size, size)
+		a.replicas[id] = x
+		return nil
+	})
+}
+
+func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
+	return a.do(ctx, node, func() error {
+		if _, ok := a.snapshots[s.ID]; ok {
+			return nil
+		}
+		x, ok := a.replicas[s.Replica]
+		if !ok {
+			return fmt.Errorf("replica %s: %w", s.Replica, volume.ErrNotFound)
+		}
+		a.snapshots[s.ID] = x
+		return nil
+	})
+}
+
+func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.SnapshotID) error {
+	return a.do(ctx, node, func() error {
+		delete(a.snapshots, id)
+		return nil
+	})
+}
+
+func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.ID) error {
+	return a.do(ctx, node, func() error {
+		if a.attached[id] == node {
+			delete(a.attached, id)
+		}
+		return nil
+	})
+}
+
+func (a *fakeAgents) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error {
+	return a.do(ctx, node, func() error {
+		if a.attached[id] == node {
+			a.qos[id] = q
+		}
+		return nil
+	})
+}
+
+func (a *fakeAgents) Conditions(_ context.Context, node volume.NodeID, _ volume.Replica, _ volume.ID) ([]volume.Condition, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.down[node] {
+		return nil, fmt.Errorf("node %s is down: %w", node, volume.ErrUnavailable)
+	}
+	return a.conditions, nil
+}
+
+func (a *fakeAgents) Extents(_ context.Context, h volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, ok := a.snapshots[s]; !ok {
+		return volume.ErrNotFound
+	}
+	return fn(control.Extent{Offset: offset, Length: 4096})
+}
+
+// write is a workload's write.
+func (a *fakeAgents) write(id volume.ReplicaID, bytes string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	x := a.replicas[id]
+	x.bytes = bytes
+	a.replicas[id] = x
+}
+
+func (a *fakeAgents) contents(id volume.ReplicaID) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.replicas[id].bytes
+}
+
+func (a *fakeAgents) setDown(node volume.NodeID, down bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.down[node] = down
+}
+
+func (a *fakeAgents) stage(id volume.ID, node volume.NodeID) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.attached[id] = node
+}
+
+func (a *fakeAgents) held() (rs []volume.ReplicaID, ss []volume.SnapshotID) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Sorted(maps.Keys(a.replicas)), slices.Sorted(maps.Keys(a.snapshots))
+}

@@ -1,0 +1,226 @@
+package meta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+
+	"github.com/dgraph-io/badger/v4"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+const (
+	mib = int64(1) << 20
+	gib = int64(1) << 30
+)
+
+func open(t testing.TB, dir string) *Store {
+	t.Helper()
+	s, err := Open(dir, Options{InMemory: dir == ""})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// dump is every key and value.
+func dump(t testing.TB, s *Store) map[string]string {
+	t.Helper()
+	m := map[string]string{}
+	err := s.db.View(func(txn *badger.Txn) error {
+		it := txn.NewIterator(badger.DefaultIteratorOptions)
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			b, err := it.Item().ValueCopy(nil)
+			if err != nil {
+				return err
+			}
+			m[string(it.Item().Key())] = string(b)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func propose(t testing.TB, s *Store, c command.Command) command.Result {
+	t.Helper()
+	r, err := s.Propose(context.Background(), c)
+	if err != nil {
+		t.Fatalf("%T: %v", c, err)
+	}
+	return r
+}
+
+func node(id volume.NodeID, ps ...volume.PoolID) command.RegisterNode {
+	c := command.RegisterNode{Now: 1, Node: volume.Node{ID: id}}
+	for _, p := range ps {
+		c.Node.Pools = append(c.Node.Pools, volume.Pool{ID: p, Name: "default", Kind: volume.PoolDir, Path: "/p", Capacity: 100 * gib, OverProvision: 2})
+	}
+	return c
+}
+
+func newVolume(n int, pool volume.PoolID) volume.Volume {
+	id := volume.ID(fmt.Sprintf("vol-%020x", n))
+	return volume.Volume{
+		ID: id, Name: fmt.Sprint("name ", n), Tenant: "t", State: volume.Creating, Size: gib, CreatedAt: 5,
+		Parameters:   volume.Parameters{Replicas: 1, MinInSync: 1, DataLocality: volume.LocalityPreferred, BlockSize: 4096},
+		Capabilities: []volume.Capability{{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, MountFlags: []string{"noatime"}}},
+		Replicas:     []volume.Replica{{ID: volume.ReplicaID(fmt.Sprintf("rep-%020x-0", n)), Node: "n1", Pool: pool}},
+	}
+}
+
+func TestStateSurvivesARestart(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	propose(t, s, node("n1", "p1"))
+	v := newVolume(1, "p1")
+	propose(t, s, command.CreateVolume{Volume: v})
+	propose(t, s, command.FinishCreate{Volume: v.ID})
+	before, applied := dump(t, s), s.Applied()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.Propose(context.Background(), command.FinishCreate{Volume: v.ID})
+	if !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("after Close: %v", err)
+	}
+	if _, err := s.Volume(context.Background(), v.ID); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("read after Close: %v", err)
+	}
+	s = open(t, dir)
+	if d := cmp.Diff(before, dump(t, s)); d != "" {
+		t.Error(d)
+	}
+	if s.Applied() != applied || applied != 3 {
+		t.Errorf("applied %d, was %d", s.Applied(), applied)
+	}
+}
+
+func TestAForeignFormatIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	err := s.db.Update(func(txn *badger.Txn) error { return txn.Set([]byte(keyFormat), []byte{FormatVersion + 1}) })
+	if err := errors.Join(err, s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := Open(dir, Options{}); err == nil {
+		t.Error("a newer format was opened", s.Close())
+	}
+}
+
+func TestProposalsAtOnceShareTransactions(t *testing.T) {
+	s := open(t, "")
+	propose(t, s, node("n1", "p1"))
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	created := 0
+	for i := range 300 {
+		wg.Go(func() {
+			v := newVolume(i, "p1")
+			v.Name = fmt.Sprint("name ", i%100)
+			v.Size = mib
+			r, err := s.Propose(context.Background(), command.CreateVolume{Volume: v})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if r.(command.Volume).Created {
+				created++
+			}
+		})
+	}
+	wg.Wait()
+	if created != 100 || s.Applied() != 301 {
+		t.Errorf("%d volumes made of 100 names, %d commands applied", created, s.Applied())
+	}
+	verify(t, s)
+}
+
+func TestACancelledProposalIsNotLostTrackOf(t *testing.T) {
+	s := open(t, "")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := s.Propose(ctx, node("n1", "p1")); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	if s.Applied() != 0 {
+		t.Error("a proposal that was cancelled before it was made was applied")
+	}
+}
+
+// After a failed transaction it is unknown what is durable: nothing more is applied until the next Open.
+func TestAFailedTransactionStopsTheMachine(t *testing.T) {
+	s := open(t, t.TempDir())
+	propose(t, s, node("n1", "p1"))
+	err := s.db.Update(func(txn *badger.Txn) error { return txn.Set([]byte(volumes+"vol-x"), []byte("damaged")) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []command.Command{command.FinishCreate{Volume: "vol-x"}, command.DeleteQuota{Tenant: "t"}} {
+		if _, err := s.Propose(context.Background(), c); !errors.Is(err, volume.ErrUnavailable) {
+			t.Errorf("%T: %v", c, err)
+		}
+	}
+	if _, err := s.Volumes(context.Background(), "", 0); !errors.Is(err, volume.ErrDataLoss) {
+		t.Errorf("list with a damaged record: %v", err)
+	}
+}
+
+func BenchmarkApply(b *testing.B) {
+	for _, where := range []string{"memory", "disk"} {
+		b.Run(where, func(b *testing.B) {
+			dir := ""
+			if where == "disk" {
+				dir = b.TempDir()
+			}
+			s := open(b, dir)
+			propose(b, s, node("n1", "p1"))
+			i := 0
+			for b.Loop() {
+				i++
+				v := newVolume(i, "p1")
+				v.Size = mib
+				propose(b, s, command.CreateVolume{Volume: v})
+				propose(b, s, command.FinishCreate{Volume: v.ID})
+				propose(b, s, command.BeginDelete{Volume: v.ID})
+				propose(b, s, command.FinishDelete{Volume: v.ID})
+			}
+		})
+	}
+}
+
+func BenchmarkList10k(b *testing.B) {
+	s := open(b, b.TempDir())
+	propose(b, s, node("n1", "p1"))
+	var wg sync.WaitGroup
+	for i := range 10000 {
+		wg.Go(func() {
+			v := newVolume(i, "p1")
+			v.Size = mib
+			propose(b, s, command.CreateVolume{Volume: v})
+			propose(b, s, command.FinishCreate{Volume: v.ID})
+		})
+	}
+	wg.Wait()
+	for b.Loop() {
+		vs, err := s.Volumes(context.Background(), "", 0)
+		if err != nil || len(vs) != 10000 {
+			b.Fatal(len(vs), err)
+		}
+	}
+}
