@@ -6,6 +6,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/ballast-csi/ballast/pkg/ioflusher"
 )
 
 // version is set when it is linked.
@@ -13,7 +15,7 @@ var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	code := run(ctx, os.Args[1:], process{stdout: os.Stdout, stderr: os.Stderr, prepare: ioflusher.Enable})
 	stop()
 	os.Exit(code)
 }

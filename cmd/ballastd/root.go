@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 
 	"github.com/spf13/cobra"
 )
@@ -21,17 +22,24 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
+// process is what a command line has of the process that it runs in.
+type process struct {
+	stdout, stderr io.Writer
+	// prepare is called first when the daemon is to run. It may execute the program again.
+	prepare func(*slog.Logger)
+}
+
 // run carries out a command line and returns the process's exit code. It ends when ctx does, after a clean stop.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := newRoot()
+func run(ctx context.Context, args []string, p process) int {
+	root := newRoot(p)
 	root.SetArgs(args)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
+	root.SetOut(p.stdout)
+	root.SetErr(p.stderr)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return exitOK
 	}
-	fmt.Fprintf(stderr, "ballastd: %v\n", err)
+	fmt.Fprintf(p.stderr, "ballastd: %v\n", err)
 	var u usageError
 	switch {
 	case errors.As(err, &u):
@@ -42,7 +50,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-func newRoot() *cobra.Command {
+func newRoot(p process) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "ballastd",
 		Short: "Run Ballast's daemon",
@@ -79,7 +87,9 @@ Exit codes: 0 stopped, 1 failed, 2 wrong settings, 3 another ballastd runs in th
 		if err != nil {
 			return usageError{err}
 		}
-		return serve(cmd.Context(), cfg, cmd.ErrOrStderr())
+		log := newLogger(p.stderr, cfg.logLevel, cfg.logFormat)
+		p.prepare(log)
+		return serve(cmd.Context(), cfg, log)
 	}
 	root.AddCommand(versionCommand())
 	return root

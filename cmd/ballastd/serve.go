@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -24,8 +23,7 @@ import (
 )
 
 // serve runs the daemon until ctx ends or something fails for good.
-func serve(ctx context.Context, cfg config, stderr io.Writer) (err error) {
-	log := newLogger(stderr, cfg.logLevel, cfg.logFormat)
+func serve(ctx context.Context, cfg config, log *slog.Logger) (err error) {
 	if os.Getenv("GOGC") == "" {
 		// The heap is small and mostly idle: a larger one would be resident for nothing.
 		debug.SetGCPercent(50)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -40,32 +41,32 @@ func (o *output) String() string {
 	return o.b.String()
 }
 
-// process is a ballastd in this process.
-type process struct {
+// daemonUnderTest is a ballastd in this process.
+type daemonUnderTest struct {
 	dir    string
 	stderr *output
 	stop   context.CancelFunc
 	code   chan int
 }
 
-func start(t *testing.T, dir string, args ...string) *process {
+func start(t *testing.T, dir string, args ...string) *daemonUnderTest {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &process{dir: dir, stderr: &output{}, stop: cancel, code: make(chan int, 1)}
+	p := &daemonUnderTest{dir: dir, stderr: &output{}, stop: cancel, code: make(chan int, 1)}
 	args = append([]string{"--data-dir", filepath.Join(dir, "data"), "--run-dir", filepath.Join(dir, "run"), "--node-id", "node-1", "--pool-capacity", "1Gi"}, args...)
-	go func() { p.code <- run(ctx, args, io.Discard, p.stderr) }()
+	go func() { p.code <- run(ctx, args, process{io.Discard, p.stderr, func(*slog.Logger) {}}) }()
 	t.Cleanup(cancel)
 	return p
 }
 
 // end asks the process to stop and returns its exit code.
-func (p *process) end(t *testing.T) int {
+func (p *daemonUnderTest) end(t *testing.T) int {
 	t.Helper()
 	p.stop()
 	return p.wait(t)
 }
 
-func (p *process) wait(t *testing.T) int {
+func (p *daemonUnderTest) wait(t *testing.T) int {
 	t.Helper()
 	select {
 	case code := <-p.code:
@@ -76,7 +77,7 @@ func (p *process) wait(t *testing.T) int {
 	}
 }
 
-func (p *process) socket(name string) string { return filepath.Join(p.dir, "run", name) }
+func (p *daemonUnderTest) socket(name string) string { return filepath.Join(p.dir, "run", name) }
 
 func client(t *testing.T, socket string) adminpb.AdminClient {
 	t.Helper()
@@ -89,7 +90,7 @@ func client(t *testing.T, socket string) adminpb.AdminClient {
 	return adminpb.NewAdminClient(c)
 }
 
-func (p *process) ready(t *testing.T) adminpb.AdminClient {
+func (p *daemonUnderTest) ready(t *testing.T) adminpb.AdminClient {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -310,7 +311,7 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"--log-level", "loud"}, exitUsage, "loud"},
 	} {
 		var out bytes.Buffer
-		if code := run(t.Context(), c.args, &out, &out); code != c.code || !strings.Contains(out.String(), c.want) {
+		if code := run(t.Context(), c.args, process{&out, &out, func(*slog.Logger) {}}); code != c.code || !strings.Contains(out.String(), c.want) {
 			t.Errorf("%v: exit %d: %s", c.args, code, out.String())
 		}
 	}
