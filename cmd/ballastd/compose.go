@@ -76,7 +76,12 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 		return parts, err
 	}
 	d.cluster.Service, d.node.Node = service, node
-	d.gate.open(func(ctx context.Context) error { return errors.Join(node.Ready(), service.Ready(ctx)) })
+	d.gate.open(func(ctx context.Context) error {
+		if err := node.Ready(ctx); err != nil {
+			return err
+		}
+		return service.Ready(ctx)
+	})
 	return parts, nil
 }
 

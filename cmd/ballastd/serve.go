@@ -159,7 +159,7 @@ func (d *daemon) serveAll(group *errgroup.Group, ls listeners) error {
 		Controller:       driver.NewController(&d.cluster, d.locks),
 		SnapshotMetadata: driver.NewSnapshotMetadata(&d.cluster),
 	}
-	node := driver.Services{Identity: identity}
+	node := driver.Services{Identity: identity, Node: driver.NewNode(&d.node, d.locks)}
 	all := controller
 	all.Node = node.Node
 
