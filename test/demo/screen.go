@@ -1,0 +1,80 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
+)
+
+// screen prints the show.
+type screen struct {
+	w       io.Writer
+	colours bool
+}
+
+func newScreen(f *os.File) *screen {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return &screen{w: f, colours: err == nil && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"}
+}
+
+func (s *screen) paint(code, text string) string {
+	if !s.colours {
+		return text
+	}
+	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}
+
+const width = 78
+
+// title opens the show.
+func (s *screen) title(text, below string) {
+	fmt.Fprintf(s.w, "\n  %s\n  %s\n", s.paint("1;36", text), s.paint("2", below))
+}
+
+// scene opens a part.
+func (s *screen) scene(n int, title string) {
+	rule := strings.Repeat("─", max(3, width-utf8.RuneCountInString(title)-8))
+	fmt.Fprintf(s.w, "\n%s %s %s\n", s.paint("36", fmt.Sprintf("── %d", n)), s.paint("1", title), s.paint("36", rule))
+}
+
+// say explains.
+func (s *screen) say(format string, args ...any) {
+	fmt.Fprintf(s.w, "   %s\n", fmt.Sprintf(format, args...))
+}
+
+// did tells of a step that went well, and how long it took.
+func (s *screen) did(what string, took time.Duration) {
+	dots := strings.Repeat("·", max(2, width-14-utf8.RuneCountInString(what)))
+	fmt.Fprintf(s.w, "   %s %s %s %s\n", s.paint("32", "✓"), what, s.paint("2", dots), s.paint("33", fmt.Sprintf("%8s", short(took))))
+}
+
+// proof is a fact that was checked.
+func (s *screen) proof(format string, args ...any) {
+	fmt.Fprintf(s.w, "   %s %s\n", s.paint("1;32", "✓"), s.paint("1", fmt.Sprintf(format, args...)))
+}
+
+// command shows a command line and what it printed.
+func (s *screen) command(line string, output []byte) {
+	fmt.Fprintf(s.w, "\n   %s %s\n", s.paint("2", "$"), s.paint("1", line))
+	for _, l := range strings.Split(strings.TrimRight(string(output), "\n"), "\n") {
+		fmt.Fprintf(s.w, "     %s\n", l)
+	}
+	fmt.Fprintln(s.w)
+}
+
+func short(d time.Duration) string {
+	switch {
+	case d < time.Millisecond:
+		return fmt.Sprintf("%d µs", d.Microseconds())
+	case d < 10*time.Millisecond:
+		return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000)
+	case d < time.Second:
+		return fmt.Sprintf("%d ms", d.Milliseconds())
+	}
+	return fmt.Sprintf("%.1f s", d.Seconds())
+}
