@@ -21,7 +21,7 @@ type metadataMessage interface {
 }
 
 // receive reads a stream to its end and checks what holds for each.
-func receive[M metadataMessage](t *testing.T, size, offset int64, limit int, recv func() (M, error)) ([]control.Extent, error) {
+func receive[M metadataMessage](t testing.TB, size, offset int64, limit int, recv func() (M, error)) ([]control.Extent, error) {
 	t.Helper()
 	var got []control.Extent
 	end := int64(0)
