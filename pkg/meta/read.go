@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/dgraph-io/badger/v4"
 
@@ -35,6 +36,64 @@ func (s *Store) read(ctx context.Context, f func(r *reader) error) error {
 	})
 }
 
+// maxCached bounds the decoded records that a Store keeps, of each kind.
+const maxCached = 20000
+
+// cache keeps records as they were decoded, so that listing many again costs no decoding. An entry holds for one version
+// of its key and cannot be outdated.
+type cache[T any] struct {
+	mu sync.Mutex
+	m  map[string]cached[T]
+}
+
+type cached[T any] struct {
+	version uint64
+	rec     T
+}
+
+func (c *cache[T]) decode(key string, item *badger.Item) (rec T, err error) {
+	c.mu.Lock()
+	x, ok := c.m[key]
+	c.mu.Unlock()
+	if ok && x.version == item.Version() {
+		return x.rec, nil
+	}
+	err = item.Value(func(b []byte) error {
+		rec, err = decode[T](b)
+		return err
+	})
+	if err != nil {
+		return rec, fmt.Errorf("record %q: %w", key, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.m == nil || len(c.m) >= maxCached {
+		c.m = map[string]cached[T]{}
+	}
+	c.m[key] = cached[T]{item.Version(), rec}
+	return rec, nil
+}
+
+// list calls f with the records under prefix, those after a key, until f returns false. What f gets is shared.
+func list[T any](r *reader, c *cache[T], prefix, after string, f func(rec T) bool) error {
+	it := r.txn.NewIterator(badger.IteratorOptions{Prefix: []byte(prefix)})
+	defer it.Close()
+	for it.Seek([]byte(prefix + after)); it.Valid(); it.Next() {
+		key := string(it.Item().Key())
+		if after != "" && key == prefix+after {
+			continue
+		}
+		rec, err := c.decode(key, it.Item())
+		if err != nil {
+			return err
+		}
+		if !f(rec) {
+			return nil
+		}
+	}
+	return nil
+}
+
 // scan calls f with the keys (less prefix) and values under prefix, those after a key, until f returns false.
 func (r *reader) scan(prefix, after string, f func(key string, value []byte) (bool, error)) error {
 	o := badger.DefaultIteratorOptions
@@ -61,8 +120,9 @@ func (r *reader) scan(prefix, after string, f func(key string, value []byte) (bo
 	return nil
 }
 
-// locate sets the nodes of replicas to where their pools are now.
-func (r *reader) locate(rs []volume.Replica) {
+// locate returns replicas with the nodes that their pools are on now.
+func (r *reader) locate(rs []volume.Replica) []volume.Replica {
+	rs = slices.Clone(rs)
 	for i, x := range rs {
 		n, ok := r.nodeOf[x.Pool]
 		if !ok {
@@ -71,6 +131,21 @@ func (r *reader) locate(rs []volume.Replica) {
 		}
 		rs[i].Node = n
 	}
+	return rs
+}
+
+// finish makes a record that may be shared its reader's own.
+func (r *reader) finish(v volume.Volume) volume.Volume {
+	v.Replicas = r.locate(v.Replicas)
+	v.Capabilities = slices.Clone(v.Capabilities)
+	v.Accessible = slices.Clone(v.Accessible)
+	if v.Source != nil {
+		v.Source = new(*v.Source)
+	}
+	if v.Attachment != nil {
+		v.Attachment = new(*v.Attachment)
+	}
+	return v
 }
 
 func (r *reader) volume(id volume.ID) (volume.Volume, error) {
@@ -78,8 +153,7 @@ func (r *reader) volume(id volume.ID) (volume.Volume, error) {
 	if !ok {
 		return v, fmt.Errorf("volume %.128q does not exist: %w", id, volume.ErrNotFound)
 	}
-	r.locate(v.Replicas)
-	return v, nil
+	return r.finish(v), nil
 }
 
 func (r *reader) snapshot(id volume.SnapshotID) (volume.Snapshot, error) {
@@ -87,7 +161,7 @@ func (r *reader) snapshot(id volume.SnapshotID) (volume.Snapshot, error) {
 	if !ok {
 		return s, fmt.Errorf("snapshot %.128q does not exist: %w", id, volume.ErrNotFound)
 	}
-	r.locate(s.Holders)
+	s.Holders = r.locate(s.Holders)
 	return s, nil
 }
 
@@ -117,16 +191,14 @@ func (s *Store) VolumeByName(ctx context.Context, name string) (v volume.Volume,
 }
 
 // Volumes returns volumes in every state, in order of id, those after an id; limit 0 is no bound.
-func (s *Store) Volumes(ctx context.Context, after volume.ID, limit int) (list []volume.Volume, err error) {
+func (s *Store) Volumes(ctx context.Context, after volume.ID, limit int) (all []volume.Volume, err error) {
 	err = s.read(ctx, func(r *reader) error {
-		return r.scan(volumes, string(after), func(_ string, b []byte) (bool, error) {
-			v, err := decode[volume.Volume](b)
-			r.locate(v.Replicas)
-			list = append(list, v)
-			return len(list) != limit, err
+		return list(r, &s.volumes, volumes, string(after), func(v volume.Volume) bool {
+			all = append(all, r.finish(v))
+			return len(all) != limit
 		})
 	})
-	return list, err
+	return all, err
 }
 
 // Snapshot returns a snapshot in any state.
@@ -143,26 +215,25 @@ func (s *Store) Snapshot(ctx context.Context, id volume.SnapshotID) (x volume.Sn
 
 // Snapshots returns snapshots in every state, in order of id, those after an id; of a volume, or "" of all. Limit 0 is no
 // bound.
-func (s *Store) Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) (list []volume.Snapshot, err error) {
+func (s *Store) Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) (all []volume.Snapshot, err error) {
 	if len(of) > volume.MaxNameLen || strings.Contains(string(of), "/") {
 		return nil, nil
 	}
 	err = s.read(ctx, func(r *reader) error {
 		if of == "" {
-			return r.scan(snapshots, string(after), func(_ string, b []byte) (bool, error) {
-				x, err := decode[volume.Snapshot](b)
-				r.locate(x.Holders)
-				list = append(list, x)
-				return len(list) != limit, err
+			return list(r, &s.snapshots, snapshots, string(after), func(x volume.Snapshot) bool {
+				x.Holders = r.locate(x.Holders)
+				all = append(all, x)
+				return len(all) != limit
 			})
 		}
 		return r.scan(snapshotsOf+string(of)+"/", string(after), func(id string, _ []byte) (bool, error) {
 			x, err := r.snapshot(volume.SnapshotID(id))
-			list = append(list, x)
-			return len(list) != limit, err
+			all = append(all, x)
+			return len(all) != limit, err
 		})
 	})
-	return list, err
+	return all, err
 }
 
 // Unsettled returns what is in a state that must end: being created, deleted, expanded or detached.
@@ -219,10 +290,6 @@ func (s *Store) Quotas(ctx context.Context) (list []volume.Quota, err error) {
 			return true, err
 		})
 	})
-	sortQuotas(list)
-	return list, err
-}
-
-func sortQuotas(list []volume.Quota) {
 	slices.SortFunc(list, func(a, b volume.Quota) int { return strings.Compare(a.Tenant, b.Tenant) })
+	return list, err
 }

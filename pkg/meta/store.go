@@ -42,7 +42,9 @@ type Options struct {
 
 // Store is the state machine and its database.
 type Store struct {
-	db *badger.DB
+	db        *badger.DB
+	volumes   cache[volume.Volume]
+	snapshots cache[volume.Snapshot]
 
 	mu      sync.Mutex // one writer at a time
 	applied uint64

@@ -1,0 +1,163 @@
+package command
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+func ptr(n int64) *int64 { return &n }
+
+func samples() []Command {
+	c := volume.Capability{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, FSType: "xfs", MountFlags: []string{"noatime"}}
+	p := volume.Pool{ID: "p", Name: "default", Node: "n", Kind: volume.PoolDir, Path: "/p", Capacity: 5, Used: 1, OverProvision: 1.5}
+	return []Command{
+		RegisterNode{Now: 1, Node: volume.Node{ID: "n", Pools: []volume.Pool{p}}},
+		ReportUsage{Now: 2, Node: "n", Pools: []volume.Pool{p}, Replicas: map[volume.ReplicaID]int64{"r": 1}, Snapshots: map[volume.SnapshotID]int64{"s": 2}},
+		CreateVolume{Volume: volume.Volume{
+			ID: "v", Name: "name", Tenant: "t", State: volume.Creating, Size: volume.MinSize, CreatedAt: 7,
+			Parameters:   volume.Parameters{Replicas: 1, MinInSync: 1, DataLocality: volume.LocalityNone, Pool: "p", FSType: "xfs", BlockSize: 512},
+			QoS:          volume.QoS{IOPS: 1, Bandwidth: 4096},
+			Capabilities: []volume.Capability{c}, Source: &volume.Source{Snapshot: "s"}, Accessible: []volume.NodeID{"n"},
+			Replicas: []volume.Replica{{ID: "r", Node: "n", Pool: "p"}},
+		}},
+		FinishCreate{Volume: "v"}, BeginDelete{Volume: "v"}, FinishDelete{Volume: "v"},
+		Attach{Now: 3, Volume: "v", Node: "n", ReadOnly: true, Capability: c},
+		BeginDetach{Volume: "v", Epoch: 4}, FinishDetach{Volume: "v", Epoch: 4},
+		BeginExpand{Volume: "v", Target: volume.MinSize}, FinishExpand{Volume: "v", Size: volume.MinSize}, AbortExpand{Volume: "v", Target: volume.MinSize},
+		ModifyQoS{Volume: "v", IOPS: ptr(0), Bandwidth: ptr(4096)}, ModifyQoS{Volume: "v"},
+		SetFilesystem{Volume: "v", Filesystem: volume.Filesystem{Phase: volume.Formatting, Type: "xfs"}},
+		BeginSnapshot{Now: 5, ID: "s", Name: "name", Volume: "v", Freeze: true}, FinishSnapshot{Snapshot: "s"},
+		BeginDeleteSnapshot{Snapshot: "s"}, FinishDeleteSnapshot{Snapshot: "s"},
+		SetQuota{Tenant: "t", Limit: volume.Amounts{LogicalBytes: 1, PhysicalBytes: 2, Volumes: 3, Snapshots: 4}}, DeleteQuota{Tenant: "t"},
+	}
+}
+
+func TestEveryCommandSurvivesItsEncoding(t *testing.T) {
+	seen := map[string]bool{}
+	for _, c := range samples() {
+		b, err := Encode(c)
+		if err != nil {
+			t.Fatalf("%T: %v", c, err)
+		}
+		got, err := Decode(b)
+		if err != nil {
+			t.Fatalf("%T: %v", c, err)
+		}
+		if d := cmp.Diff(c, got); d != "" {
+			t.Errorf("%T: %s", c, d)
+		}
+		seen[kindOf(c)] = true
+	}
+	for k := range kinds {
+		if !seen[k] {
+			t.Errorf("no sample of %s", k)
+		}
+	}
+}
+
+func TestDecodeRefuses(t *testing.T) {
+	for _, c := range []struct{ name, in string }{
+		{"nothing", ``},
+		{"no object", `[]`},
+		{"another version", `{"v":2,"t":"delete-quota","c":{"tenant":"t"}}`},
+		{"an unknown type", `{"v":1,"t":"format-disk","c":{}}`},
+		{"an unknown field", `{"v":1,"t":"delete-quota","c":{"tenant":"t","force":true}}`},
+		{"an unknown field around", `{"v":1,"t":"delete-quota","c":{"tenant":"t"},"x":1}`},
+		{"no command", `{"v":1,"t":"delete-quota"}`},
+		{"bytes behind", `{"v":1,"t":"delete-quota","c":{"tenant":"t"}} {}`},
+		{"a value out of bounds", `{"v":1,"t":"delete-quota","c":{"tenant":""}}`},
+		{"a size out of bounds", `{"v":1,"t":"begin-expand","c":{"volume":"v","target":1}}`},
+		{"too much", `{"v":1,"t":"delete-quota","c":{"tenant":"` + strings.Repeat("x", MaxEncoded) + `"}}`},
+	} {
+		if got, err := Decode([]byte(c.in)); !errors.Is(err, volume.ErrInvalid) && !errors.Is(err, volume.ErrOutOfRange) {
+			t.Errorf("%s: %v, %v", c.name, got, err)
+		}
+	}
+}
+
+func TestCheckRefuses(t *testing.T) {
+	good := func() volume.Volume { return samples()[2].(CreateVolume).Volume }
+	many := map[volume.ReplicaID]int64{}
+	for i := range MaxReported + 1 {
+		many[volume.ReplicaID(strings.Repeat("r", i+1))] = 1
+	}
+	pools := func(change func(p *volume.Pool)) Command {
+		c := samples()[0].(RegisterNode)
+		change(&c.Node.Pools[0])
+		return c
+	}
+	vol := func(change func(v *volume.Volume)) Command {
+		v := good()
+		change(&v)
+		return CreateVolume{Volume: v}
+	}
+	for i, c := range []Command{
+		RegisterNode{}, RegisterNode{Node: volume.Node{ID: volume.NodeID(strings.Repeat("n", 257))}},
+		pools(func(p *volume.Pool) { p.Capacity = -1 }), pools(func(p *volume.Pool) { p.OverProvision = 0.5 }),
+		pools(func(p *volume.Pool) { p.ID = "" }), pools(func(p *volume.Pool) { p.Path = strings.Repeat("/", 4097) }),
+		ReportUsage{Node: "n", Replicas: many}, ReportUsage{Node: "n", Replicas: map[volume.ReplicaID]int64{"r": -1}},
+		vol(func(v *volume.Volume) { v.State = volume.Ready }), vol(func(v *volume.Volume) { v.Epoch = 3 }),
+		vol(func(v *volume.Volume) { v.Replicas = nil }), vol(func(v *volume.Volume) { v.Size++ }),
+		vol(func(v *volume.Volume) { v.Source = &volume.Source{} }), vol(func(v *volume.Volume) { v.Capabilities = nil }),
+		vol(func(v *volume.Volume) { v.Parameters.Replicas = 9 }), vol(func(v *volume.Volume) { v.Parameters.MinInSync = 2 }),
+		vol(func(v *volume.Volume) { v.Parameters.BlockSize = 1024 }), vol(func(v *volume.Volume) { v.QoS.Bandwidth = 1 }),
+		vol(func(v *volume.Volume) {
+			v.Capabilities = []volume.Capability{{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, MountFlags: []string{strings.Repeat("x", 5000)}}}
+		}),
+		vol(func(v *volume.Volume) {
+			v.Parameters.Replicas, v.Replicas = 2, []volume.Replica{{ID: "a", Pool: "p"}, {ID: "b", Pool: "p"}}
+		}),
+		SetFilesystem{Volume: "v"}, SetQuota{Tenant: "t", Limit: volume.Amounts{Volumes: -1}}, ModifyQoS{Volume: "v", IOPS: ptr(-1)},
+		Attach{Volume: "v", Node: "n"},
+	} {
+		if _, err := Encode(c); !errors.Is(err, volume.ErrInvalid) && !errors.Is(err, volume.ErrOutOfRange) {
+			t.Errorf("%d %+v: %v", i, c, err)
+		}
+	}
+}
+
+func TestRefusedKeepsSentinelAndMessage(t *testing.T) {
+	for _, r := range reasons {
+		want := errors.Join(errors.New("what and why"), r.sentinel)
+		got := Refuse(want).Err()
+		if !errors.Is(got, r.sentinel) || got.Error() != want.Error() {
+			t.Errorf("%v became %v", want, got)
+		}
+	}
+	if err := (Refused{Reason: "of a later version", Message: "m"}).Err(); err == nil {
+		t.Error("an unknown reason is no error")
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	for _, c := range samples() {
+		b, err := Encode(c)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := Decode(b)
+		if err != nil {
+			return
+		}
+		b2, err := Encode(c)
+		if err != nil {
+			t.Fatalf("decoded and not encodable: %v", err)
+		}
+		c2, err := Decode(b2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b3, err := Encode(c2)
+		if err != nil || string(b2) != string(b3) {
+			t.Fatalf("%s\n%s\n%v", b2, b3, err)
+		}
+	})
+}

@@ -1,0 +1,160 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+func TestPlan(t *testing.T) {
+	now := time.Unix(100, 0)
+	p := control.Pending{Volumes: []volume.ID{"v1", "v2"}, Snapshots: []volume.SnapshotID{"s1"}, QoS: []volume.ID{"v1"}}
+	for _, c := range []struct {
+		name  string
+		tried map[Action]Attempt
+		want  []Action
+	}{
+		{"all", nil, []Action{{Volume, "v1"}, {Volume, "v2"}, {Snapshot, "s1"}, {QoS, "v1"}}},
+		{"one pauses", map[Action]Attempt{{Volume, "v1"}: {Next: now.Add(1)}}, []Action{{Volume, "v2"}, {Snapshot, "s1"}, {QoS, "v1"}}},
+		{"its pause is over", map[Action]Attempt{{Volume, "v1"}: {Next: now}}, []Action{{Volume, "v1"}, {Volume, "v2"}, {Snapshot, "s1"}, {QoS, "v1"}}},
+	} {
+		if got := Plan(p, c.tried, now); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v", c.name, got)
+		}
+	}
+	if got := Settled(p, map[Action]Attempt{{Volume, "v1"}: {}, {Volume, "gone"}: {}}); !slices.Equal(got, []Action{{Volume, "gone"}}) {
+		t.Errorf("settled: %v", got)
+	}
+}
+
+func TestPause(t *testing.T) {
+	for _, c := range []struct {
+		failures int
+		least    time.Duration
+		most     time.Duration
+	}{{1, 500 * time.Millisecond, time.Second}, {2, time.Second, 2 * time.Second}, {5, 8 * time.Second, 16 * time.Second}, {7, 30 * time.Second, time.Minute}, {1 << 30, 30 * time.Second, time.Minute}} {
+		for _, j := range []float64{0, 0.5, 0.999} {
+			if got := Pause(c.failures, time.Second, time.Minute, j); got < c.least || got > c.most {
+				t.Errorf("pause after %d failures: %v", c.failures, got)
+			}
+		}
+	}
+}
+
+type fake struct {
+	mu    sync.Mutex
+	left  map[Action]error // what resuming answers; nil is done
+	calls []Action
+	block chan struct{}
+}
+
+func (f *fake) Pending(context.Context) (p control.Pending, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for a := range f.left {
+		switch a.Kind {
+		case Volume:
+			p.Volumes = append(p.Volumes, volume.ID(a.ID))
+		case Snapshot:
+			p.Snapshots = append(p.Snapshots, volume.SnapshotID(a.ID))
+		case QoS:
+			p.QoS = append(p.QoS, volume.ID(a.ID))
+		}
+	}
+	return p, nil
+}
+
+func (f *fake) resume(ctx context.Context, a Action) error {
+	if f.block != nil {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calls = append(f.calls, a)
+	err := f.left[a]
+	if err == nil {
+		delete(f.left, a)
+	}
+	return err
+}
+
+func (f *fake) ResumeVolume(ctx context.Context, id volume.ID) error {
+	return f.resume(ctx, Action{Volume, string(id)})
+}
+
+func (f *fake) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) error {
+	return f.resume(ctx, Action{Snapshot, string(id)})
+}
+
+func (f *fake) ResumeQoS(ctx context.Context, id volume.ID) error {
+	return f.resume(ctx, Action{QoS, string(id)})
+}
+
+func TestPassesTakeUpWhatIsDue(t *testing.T) {
+	down, busy, ok := Action{Volume, "down"}, Action{Volume, "busy"}, Action{Snapshot, "ok"}
+	f := &fake{left: map[Action]error{down: volume.ErrUnavailable, busy: volume.ErrBusy, ok: nil, {QoS, "q"}: nil}}
+	l := newLoop(f, Options{MinPause: time.Hour})
+	for range 3 {
+		if err := l.pass(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := map[Action]int{}
+	for _, a := range f.calls {
+		n[a]++
+	}
+	if n[down] != 1 || n[busy] != 3 || n[ok] != 1 || n[Action{QoS, "q"}] != 1 {
+		t.Errorf("calls: %v", n)
+	}
+	if len(l.tried) != 1 || l.tried[down].Failures != 1 {
+		t.Errorf("remembered: %v", l.tried)
+	}
+	delete(f.left, down)
+	if err := l.pass(context.Background()); err != nil || len(l.tried) != 0 {
+		t.Errorf("remembered when nothing is left: %v %v", l.tried, err)
+	}
+}
+
+func TestCloseCutsOffWhatHangs(t *testing.T) {
+	f := &fake{left: map[Action]error{{Volume, "v"}: nil}, block: make(chan struct{})}
+	l := Start(f, Options{Interval: time.Millisecond})
+	time.Sleep(5 * time.Millisecond)
+	done := make(chan error)
+	go func() { done <- l.Close() }()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Close waits for what hangs")
+	}
+}
+
+func TestTheLoopEndsWhatIsPending(t *testing.T) {
+	f := &fake{left: map[Action]error{}}
+	for i := range 20 {
+		f.left[Action{Volume, fmt.Sprint(i)}] = nil
+	}
+	l := Start(f, Options{Interval: time.Millisecond})
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		p, err := f.Pending(context.Background())
+		if err == nil && len(p.Volumes) == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the loop leaves work behind", errors.Join(err, l.Close()))
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+}
