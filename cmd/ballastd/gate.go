@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/audit"
 	"github.com/ballast-csi/ballast/pkg/rpcerr"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -61,12 +62,16 @@ func (g *gate) admits(method string) bool {
 	return strings.HasPrefix(method, "/csi.v1.Identity/") || g.ready.Load() != nil
 }
 
-// unary puts the gate behind an interceptor.
+// unary puts the gate behind an interceptor. What orchestrators ask for is recorded as theirs; callers of the admin API
+// are named there.
 func (g *gate) unary(outer grpc.UnaryServerInterceptor) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		return outer(ctx, req, info, func(ctx context.Context, req any) (any, error) {
 			if !g.admits(info.FullMethod) {
 				return nil, rpcerr.Error(g.closed())
+			}
+			if strings.HasPrefix(info.FullMethod, "/csi.") {
+				ctx = audit.WithActor(ctx, "csi")
 			}
 			return handler(ctx, req)
 		})

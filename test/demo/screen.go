@@ -38,8 +38,9 @@ func (s *screen) title(text, below string) {
 
 // scene opens a part.
 func (s *screen) scene(n int, title string) {
-	rule := strings.Repeat("─", max(3, width-utf8.RuneCountInString(title)-8))
-	fmt.Fprintf(s.w, "\n%s %s %s\n", s.paint("36", fmt.Sprintf("── %d", n)), s.paint("1", title), s.paint("36", rule))
+	number := fmt.Sprintf("── %d", n)
+	rule := strings.Repeat("─", max(3, width-utf8.RuneCountInString(number+title)-2))
+	fmt.Fprintf(s.w, "\n%s %s %s\n", s.paint("36", number), s.paint("1", title), s.paint("36", rule))
 }
 
 // say explains.
@@ -62,9 +63,30 @@ func (s *screen) proof(format string, args ...any) {
 func (s *screen) command(line string, output []byte) {
 	fmt.Fprintf(s.w, "\n   %s %s\n", s.paint("2", "$"), s.paint("1", line))
 	for _, l := range strings.Split(strings.TrimRight(string(output), "\n"), "\n") {
-		fmt.Fprintf(s.w, "     %s\n", l)
+		fmt.Fprintf(s.w, "     %s\n", clip(l, 110))
 	}
 	fmt.Fprintln(s.w)
+}
+
+// clip cuts a line to n columns. Colours take none, and what is left of them is ended.
+func clip(line string, n int) string {
+	columns, escape, coloured := 0, false, false
+	for i, r := range line {
+		switch {
+		case r == '\x1b':
+			escape, coloured = true, true
+		case escape:
+			escape = r != 'm'
+		case columns == n-1 && utf8.RuneCountInString(line[i:]) > 1:
+			if coloured {
+				return line[:i] + "…\x1b[0m"
+			}
+			return line[:i] + "…"
+		default:
+			columns++
+		}
+	}
+	return line
 }
 
 func short(d time.Duration) string {

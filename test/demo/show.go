@@ -297,11 +297,11 @@ func (s *show) kill(ctx context.Context) error {
 
 func (s *show) look(ctx context.Context) error {
 	for _, args := range [][]string{
-		{"volume", "list", "-o", "wide"},
+		{"volume", "list"},
 		{"volume", "why", "orders"},
 		{"pool", "list"},
 		{"quota", "list"},
-		{"audit", "--last", "5"},
+		{"audit", "--last", "6"},
 	} {
 		if err := s.ctl(ctx, args...); err != nil {
 			return err
