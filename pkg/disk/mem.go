@@ -2,6 +2,7 @@ package disk
 
 import (
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -200,7 +201,7 @@ func (m *Mem) Crash(seed uint64) *Mem {
 	if grain == 0 {
 		grain = sector
 	}
-	left := clone(m.durable)
+	left := cloneMap(m.durable)
 	for _, c := range m.pending {
 		if c.clean {
 			continue
@@ -229,11 +230,11 @@ func (m *Mem) Crash(seed uint64) *Mem {
 func (m *Mem) Reopen() *Mem {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.image(clone(m.seen))
+	return m.image(cloneMap(m.seen))
 }
 
 func (m *Mem) image(blocks map[int64][]byte) *Mem {
-	n := &Mem{TearAt: m.TearAt, size: m.size, limit: m.limit, seen: blocks, durable: clone(blocks), backed: map[int64]bool{}}
+	n := &Mem{TearAt: m.TearAt, size: m.size, limit: m.limit, seen: blocks, durable: maps.Clone(blocks), backed: map[int64]bool{}}
 	for b := range blocks {
 		n.backed[b] = true
 	}
@@ -281,29 +282,31 @@ func apply(blocks map[int64][]byte, c change) map[int64][]byte {
 		off := c.off + i
 		skip := off % BlockSize
 		n := min(c.n-i, BlockSize-skip)
-		b := blocks[off/BlockSize]
+		old := blocks[off/BlockSize]
 		switch {
 		case c.data == nil && n == BlockSize:
 			delete(blocks, off/BlockSize)
-		case c.data == nil && b == nil:
-		case c.data == nil:
-			clear(b[skip : skip+n])
-		default:
-			if b == nil {
-				b = make([]byte, BlockSize)
-				blocks[off/BlockSize] = b
+		case c.data != nil && n == BlockSize:
+			blocks[off/BlockSize] = c.data[i : i+n]
+		case c.data != nil || old != nil:
+			// Blocks are never changed in place: images share them.
+			b := make([]byte, BlockSize)
+			copy(b, old)
+			if c.data == nil {
+				clear(b[skip : skip+n])
+			} else {
+				copy(b[skip:], c.data[i:i+n])
 			}
-			copy(b[skip:], c.data[i:i+n])
+			blocks[off/BlockSize] = b
 		}
 		i += n
 	}
 	return blocks
 }
 
-func clone(blocks map[int64][]byte) map[int64][]byte {
-	c := make(map[int64][]byte, len(blocks))
-	for i, b := range blocks {
-		c[i] = slices.Clone(b)
+func cloneMap(blocks map[int64][]byte) map[int64][]byte {
+	if blocks == nil {
+		return map[int64][]byte{}
 	}
-	return c
+	return maps.Clone(blocks)
 }

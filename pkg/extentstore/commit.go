@@ -129,10 +129,6 @@ func (p *Pool) copyDirty(l *chain, b *batch) {
 		// owner at every moment.
 		if merging != nil {
 			if from := st.pages[pageID{merging.id, pg.idx}]; from != nil && from.dirty {
-				if p.opts.broken.splitPairs {
-					b.units = append(b.units, unit)
-					unit = nil
-				}
 				unit = append(unit, p.copyPage(merging, from, b)...)
 			}
 		}

@@ -78,8 +78,10 @@ func (p *Pool) resolve(s *scratch, head *chain, b []byte, off int64, at int) err
 		n := int(min(int64(len(b)-done), layer.ExtentSize-o%layer.ExtentSize))
 		_, i := place(o)
 		want := blocksOf(o, int64(n))
+		none := want
 		for _, pg := range pages {
 			e := pg.e[i]
+			none &^= want & e.Data
 			for hit := want & e.Data; hit != 0; {
 				var first, count int
 				first, count, hit = hit.Run()
@@ -90,9 +92,9 @@ func (p *Pool) resolve(s *scratch, head *chain, b []byte, off int64, at int) err
 				break
 			}
 		}
-		for want != 0 {
+		for none != 0 {
 			var first, count int
-			first, count, want = want.Run()
+			first, count, none = none.Run()
 			from, to := clip(first, count, o, n)
 			clear(b[done+from : done+to])
 		}

@@ -113,12 +113,15 @@ func (b *badgerKV) Close() error { return b.db.Close() }
 func (p *Pool) store(units [][]op) error {
 	var batch []op
 	size := 0
+	if p.opts.broken.splitPairs {
+		units = split(units)
+	}
 	for _, u := range units {
 		n := 0
 		for _, o := range u {
 			n += o.size()
 		}
-		if size+n > maxCommit && len(batch) > 0 {
+		if (size+n > maxCommit || p.opts.broken.splitPairs) && len(batch) > 0 {
 			if err := p.commitOps(batch); err != nil {
 				return err
 			}
@@ -130,6 +133,15 @@ func (p *Pool) store(units [][]op) error {
 		return nil
 	}
 	return p.commitOps(batch)
+}
+
+func split(units [][]op) (single [][]op) {
+	for _, u := range units {
+		for _, o := range u {
+			single = append(single, []op{o})
+		}
+	}
+	return single
 }
 
 // commitOps is the only way to the database. An outcome that is unknown is the end of the pool until it is reopened:

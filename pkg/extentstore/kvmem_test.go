@@ -25,15 +25,22 @@ type power struct {
 	nested bool
 }
 
-func (p *power) step(op string) error {
+func (p *power) act(op string) {
 	p.mu.Lock()
-	if p.during != nil && !p.nested && !p.off {
-		p.nested = true
-		p.mu.Unlock()
-		p.during(op)
-		p.mu.Lock()
-		p.nested = false
+	defer p.mu.Unlock()
+	if p.during == nil || p.nested || p.off {
+		return
 	}
+	p.nested = true
+	p.mu.Unlock()
+	p.during(op)
+	p.mu.Lock()
+	p.nested = false
+}
+
+func (p *power) step(op string) error {
+	p.act(op)
+	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.off && p.left == 0 {
 		p.off = true
@@ -172,8 +179,22 @@ func (m *machine) plug(p *power) {
 	m.file.Step, m.kv.power = p.step, p
 }
 
+// afterSync lets a test act between a sync and what follows it.
+type afterSync struct {
+	*disk.Mem
+	power func() *power
+}
+
+func (f afterSync) Sync() error {
+	err := f.Mem.Sync()
+	if p := f.power(); p != nil {
+		p.act("synced")
+	}
+	return err
+}
+
 func (m *machine) open(o Options) (*Pool, error) {
-	return start("/memory", deps{file: m.file, kv: m.kv, space: m.space}, o)
+	return start("/memory", deps{file: afterSync{m.file, func() *power { return m.kv.power }}, kv: m.kv, space: m.space}, o)
 }
 
 // crash is the machine after its power has failed.
