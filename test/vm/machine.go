@@ -66,11 +66,11 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(c.MemoryMiB),
 		"-kernel", c.Kernel, "-initrd", c.Initramfs,
-		"-append", "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off -- "+strings.Join(c.Scenario, " "),
+		"-append", "console=ttyS0 quiet loglevel=7 panic=-1 mitigations=off -- "+strings.Join(c.Scenario, " "),
 		"-blockdev", "driver=nbd,node-name=disk,server.type=unix,server.path="+socket+",discard=unmap",
 		"-device", "virtio-blk-pci,drive=disk,write-cache=on,discard=on,write-zeroes=on",
 		"-chardev", "file,id=console,path="+m.console, "-serial", "chardev:console",
-		"-chardev", "stdio,id=report,signal=off", "-serial", "chardev:report")
+		"-chardev", "file,id=report,path=/dev/stdout", "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=report")
 	m.cmd.WaitDelay = 10 * time.Second
 	m.cmd.Stderr = &m.stderr
 	lines, err := m.cmd.StdoutPipe()
@@ -94,7 +94,7 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 		for s.Scan() {
 			var e report.Event
 			if err := json.Unmarshal(s.Bytes(), &e); err != nil {
-				continue // the firmware writes to serial lines too
+				return errors.Join(fmt.Errorf("the guest reported %q: %w", s.Text(), err), m.cmd.Wait())
 			}
 			events <- e
 		}

@@ -241,7 +241,7 @@ func (w *cutWork) verifySnapshots(ctx context.Context, c *client, snapshot, dele
 	if err != nil {
 		return err
 	}
-	err = w.data.check(dev, w.data.recall(must, may))
+	err = w.data.checkMoment(dev, must, may)
 	if err = errors.Join(err, dev.Close()); err != nil {
 		return fmt.Errorf("restored from snapshot %s: %w", snapshot, err)
 	}

@@ -1,5 +1,5 @@
 // Command guest is the first process of the virtual machine in which test/vm runs its scenarios. It makes the machine
-// usable, runs the scenario that its arguments name, reports over the second serial line, and ends the machine.
+// usable, runs the scenario that its arguments name, reports over a virtio port, and ends the machine.
 package main
 
 import (
@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -83,27 +84,33 @@ func boot() (*reporter, error) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
 		return nil, fmt.Errorf("share mounts: %w", err)
 	}
-	r, err := openReporter("/dev/ttyS1")
-	if err != nil {
-		return nil, err
-	}
 	os.Setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
 	os.Setenv("HOME", "/root")
 	list, err := os.ReadFile("/etc/modules-to-load")
 	if err != nil {
-		return r, err
+		return nil, err
 	}
 	for _, m := range strings.Fields(string(list)) {
 		if err := loadModule(m); err != nil {
-			return r, err
+			return nil, err
 		}
 	}
+	r, err := openReporter()
+	if err != nil {
+		return nil, err
+	}
+	_, err = await(disk)
+	return r, err
+}
+
+// await waits for the driver to make a device, and returns its path.
+func await(pattern string) (string, error) {
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if _, err := os.Stat(disk); err == nil {
-			return r, nil
+		if found, err := filepath.Glob(pattern); err != nil || len(found) == 1 {
+			return strings.Join(found, ""), err
 		}
 		if time.Now().After(deadline) {
-			return r, errors.New(disk + " did not appear")
+			return "", fmt.Errorf("%s did not appear", pattern)
 		}
 	}
 }
@@ -123,30 +130,25 @@ func loadModule(file string) error {
 	return nil
 }
 
-// reporter writes events to the host. An event has left the guest when send returns.
+// reporter writes events to the host.
 type reporter struct {
-	mu  sync.Mutex
-	tty *os.File
+	mu   sync.Mutex
+	port *os.File
 }
 
-func openReporter(tty string) (*reporter, error) {
-	fd, err := unix.Open(tty, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+func openReporter() (*reporter, error) {
+	port, err := await("/dev/vport*p1")
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", tty, err)
+		return nil, err
 	}
-	t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	fd, err := unix.Open(port, unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", tty, err)
+		return nil, fmt.Errorf("open %s: %w", port, err)
 	}
-	t.Oflag &^= unix.OPOST
-	t.Lflag &^= unix.ECHO | unix.ICANON | unix.ISIG
-	t.Cflag = t.Cflag&^unix.CBAUD | unix.B115200
-	if err := unix.IoctlSetTermios(fd, unix.TCSETS, t); err != nil {
-		return nil, fmt.Errorf("%s: %w", tty, err)
-	}
-	return &reporter{tty: os.NewFile(uintptr(fd), tty)}, nil
+	return &reporter{port: os.NewFile(uintptr(fd), port)}, nil
 }
 
+// send returns when the host's machine has taken the event.
 func (r *reporter) send(e report.Event) {
 	line, err := json.Marshal(e)
 	if err != nil {
@@ -154,11 +156,7 @@ func (r *reporter) send(e report.Event) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, err := r.tty.Write(append(line, '\n')); err != nil {
-		slog.Error("report", "err", err)
-	}
-	// TCSBRK with 1 is tcdrain.
-	if err := unix.IoctlSetInt(int(r.tty.Fd()), unix.TCSBRK, 1); err != nil {
+	if _, err := r.port.Write(append(line, '\n')); err != nil {
 		slog.Error("report", "err", err)
 	}
 }

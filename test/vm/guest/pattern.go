@@ -11,6 +11,7 @@ import (
 	"slices"
 	"unsafe"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -161,18 +162,75 @@ func (p pattern) check(r io.ReaderAt, h history) error {
 	return nil
 }
 
+// checkMoment checks that the device is as it was at one moment between the acknowledgement of batch must and the start
+// of batch may: all batches up to one are there, at most a part of the next, and nothing later.
+func (p pattern) checkMoment(r io.ReaderAt, must, may int64) error {
+	newest, err := p.newest(r)
+	if err != nil {
+		return err
+	}
+	first := max(must, newest-1)
+	// Batches that only zero leave no trace: the moment may be a little later than the newest trace.
+	var nearest error
+	for n := first; n <= min(may, max(must, newest)+3); n++ {
+		err := p.check(r, p.recall(n, min(n+1, may)))
+		if err == nil || !errors.Is(err, errLost) {
+			return err
+		}
+		if n <= newest || n == first {
+			nearest = err
+		}
+	}
+	if nearest == nil {
+		nearest = errLost
+	}
+	return fmt.Errorf("as of no moment from batch %d to %d; the newest seen is %d: %w", must, may, newest, nearest)
+}
+
+// newest is the last batch of which a sector is seen, 0 if there is none.
+func (p pattern) newest(r io.ReaderAt) (int64, error) {
+	var last int64
+	buf := aligned(1 << 20)
+	for off := int64(0); off < p.blocks*block; off += int64(len(buf)) {
+		part := buf[:min(int64(len(buf)), p.blocks*block-off)]
+		if n, err := r.ReadAt(part, off); err != nil && (err != io.EOF || n != len(part)) {
+			return 0, fmt.Errorf("read at %d: %w", off, err)
+		}
+		for i := 0; i < len(part); i += sector {
+			n, err := p.origin(part[i:i+sector], off+int64(i))
+			if err != nil {
+				return 0, fmt.Errorf("%w: sector at %d: %w", errLost, off+int64(i), err)
+			}
+			last = max(last, n)
+		}
+	}
+	return last, nil
+}
+
 // errLost is what a verifier reports when an acknowledged write is gone. The host knows it by its text: the harness's
 // own test expects it.
 var errLost = errors.New("acknowledged data lost")
 
-// write does batch n on an O_DIRECT file; it does not flush.
+// write does batch n on an O_DIRECT file, at once what does not overlap; it does not flush.
 func (p pattern) write(f *os.File, n int64) error {
+	var g errgroup.Group
+	var running []op
 	for _, o := range p.batch(n) {
-		if err := p.do(f, n, o); err != nil {
-			return fmt.Errorf("batch %d at %d: %w", n, o.off, err)
+		if slices.ContainsFunc(running, func(r op) bool { return o.off < r.off+r.length && r.off < o.off+o.length }) {
+			if err := g.Wait(); err != nil {
+				return err
+			}
+			g, running = errgroup.Group{}, nil
 		}
+		running = append(running, o)
+		g.Go(func() error {
+			if err := p.do(f, n, o); err != nil {
+				return fmt.Errorf("batch %d at %d: %w", n, o.off, err)
+			}
+			return nil
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 func (p pattern) do(f *os.File, n int64, o op) error {

@@ -89,6 +89,39 @@ func TestRecallZeros(t *testing.T) {
 	}
 }
 
+// TestCheckMoment: a copy made while writes went on is no snapshot.
+func TestCheckMoment(t *testing.T) {
+	p := pattern{seed: 5, blocks: 512, zeros: false}
+	f, err := os.Create(filepath.Join(t.TempDir(), "device"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(p.blocks * block); err != nil {
+		t.Fatal(err)
+	}
+	for n := int64(1); n <= 20; n++ {
+		if err := p.write(f, n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := p.checkMoment(f, 18, 23); err != nil {
+		t.Errorf("a moment: %v", err)
+	}
+	if err := p.checkMoment(f, 21, 23); !errors.Is(err, errLost) {
+		t.Errorf("an acknowledged batch is missing, and the check says: %v", err)
+	}
+	if err := p.checkMoment(f, 15, 19); !errors.Is(err, errLost) {
+		t.Errorf("a batch is there before its time, and the check says: %v", err)
+	}
+	if err := p.write(f, 23); err != nil { // without 21 and 22
+		t.Fatal(err)
+	}
+	if err := p.checkMoment(f, 18, 23); !errors.Is(err, errLost) {
+		t.Errorf("a hole in the order, and the check says: %v", err)
+	}
+}
+
 func TestFilesCheck(t *testing.T) {
 	f := files{seed: 1, dir: t.TempDir()}
 	for n := int64(1); n <= 20; n++ {

@@ -1,4 +1,4 @@
-// Package report is what the guest tells the host over its second serial line: one JSON object in a line.
+// Package report is what the guest tells the host over a virtio port: one JSON object in a line.
 package report
 
 // Kind of an Event.
