@@ -99,7 +99,7 @@ func testRefused(t *testing.T, f frontend.Frontend) {
 		"a path":             {"../vol", mib, frontend.Options{BlockSize: 4096}},
 		"a dot":              {".", mib, frontend.Options{BlockSize: 4096}},
 		"a control byte":     {"a\nb", mib, frontend.Options{BlockSize: 4096}},
-		"a long name":        {string(bytes.Repeat([]byte{'a'}, 5000)), mib, frontend.Options{BlockSize: 4096}},
+		"a long name":        {string(bytes.Repeat([]byte{'a'}, 129)), mib, frontend.Options{BlockSize: 4096}},
 		"no block size":      {"vol", mib, frontend.Options{}},
 		"an odd block size":  {"vol", mib, frontend.Options{BlockSize: 1000}},
 		"no size":            {"vol", 0, frontend.Options{BlockSize: 4096}},

@@ -22,6 +22,11 @@ func (f *Frontend) Detach(ctx context.Context, name string) error {
 	if err != nil || d == nil {
 		return err
 	}
+	if d.loop == nil { // an Attach gave up early
+		f.remove(d)
+		f.release(d)
+		return nil
+	}
 	// A write that waits in the device makes the sync wait. The caller may leave then; the sync ends with the device's
 	// request or with Abort.
 	synced := make(chan error, 1)
@@ -53,6 +58,7 @@ func (f *Frontend) Detach(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("detach device %s: %w", name, err)
 	}
+	f.sweep()
 	f.log.Info("detached", "device", name)
 	return nil
 }
@@ -106,6 +112,7 @@ func (f *Frontend) Abort(ctx context.Context, name string) error {
 	}
 	err = f.tearDown(d)
 	f.remove(d)
+	f.sweep()
 	if err != nil {
 		return fmt.Errorf("abort device %s: %w", name, err)
 	}
@@ -129,35 +136,60 @@ func (f *Frontend) isAborted(d *device) bool {
 	return d.aborted
 }
 
-// tearDown frees what of a device there is. Its loop device is unbound, or its connection aborted, or it failed to come
-// up. The kernel frees later what is still in use.
+// tearDown frees what of a device there is. It is unbound, or aborted, or failed to come up. What the kernel still uses
+// then is left, for sweep.
 func (f *Frontend) tearDown(d *device) error {
-	var errs []error
+	if d.path == "" {
+		return nil
+	}
+	defer f.disown(d.path)
+	alone := true
 	if d.loop != nil {
+		alone, _ = d.loop.unbind()
 		// Its error is of page cache that could not be written: after a sync or an abort there is nothing to say.
-		_, _ = d.loop.unbind()
 		_ = d.loop.close()
 		d.loop = nil
 	}
 	if d.server != nil {
-		path := d.server.path
+		defer func() { <-d.server.stopped }()
+		defer d.server.cancel()
 		err := error(unix.EBUSY)
-		if !f.isAborted(d) {
-			err = unmount(path)
+		if alone {
+			err = unmount(d.path)
 		}
-		if err == unix.EBUSY {
-			f.ctl.abort(d.server.conn, path)
-			err = unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		if err != nil && err != unix.EINVAL { // EINVAL: somebody has unmounted it
+			f.ctl.abort(d.server.conn, d.path)
+			f.setLeft()
+			return nil
 		}
-		if err != nil && err != unix.EINVAL { // EINVAL: somebody unmounted it
-			errs = append(errs, fmt.Errorf("unmount %s: %w", path, err))
-		} else if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, err)
-		}
-		d.server.cancel()
-		<-d.server.stopped
 	}
-	return errors.Join(errs...)
+	if err := os.Remove(d.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// sweep removes what tearDown had to leave, if its last user is gone by now.
+func (f *Frontend) sweep() {
+	f.mu.Lock()
+	left := f.left
+	f.left = false
+	f.mu.Unlock()
+	if !left {
+		return
+	}
+	if err := f.Clean(context.Background()); err != nil {
+		f.setLeft()
+		if !errors.Is(err, frontend.ErrBusy) {
+			f.log.Error("cannot remove what is left of devices", "error", err)
+		}
+	}
+}
+
+func (f *Frontend) setLeft() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.left = true
 }
 
 // unmount unmounts a file that the kernel has just let go of, or is about to.

@@ -17,9 +17,6 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// maxName bounds a device's name, in bytes: with the run directory's tag before it, it fits a loop device's.
-const maxName = 40
-
 // Options of a Frontend.
 type Options struct {
 	// RunDir holds the mounts and a lock. One process uses it at a time, and always the same one after a restart.
@@ -29,8 +26,7 @@ type Options struct {
 
 // Frontend implements frontend.Frontend.
 type Frontend struct {
-	dir  string   // the mounts: dir/name
-	tag  string   // what loop devices' tags begin with
+	dir  string   // the mounts, one for each attach
 	lock *os.File // held while open
 	ctl  control
 	bufs buffers
@@ -38,8 +34,13 @@ type Frontend struct {
 
 	mu      sync.Mutex
 	devices map[string]*device
+	owned   map[string]bool // paths in dir that Clean must not touch
+	serial  uint64
 	closed  bool
+	left    bool           // Abort has left something in dir
 	tasks   sync.WaitGroup // of requests whose caller has left
+
+	cleaning sync.Mutex
 }
 
 var _ frontend.Frontend = (*Frontend)(nil)
@@ -58,22 +59,15 @@ func New(ctx context.Context, o Options) (*Frontend, error) {
 	if err != nil {
 		return nil, err
 	}
-	lock, err := os.OpenFile(filepath.Join(o.RunDir, "frontend.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	ctl := openControl()
+	lock, err := takeLock(ctx, filepath.Join(o.RunDir, "frontend.lock"), func() error { return abortAll(ctl, dir) })
 	if err != nil {
+		ctl.close()
 		return nil, err
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		lock.Close()
-		return nil, fmt.Errorf("another process uses %s; stop it first: %w", o.RunDir, volume.ErrInUse)
-	}
-	tag, err := dirTag(dir)
-	if err != nil {
-		lock.Close()
-		return nil, err
-	}
-	f := &Frontend{dir: dir, tag: tag, lock: lock, ctl: openControl(), log: o.Logger, devices: map[string]*device{}}
+	f := &Frontend{dir: dir, lock: lock, ctl: ctl, log: o.Logger, devices: map[string]*device{}, owned: map[string]bool{}}
 	if err := f.Clean(ctx); err != nil && !errors.Is(err, frontend.ErrBusy) {
-		f.ctl.close()
+		ctl.close()
 		lock.Close()
 		return nil, fmt.Errorf("clean up after an earlier process: %w", err)
 	}
@@ -86,11 +80,10 @@ type device struct {
 	busy chan struct{} // held by the one operation under way
 	gone bool          // guarded by busy: no longer in the map
 
-	server *server // written under busy and Frontend.mu, read under either
-	// aborted and path, that of the loop device, are guarded by Frontend.mu.
-	aborted bool
-	path    string
-	loop    *loop // these are guarded by busy
+	server  *server // written under busy and Frontend.mu, read under either
+	path    string  // of the mount, guarded by busy
+	aborted bool    // guarded by Frontend.mu
+	loop    *loop   // these are guarded by busy
 	dev     block.Device
 	options frontend.Options
 }
@@ -138,8 +131,8 @@ func checkName(name string) error {
 	if err := volume.CheckName("device name", name); err != nil {
 		return err
 	}
-	if len(name) > maxName || strings.Contains(name, "/") || strings.HasPrefix(name, ".") {
-		return fmt.Errorf("device name %q has more than %d bytes, a slash, or begins with a dot: %w", name, maxName, volume.ErrInvalid)
+	if strings.Contains(name, "/") || strings.HasPrefix(name, ".") {
+		return fmt.Errorf("device name %q has a slash, or begins with a dot: %w", name, volume.ErrInvalid)
 	}
 	return nil
 }
@@ -169,6 +162,7 @@ func (f *Frontend) Attach(ctx context.Context, name string, dev block.Device, o 
 		}
 		return d.loop.path, nil
 	}
+	f.sweep()
 	if err := f.attach(ctx, d, dev, o); err != nil {
 		f.tearDown(d)
 		f.remove(d)
@@ -180,15 +174,10 @@ func (f *Frontend) Attach(ctx context.Context, name string, dev block.Device, o 
 
 func (f *Frontend) attach(ctx context.Context, d *device, dev block.Device, o frontend.Options) error {
 	d.dev, d.options = dev, o
-	path := filepath.Join(f.dir, d.name)
-	if err := f.removeMount(path); err != nil { // of an earlier process, still used then
-		return err
-	}
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+	path, err := f.mountPath(d)
 	if err != nil {
 		return err
 	}
-	file.Close()
 	s, err := newServer(path, dev, o.ReadOnly, &f.bufs, f.log.With("device", d.name))
 	f.mu.Lock()
 	d.server = s
@@ -196,17 +185,41 @@ func (f *Frontend) attach(ctx context.Context, d *device, dev block.Device, o fr
 	if err != nil {
 		return err
 	}
-	if d.loop, err = newLoop(ctx, path, f.tag+d.name, o.BlockSize, o.ReadOnly); err != nil {
+	if d.loop, err = newLoop(ctx, path, o.BlockSize, o.ReadOnly); err != nil {
 		return err
 	}
-	f.mu.Lock()
-	d.path = d.loop.path
-	f.mu.Unlock()
 	size, err := d.loop.size()
 	if err == nil && size != dev.Size() {
 		err = fmt.Errorf("the kernel sees %d bytes, not %d", size, dev.Size())
 	}
 	return err
+}
+
+// mountPath makes the file that the device is mounted on. Its path is new: the device that had the name before may still
+// be in use, dead, and is found by its own path.
+func (f *Frontend) mountPath(d *device) (string, error) {
+	for {
+		f.mu.Lock()
+		f.serial++
+		path := filepath.Join(f.dir, fmt.Sprintf("%s@%d", d.name, f.serial))
+		f.owned[path] = true
+		f.mu.Unlock()
+		file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		if err == nil {
+			d.path = path
+			return path, file.Close()
+		}
+		f.disown(path)
+		if !errors.Is(err, os.ErrExist) {
+			return "", err
+		}
+	}
+}
+
+func (f *Frontend) disown(path string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.owned, path)
 }
 
 // Resize implements frontend.Frontend.
@@ -215,10 +228,12 @@ func (f *Frontend) Resize(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if d == nil {
+	if d != nil {
+		defer f.release(d)
+	}
+	if d == nil || d.loop == nil {
 		return fmt.Errorf("device %s is not attached: %w", name, volume.ErrNotFound)
 	}
-	defer f.release(d)
 	want := d.dev.Size()
 	// The stat makes the kernel ask for the size; older loop drivers only look at what it knew.
 	var st unix.Stat_t
@@ -256,6 +271,7 @@ func (f *Frontend) Close() error {
 		errs = append(errs, f.Abort(context.Background(), name))
 	}
 	f.tasks.Wait()
+	f.sweep()
 	f.bufs.close()
 	f.ctl.close()
 	return errors.Join(append(errs, f.lock.Close())...)

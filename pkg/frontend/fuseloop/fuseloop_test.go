@@ -1,6 +1,7 @@
 package fuseloop
 
 import (
+	"context"
 	"log/slog"
 	"testing"
 
@@ -18,6 +19,17 @@ func newFrontend(t *testing.T, dir string) *Frontend {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { f.Close() })
+	t.Cleanup(func() {
+		f.Close()
+		// What was in use at Close is removed by the next one.
+		next, err := New(context.Background(), Options{RunDir: dir, Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if err := next.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return f
 }

@@ -27,8 +27,8 @@ type loop struct {
 	path string // /dev/loopN
 }
 
-// newLoop binds a free loop device to the file at path. Tag is the name that identifies it.
-func newLoop(ctx context.Context, path, tag string, blockSize int, readOnly bool) (*loop, error) {
+// newLoop binds a free loop device to the file at path.
+func newLoop(ctx context.Context, path string, blockSize int, readOnly bool) (*loop, error) {
 	access := unix.O_RDWR
 	cfg := unix.LoopConfig{Size: uint32(blockSize)}
 	cfg.Info.Flags = unix.LO_FLAGS_DIRECT_IO | unix.LO_FLAGS_AUTOCLEAR
@@ -36,7 +36,7 @@ func newLoop(ctx context.Context, path, tag string, blockSize int, readOnly bool
 		access = unix.O_RDONLY
 		cfg.Info.Flags |= unix.LO_FLAGS_READ_ONLY
 	}
-	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], tag)
+	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], path) // for old tools; nothing depends on it
 	// Not os.OpenFile: Go's poller would ask the file to be polled, which is a request to ourselves.
 	file, err := unix.Open(path, access|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -145,14 +145,15 @@ func (l *loop) unbind() (alone bool, err error) {
 	if err := unix.IoctlSetInt(l.fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
 		return false, fmt.Errorf("unbind %s: %w", l.path, err)
 	}
+	// Any other error is one of asking the file, whose connection is aborted: it is bound.
 	_, err = unix.IoctlLoopGetStatus64(l.fd)
-	switch err {
-	case nil:
-		return false, nil
-	case unix.ENXIO:
-		return true, nil
-	}
-	return false, fmt.Errorf("status of %s: %w", l.path, err)
+	return err == unix.ENXIO, nil
+}
+
+// backing is the path of the file that the device is bound to, as far as the kernel knows one.
+func (l *loop) backing() (string, error) {
+	text, err := os.ReadFile(filepath.Join(l.sysfs(), "loop/backing_file"))
+	return strings.TrimSuffix(string(text), "\n"), err
 }
 
 func (l *loop) close() error { return unix.Close(l.fd) }
@@ -173,7 +174,8 @@ func boundLoops() ([]boundLoop, error) {
 	var all []boundLoop
 	for _, file := range files {
 		dir := filepath.Dir(filepath.Dir(file))
-		backing, err := os.ReadFile(file)
+		l := &loop{path: "/dev/" + filepath.Base(dir)}
+		backing, err := l.backing()
 		if err != nil { // unbound meanwhile
 			continue
 		}
@@ -181,24 +183,7 @@ func boundLoops() ([]boundLoop, error) {
 		if err != nil {
 			continue
 		}
-		all = append(all, boundLoop{
-			path: "/dev/" + filepath.Base(dir), backing: strings.TrimSuffix(string(backing), "\n"), number: strings.TrimSpace(string(number)),
-		})
+		all = append(all, boundLoop{path: l.path, backing: backing, number: strings.TrimSpace(string(number))})
 	}
 	return all, nil
-}
-
-// openLoop opens a loop device and returns the tag that it is bound with. While it is open it stays bound.
-func openLoop(path string) (*loop, string, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, "", fmt.Errorf("open %s: %w", path, err)
-	}
-	l := &loop{fd: fd, path: path}
-	info, err := unix.IoctlLoopGetStatus64(fd)
-	if err != nil {
-		l.close()
-		return nil, "", fmt.Errorf("status of %s: %w", path, err)
-	}
-	return l, unix.ByteSliceToString(info.File_name[:]), nil
 }

@@ -51,6 +51,16 @@ func parseMount(line string) (mountPoint, bool) {
 	return mountPoint{number: left[2], path: unescape(left[4]), fsType: right[0], source: unescape(right[1])}, true
 }
 
+// minor is the filesystem's number in fusectl, 0 if unknown.
+func (m mountPoint) minor() uint32 {
+	_, text, _ := strings.Cut(m.number, ":")
+	n, err := strconv.ParseUint(text, 10, 32)
+	if err != nil {
+		return 0
+	}
+	return uint32(n)
+}
+
 // unescape undoes the kernel's octal escapes.
 func unescape(s string) string {
 	if !strings.Contains(s, `\`) {

@@ -2,23 +2,21 @@ package fuseloop
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ballast-csi/ballast/pkg/frontend"
+	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
 // StaleDevice is what the kernel still uses of a device whose process is gone, or that was aborted. All its I/O fails.
-// It goes away with its last user.
+// The kernel frees it when its last user is gone.
 type StaleDevice struct {
 	Name     string
 	LoopPath string
@@ -26,160 +24,171 @@ type StaleDevice struct {
 	Mounts []string
 }
 
-// dirTag names a run directory in the tags of loop devices, which is how its devices are told from those of others,
-// also of others that use the same path in another mount namespace.
-func dirTag(dir string) (string, error) {
-	info, err := os.Stat(dir)
-	if err != nil {
-		return "", err
-	}
-	st := info.Sys().(*syscall.Stat_t)
-	sum := sha256.Sum256(fmt.Appendf(nil, "%s\x00%d\x00%d", dir, st.Dev, st.Ino))
-	return "ballast-" + hex.EncodeToString(sum[:6]) + "/", nil
+// remnant is a file of the run directory that belongs to no attached device.
+type remnant struct {
+	path    string
+	mounted bool
+	conn    uint32     // of its mount
+	loop    *boundLoop // nil: none is bound to it
 }
 
-// Stale lists the stale devices. Who mounted them unmounts them; the kernel frees them then by itself.
-func (f *Frontend) Stale(ctx context.Context) ([]StaleDevice, error) {
-	if err := ctx.Err(); err != nil {
+// remnants lists them. A loop device is taken for ours only where its file is a mount of ours in this namespace: another
+// Ballast, with a namespace of its own, may well use the same paths.
+func (f *Frontend) remnants(mounts []mountPoint) ([]remnant, error) {
+	files, err := os.ReadDir(f.dir)
+	if err != nil {
 		return nil, err
 	}
 	loops, err := boundLoops()
 	if err != nil {
 		return nil, err
 	}
+	var all []remnant
+	for _, file := range files {
+		r := remnant{path: filepath.Join(f.dir, file.Name())}
+		f.mu.Lock()
+		owned := f.owned[r.path]
+		f.mu.Unlock()
+		if owned {
+			continue
+		}
+		for _, m := range mounts {
+			if m.path == r.path && m.fsType == fsType {
+				r.mounted, r.conn = true, m.minor()
+			}
+		}
+		for i := range loops {
+			if r.mounted && loops[i].backing == r.path {
+				r.loop = &loops[i]
+			}
+		}
+		all = append(all, r)
+	}
+	return all, nil
+}
+
+// name is that of the device; mountPath made the path.
+func (r remnant) name() string {
+	base := filepath.Base(r.path)
+	if i := strings.LastIndexByte(base, '@'); i >= 0 {
+		return base[:i]
+	}
+	return base
+}
+
+// Stale lists the stale devices. Who mounted them unmounts them.
+func (f *Frontend) Stale(ctx context.Context) ([]StaleDevice, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	mounts, err := mountPoints()
 	if err != nil {
 		return nil, err
 	}
-	attached := f.loopPaths()
+	all, err := f.remnants(mounts)
+	if err != nil {
+		return nil, err
+	}
 	var stale []StaleDevice
-	for _, l := range loops {
-		// Of a mount that was detached the kernel knows no path but "/".
-		if attached[l.path] || (l.backing != "/" && !strings.HasPrefix(l.backing, f.dir+"/")) {
+	for _, r := range all {
+		if r.loop == nil {
 			continue
 		}
-		name, ours := f.owns(l.path)
-		if !ours {
-			continue
-		}
-		s := StaleDevice{Name: name, LoopPath: l.path}
+		s := StaleDevice{Name: r.name(), LoopPath: r.loop.path}
 		for _, m := range mounts {
 			// btrfs shows a number of its own; its source is the device.
-			if m.number == l.number || m.source == l.path {
+			if m.number == r.loop.number || m.source == r.loop.path {
 				s.Mounts = append(s.Mounts, m.path)
 			}
 		}
 		stale = append(stale, s)
 	}
-	slices.SortFunc(stale, func(a, b StaleDevice) int { return strings.Compare(a.Name+a.LoopPath, b.Name+b.LoopPath) })
+	slices.SortFunc(stale, func(a, b StaleDevice) int { return strings.Compare(a.Name+"@"+a.LoopPath, b.Name+"@"+b.LoopPath) })
 	return stale, nil
 }
 
-// loopPaths are the loop devices attached now.
-func (f *Frontend) loopPaths() map[string]bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	paths := map[string]bool{}
-	for _, d := range f.devices {
-		if d.path != "" {
-			paths[d.path] = true
-		}
-	}
-	return paths
-}
-
-// Clean removes the mounts that an earlier process left in the run directory, and frees its loop devices. It returns
-// frontend.ErrBusy, naming them, while some are still in use: unmount those and call it again.
+// Clean removes what an earlier process, or Abort, left in the run directory. It returns frontend.ErrBusy, naming the
+// devices, while some are still in use: unmount them and call it again.
 func (f *Frontend) Clean(ctx context.Context) error {
-	files, err := os.ReadDir(f.dir)
+	f.cleaning.Lock()
+	defer f.cleaning.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	mounts, err := mountPoints()
 	if err != nil {
 		return err
 	}
-	for _, file := range files {
-		if err := f.cleanMount(ctx, file.Name()); err != nil {
-			return err
-		}
-	}
-	stale, err := f.Stale(ctx)
+	all, err := f.remnants(mounts)
 	if err != nil {
 		return err
 	}
-	var busy []string
-	for _, s := range stale {
-		if !f.freeLoop(s.LoopPath) {
-			busy = append(busy, fmt.Sprintf("%s on %s (mounted at %s)", s.Name, s.LoopPath, strings.Join(s.Mounts, ", ")))
+	var errs []error
+	for _, r := range all {
+		errs = append(errs, f.clean(r))
+	}
+	if stale, err := f.Stale(ctx); err == nil && len(stale) > 0 {
+		var busy []string
+		for _, s := range stale {
+			busy = append(busy, fmt.Sprintf("%s on %s (mounted at %q)", s.Name, s.LoopPath, s.Mounts))
 		}
+		errs = append(errs, fmt.Errorf("dead devices are still in use, unmount them: %s: %w", strings.Join(busy, "; "), frontend.ErrBusy))
 	}
-	if len(busy) > 0 {
-		return fmt.Errorf("devices of an earlier process are still in use, unmount them: %s: %w", strings.Join(busy, "; "), frontend.ErrBusy)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
-// cleanMount removes the mount and the file of a name, unless it is attached.
-func (f *Frontend) cleanMount(ctx context.Context, name string) error {
-	d, err := f.acquire(ctx, name, true)
-	if err != nil {
-		return err
+// clean removes a remnant, unless its loop device is in use: the mount is left then, as by its path the device is found.
+func (f *Frontend) clean(r remnant) error {
+	if r.mounted {
+		// Its server is gone. The abort is for descriptors that it may have handed on.
+		f.ctl.abort(r.conn, r.path)
+		if r.loop != nil && !freeLoop(r.loop.path, r.path) {
+			return nil
+		}
+		if err := unmount(r.path); err != nil && err != unix.EINVAL && err != unix.ENOENT {
+			return fmt.Errorf("unmount %s: %w", r.path, err)
+		}
 	}
-	defer f.release(d)
-	if d.loop != nil {
+	info, err := os.Lstat(r.path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
 		return nil
-	}
-	defer f.remove(d)
-	path := filepath.Join(f.dir, name)
-	if err := f.removeMount(path); err != nil {
+	case err != nil:
 		return err
+	case !info.Mode().IsRegular() || info.Size() != 0:
+		return fmt.Errorf("%s is not Ballast's; move it away: %w", r.path, volume.ErrInUse)
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(r.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	return nil
 }
 
-// removeMount removes the mounts of an earlier process from a path in the run directory. Their server is gone; the abort
-// is for descriptors that it may have handed on.
-func (f *Frontend) removeMount(path string) error {
+// freeLoop frees a loop device if it is bound to the file, and nobody uses it.
+func freeLoop(path, file string) bool {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	l := &loop{fd: fd, path: path}
+	defer l.close()
+	if backing, err := l.backing(); err != nil || backing != file { // from here on it cannot change
+		return true
+	}
+	alone, err := l.unbind()
+	return err == nil && alone
+}
+
+// abortAll aborts the connections of all mounts in a directory.
+func abortAll(ctl control, dir string) error {
 	mounts, err := mountPoints()
 	if err != nil {
 		return err
 	}
 	for _, m := range mounts {
-		if m.path != path || m.fsType != fsType {
-			continue
-		}
-		var major, minor uint32
-		if _, err := fmt.Sscanf(m.number, "%d:%d", &major, &minor); err == nil {
-			f.ctl.abort(minor, path)
-		}
-		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		if err != nil && err != unix.EINVAL && err != unix.ENOENT {
-			return fmt.Errorf("unmount %s: %w", path, err)
+		if m.fsType == fsType && filepath.Dir(m.path) == dir {
+			ctl.abort(m.minor(), m.path)
 		}
 	}
 	return nil
-}
-
-// owns tells whether a loop device is of this run directory, and its name there.
-func (f *Frontend) owns(path string) (string, bool) {
-	l, tag, err := openLoop(path)
-	if err != nil { // unbound meanwhile
-		return "", false
-	}
-	defer l.close()
-	return strings.CutPrefix(tag, f.tag)
-}
-
-// freeLoop frees a loop device of this run directory that nobody uses.
-func (f *Frontend) freeLoop(path string) bool {
-	l, tag, err := openLoop(path)
-	if err != nil {
-		return true // unbound meanwhile
-	}
-	defer l.close()
-	if !strings.HasPrefix(tag, f.tag) {
-		return true // and bound by another
-	}
-	alone, err := l.unbind()
-	return err == nil && alone
 }
