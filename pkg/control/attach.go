@@ -11,7 +11,8 @@ import (
 
 // Attach gives a volume to a node; the same request again returns the same. volume.ErrNotFound: volume or node.
 // ErrInUse: attached to another node, which is named. ErrExists: attached to this node with another capability or
-// readonly flag. ErrInvalid: no volume has the capability. ErrBusy: not made yet.
+// readonly flag. ErrInvalid: no volume has the capability. ErrBusy: not made yet. ErrNoSpace: the node has
+// volume.MaxAttached volumes.
 func (s *Service) Attach(ctx context.Context, r Attach) (volume.Volume, error) {
 	if err := CheckCapability(r.Capability); err != nil {
 		return volume.Volume{}, err

@@ -217,6 +217,7 @@ func TestStruckAtEveryStep(t *testing.T) {
 		for _, m := range modes {
 			for _, after := range []string{"retry", "retry without restart", "reconcile", "reconcile and delete all"} {
 				t.Run(fmt.Sprintf("%s/%s/%s", u.name, m, after), func(t *testing.T) {
+					t.Parallel()
 					for k := 1; ; k++ {
 						if k > 30 {
 							t.Fatal("the use case has no end")

@@ -206,6 +206,9 @@ func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[
 			refused[r.Pool] = err.Error()
 			return v, fmt.Errorf("%w: %w", err, errAgain)
 		}
+		if errors.Is(err, volume.ErrOutOfRange) && v.Source != nil && v.Source.Volume != "" {
+			return v, fmt.Errorf("%w: %w", err, errAgain) // the source grew since its size was read
+		}
 		return v, err
 	}
 	x, err := s.proposeVolume(ctx, command.FinishCreate{Volume: v.ID})

@@ -8,6 +8,9 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
+// ErrUnderWay is returned by the Resume methods while a call works on the same thing: it is volume.ErrBusy.
+var ErrUnderWay = fmt.Errorf("a call works on it: %w", volume.ErrBusy)
+
 // Pending is what the reconciler has to look at: records in a state that must end, and limits that may not have reached
 // their node.
 type Pending struct {
@@ -60,11 +63,11 @@ func (s *Service) pendingQoS(ctx context.Context) ([]volume.ID, error) {
 }
 
 // ResumeVolume goes on with whatever is unfinished on a volume: creating, deleting, expanding, detaching. It returns
-// volume.ErrBusy, and does nothing, while a call works on it.
+// ErrUnderWay, and does nothing, while a call works on it.
 func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
 	if !ok {
-		return fmt.Errorf("a call works on volume %s: %w", id, volume.ErrBusy)
+		return fmt.Errorf("volume %s: %w", id, ErrUnderWay)
 	}
 	defer unlock()
 	v, err := s.store.Volume(ctx, id)
@@ -101,11 +104,11 @@ func (s *Service) resumeVolume(ctx context.Context, v volume.Volume) (action str
 }
 
 // ResumeSnapshot frees a snapshot that is deleted or that was left unfinished: nobody was told of it. It returns
-// volume.ErrBusy, and does nothing, while a call works on it.
+// ErrUnderWay, and does nothing, while a call works on it.
 func (s *Service) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) error {
 	unlock, ok := s.flights.tryLock(snapshotKey(string(id)))
 	if !ok {
-		return fmt.Errorf("a call works on snapshot %s: %w", id, volume.ErrBusy)
+		return fmt.Errorf("snapshot %s: %w", id, ErrUnderWay)
 	}
 	defer unlock()
 	x, err := s.store.Snapshot(ctx, id)
@@ -123,12 +126,12 @@ func (s *Service) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	return err
 }
 
-// ResumeQoS tells the node of an attached volume its limits again. It returns volume.ErrBusy, and does nothing, while a
-// call works on it.
+// ResumeQoS tells the node of an attached volume its limits again. It returns ErrUnderWay, and does nothing, while a call
+// works on it.
 func (s *Service) ResumeQoS(ctx context.Context, id volume.ID) error {
 	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
 	if !ok {
-		return fmt.Errorf("a call works on volume %s: %w", id, volume.ErrBusy)
+		return fmt.Errorf("volume %s: %w", id, ErrUnderWay)
 	}
 	defer unlock()
 	v, err := s.live(ctx, id)

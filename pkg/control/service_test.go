@@ -449,7 +449,7 @@ func TestARenamedHostKeepsItsVolumes(t *testing.T) {
 	v := w.mustAttach(w.mustCreate(create("v")).ID, "n1")
 	p := pool("p1", "new-name", 100*gib)
 	wantErr(t, w.RegisterNode(ctx, volume.Node{ID: "new-name", Pools: []volume.Pool{p}}), volume.ErrBusy)
-	w.now = w.now.Add(2 * time.Minute)
+	w.now = w.now.Add(3 * time.Minute)
 	w.register("new-name", p)
 	nodes, err := w.Nodes(ctx)
 	if err != nil || len(nodes) != 1 || nodes[0].ID != "new-name" || nodes[0].Pools[0].Provisioned != gib {

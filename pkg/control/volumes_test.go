@@ -281,6 +281,31 @@ func TestFormattedWhileItIsCopied(t *testing.T) {
 	}
 }
 
+// A source that grows between the record and the cut gives a clone of its new size, or an honest refusal.
+func TestGrownWhileItIsCopied(t *testing.T) {
+	for _, c := range []struct {
+		required int64
+		err      error
+	}{{0, nil}, {3 * gib, nil}, {gib, volume.ErrOutOfRange}} {
+		w := newWorld(t)
+		src := w.mustCreate(create("src"))
+		r := create("v")
+		r.Source, r.RequiredBytes = &volume.Source{Volume: src.ID}, c.required
+		w.f.arm(2, failBefore)
+		_, err := w.CreateVolume(context.Background(), r)
+		wantErr(t, err, volume.ErrUnavailable)
+		if _, err := w.ExpandVolume(context.Background(), src.ID, 2*gib, 0); err != nil {
+			t.Fatal(err)
+		}
+		v, err := w.CreateVolume(context.Background(), r)
+		wantErr(t, err, c.err)
+		if err == nil && v.Size != max(2*gib, c.required) {
+			t.Errorf("size %d", v.Size)
+		}
+		w.check()
+	}
+}
+
 func TestHundredIdenticalCreates(t *testing.T) {
 	w := newWorld(t)
 	ids := make([]volume.ID, 100)

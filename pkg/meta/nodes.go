@@ -9,8 +9,9 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// A pool that reported within takeover is not given to another node: two hosts must not both serve a copied disk.
-const takeover = volume.Timestamp(60e9)
+// A pool whose node reported within takeover (nodes report every minute) is not given to another one: two hosts must not
+// both serve a copied disk.
+const takeover = volume.Timestamp(150e9)
 
 type nodeRecord struct {
 	ID       volume.NodeID    `json:"id"`

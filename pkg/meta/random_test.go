@@ -201,6 +201,9 @@ func verifyWith(t interface {
 		if v.State == volume.Creating && v.Source != nil {
 			pinned[pins+sourceID(v)]++
 		}
+		if v.Attachment != nil {
+			pinned[attached+string(v.Attachment.Node)]++
+		}
 		if v.State != volume.Ready || v.Target != 0 || (v.Attachment != nil && v.Attachment.Detaching) {
 			index[unsettled+"v/"+string(v.ID)] = "\x01"
 		}
@@ -257,11 +260,16 @@ func verifyWith(t interface {
 				return err
 			}
 		}
-		return r.scan(pins, "", func(k string, b []byte) (bool, error) {
-			n, err := decode[int](b)
-			gotPins[pins+k] = n
-			return true, err
-		})
+		for _, prefix := range []string{pins, attached} {
+			if err := r.scan(prefix, "", func(k string, b []byte) (bool, error) {
+				n, err := decode[int](b)
+				gotPins[prefix+k] = n
+				return true, err
+			}); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -270,6 +278,6 @@ func verifyWith(t interface {
 		t.Fatalf("indexes: records -, keys +\n%s", d)
 	}
 	if d := cmp.Diff(pinned, gotPins); d != "" {
-		t.Fatalf("pins: records -, keys +\n%s", d)
+		t.Fatalf("counters: records -, keys +\n%s", d)
 	}
 }

@@ -26,6 +26,7 @@ const (
 	limits        = "ql/" // + tenant
 	uses          = "qu/" // + tenant
 	pins          = "x/"  // + id of a source -> how many volumes are being made from it
+	attached      = "a/"  // + node id -> how many volumes are attached to it
 	unsettled     = "w/"  // + v/volume id or s/snapshot id: the record is in a state that must end
 )
 
@@ -147,11 +148,14 @@ func settle(v *view, what string, open bool) {
 }
 
 // pin counts the volumes that are being made from a source.
-func pin(v *view, source string, delta int) {
-	n, _ := load[int](v, pins+source)
+func pin(v *view, source string, delta int) { count(v, pins+source, delta) }
+
+// count adds to a counter; there is none at zero.
+func count(v *view, key string, delta int) {
+	n, _ := load[int](v, key)
 	if n += delta; n > 0 {
-		save(v, pins+source, n)
+		save(v, key, n)
 	} else {
-		v.del(pins + source)
+		v.del(key)
 	}
 }

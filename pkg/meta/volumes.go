@@ -190,6 +190,10 @@ func attach(v *view, c command.Attach) (command.Result, error) {
 	if rec.Parameters.DataLocality == volume.LocalityRequired && !slices.ContainsFunc(rec.Replicas, func(r volume.Replica) bool { return place(v, r).Node == c.Node }) {
 		return nil, fmt.Errorf("volume %s has no replica on node %s and its data locality is required: %w", rec.ID, c.Node, volume.ErrInUse)
 	}
+	if n, _ := load[int](v, attached+string(c.Node)); n >= volume.MaxAttached {
+		return nil, fmt.Errorf("node %s has %d volumes attached, more it does not take; detach one of them first: %w", c.Node, n, volume.ErrNoSpace)
+	}
+	count(v, attached+string(c.Node), 1)
 	rec.Attachment = &volume.Attachment{Node: c.Node, ReadOnly: c.ReadOnly, Capability: c.Capability, Since: c.Now}
 	rec.Epoch++
 	putVolume(v, rec)
@@ -225,6 +229,7 @@ func finishDetach(v *view, c command.FinishDetach) (command.Result, error) {
 		if !a.Detaching {
 			return nil, fmt.Errorf("volume %s is attached to node %s and not being detached: %w", rec.ID, a.Node, volume.ErrInUse)
 		}
+		count(v, attached+string(a.Node), -1)
 		rec.Attachment = nil
 		putVolume(v, rec)
 	}

@@ -100,7 +100,7 @@ func (f *fake) ResumeQoS(ctx context.Context, id volume.ID) error {
 
 func TestPassesTakeUpWhatIsDue(t *testing.T) {
 	down, busy, ok := Action{Volume, "down"}, Action{Volume, "busy"}, Action{Snapshot, "ok"}
-	f := &fake{left: map[Action]error{down: volume.ErrUnavailable, busy: volume.ErrBusy, ok: nil, {QoS, "q"}: nil}}
+	f := &fake{left: map[Action]error{down: volume.ErrUnavailable, busy: control.ErrUnderWay, ok: nil, {QoS, "q"}: nil}}
 	l := newLoop(f, Options{MinPause: time.Hour})
 	for range 3 {
 		if err := l.pass(context.Background()); err != nil {

@@ -14,8 +14,8 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// Cluster is what the loop works on. Resume methods go on with whatever is unfinished; they return volume.ErrBusy, and do
-// nothing, while a call works on the same thing.
+// Cluster is what the loop works on. Resume methods go on with whatever is unfinished; they return control.ErrUnderWay, and
+// do nothing, while a call works on the same thing.
 type Cluster interface {
 	Pending(ctx context.Context) (control.Pending, error)
 	ResumeVolume(ctx context.Context, id volume.ID) error
@@ -138,7 +138,7 @@ func (l *Loop) take(ctx context.Context, a Action) {
 	switch {
 	case err == nil:
 		delete(l.tried, a)
-	case errors.Is(err, volume.ErrBusy): // a call is on it; look again at the next pass
+	case errors.Is(err, control.ErrUnderWay): // look again at the next pass
 	default:
 		t := l.tried[a]
 		t.Failures++

@@ -1,0 +1,67 @@
+package meta
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// What the files hold while the process runs is what a kill leaves: all that was acknowledged, each command whole, and
+// the log goes on from there.
+func TestKilledAtAnyTime(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	propose(t, s, node("n1", "p1"))
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			v := newVolume(i, "p1")
+			v.Size = mib
+			for _, c := range []command.Command{command.CreateVolume{Volume: v}, command.FinishCreate{Volume: v.ID},
+				command.BeginSnapshot{ID: volume.SnapshotID(fmt.Sprint("s", i)), Name: fmt.Sprint("s", i), Volume: v.ID},
+				command.BeginDelete{Volume: v.ID}, command.FinishDelete{Volume: v.ID}} {
+				if _, err := s.Propose(context.Background(), c); err != nil {
+					t.Errorf("%T: %v", c, err)
+					return
+				}
+			}
+		}
+	}()
+	for round := range 5 {
+		for at := s.Applied(); s.Applied() < at+7; {
+			time.Sleep(time.Millisecond)
+		}
+		acknowledged := s.Applied()
+		left := t.TempDir()
+		if err := os.CopyFS(left, os.DirFS(dir)); err != nil {
+			t.Fatal(err)
+		}
+		after := open(t, left)
+		if after.Applied() < acknowledged {
+			t.Errorf("round %d: %d commands are left of %d", round, after.Applied(), acknowledged)
+		}
+		verify(t, after)
+		next := after.Applied() + 1
+		propose(t, after, command.SetQuota{Tenant: "t", Limit: volume.Amounts{Volumes: 1}})
+		if after.Applied() != next {
+			t.Errorf("index %d after %d", after.Applied(), next-1)
+		}
+		if err := after.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	<-done
+	verify(t, s)
+}
