@@ -43,6 +43,8 @@ const (
 	DefaultSize int64 = 10 << 30
 	// MaxReplicas bounds the copies of a volume.
 	MaxReplicas = 5
+	// MaxAttached bounds the volumes attached to one node: each has a kernel device, a FUSE file and buffers there.
+	MaxAttached = 256
 )
 
 // CheckName returns ErrInvalid where a name from outside is empty, longer than MaxNameLen or carries control
