@@ -25,7 +25,8 @@ type Volumes interface {
 	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
 	Volumes(ctx context.Context, p control.Page) ([]volume.Volume, string, error)
 	// Attach returns volume.ErrNotFound for an unknown volume or node, volume.ErrExists if the volume is attached to
-	// that node in another way, and volume.ErrInUse, naming the node, if it is attached to another.
+	// that node in another way, volume.ErrInUse, naming the node, if it is attached to another, and volume.ErrNoSpace if
+	// the node takes no more volumes.
 	Attach(ctx context.Context, r control.Attach) (volume.Volume, error)
 	// Detach returns when the node's workloads cannot write any more. Node "" means all.
 	Detach(ctx context.Context, id volume.ID, node volume.NodeID) error

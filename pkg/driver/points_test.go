@@ -386,6 +386,29 @@ func TestPoint15_Point17_Point31_AttachmentMovesAndIsListed(t *testing.T) {
 	}
 }
 
+// TestPoint02_AttachLimit: RESOURCE_EXHAUSTED from ControllerPublishVolume means that the node takes no more volumes.
+func TestPoint02_AttachLimit(t *testing.T) {
+	w := newWorld(t)
+	var ids []string
+	for i := range volume.MaxAttached + 1 {
+		ids = append(ids, w.mustCreate(fmt.Sprint("v", i), func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = mib }).VolumeId)
+	}
+	last := ids[volume.MaxAttached]
+	for _, id := range ids[:volume.MaxAttached] {
+		w.mustPublish(id, "n1")
+	}
+	_, err := w.ControllerPublishVolume(w.ctx, w.publish(last, "n1"))
+	wantCode(t, err, codes.ResourceExhausted)
+	w.mustPublish(ids[0], "n1") // a repeat is none more
+	w.mustPublish(last, "n2")
+	for _, id := range []string{ids[0], last} {
+		if _, err := w.ControllerUnpublishVolume(w.ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.mustPublish(last, "n1")
+}
+
 func TestPoint30_Paging(t *testing.T) {
 	w := newWorld(t)
 	var ids, snaps []string
