@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	kmount "k8s.io/mount-utils"
@@ -12,6 +13,7 @@ import (
 	"github.com/ballast-csi/ballast/pkg/agent"
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/extentstore"
+	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/frontend/fuseloop"
 	"github.com/ballast-csi/ballast/pkg/meta"
 	"github.com/ballast-csi/ballast/pkg/metrics"
@@ -61,7 +63,7 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 	}
 	parts.add(store.Close)
 
-	node, err := d.openNode(ctx)
+	node, front, err := d.openNode(ctx)
 	if err != nil {
 		return parts, err
 	}
@@ -69,6 +71,7 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 
 	service := control.New(store, node, control.Options{Logger: d.log, Audit: d.trail})
 	node.Start(service)
+	parts.add(background(func(ctx context.Context) { d.clearDevices(ctx, front, node) }))
 	loop := reconcile.Start(service, reconcile.Options{Logger: d.log})
 	parts.add(loop.Close)
 
@@ -86,7 +89,7 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 }
 
 // openNode opens the pools, at once since each of them reads its map, and what makes devices and mounts of them.
-func (d *daemon) openNode(ctx context.Context) (*agent.Node, error) {
+func (d *daemon) openNode(ctx context.Context) (*agent.Node, *fuseloop.Frontend, error) {
 	d.gate.set("opening its pools")
 	pools := make([]agent.Pool, len(d.cfg.pools))
 	closePools := func() (err error) {
@@ -112,18 +115,58 @@ func (d *daemon) openNode(ctx context.Context) (*agent.Node, error) {
 		})
 	}
 	if err := group.Wait(); err != nil {
-		return nil, errors.Join(err, closePools())
+		return nil, nil, errors.Join(err, closePools())
 	}
 	d.gate.set("clearing away what an earlier process left")
 	front, err := fuseloop.New(ctx, fuseloop.Options{RunDir: d.cfg.runDir, Logger: d.log})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("devices: %w", err), closePools())
+		return nil, nil, errors.Join(fmt.Errorf("devices: %w", err), closePools())
 	}
 	// The node closes what it is given, also where it cannot be opened.
-	return agent.Open(agent.Config{
+	node, err := agent.Open(agent.Config{
 		ID: d.cfg.node, DataDir: filepath.Join(d.cfg.dataDir, "node"), RunDir: d.cfg.runDir,
 		Pools: pools, Frontend: front, Mounter: mount.New(kmount.NewWithoutSystemd(""), d.log), Logger: d.log,
 	})
+	return node, front, err
+}
+
+// background runs fn until the returned function is called, which waits for its end.
+func background(fn func(context.Context)) func() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		fn(ctx)
+	}()
+	return func() error {
+		cancel()
+		<-done
+		return nil
+	}
+}
+
+// clearDevices takes away the dead devices of an earlier process that were mounted when this one started: the node
+// unmounts them when it brings its volumes back, workloads when they end.
+func (d *daemon) clearDevices(ctx context.Context, front *fuseloop.Frontend, node *agent.Node) {
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, time.Minute) {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		if node.Ready(ctx) != nil {
+			pause = 50 * time.Millisecond
+			continue
+		}
+		err := front.Clean(ctx)
+		if errors.Is(err, frontend.ErrBusy) {
+			continue
+		}
+		if err != nil && ctx.Err() == nil {
+			d.log.Warn("devices of an earlier process are left", "error", err)
+		}
+		return
+	}
 }
 
 // look reads what the metrics show.
