@@ -29,7 +29,7 @@ type cutWork struct {
 
 func newCutWork(flags *flag.FlagSet, args []string) (*cutWork, error) {
 	w := &cutWork{
-		raw:  &vol{name: "raw", size: 64 * mib},
+		raw:  &vol{name: "raw", size: 32 * mib},
 		fs:   &vol{name: "files", size: 320 * mib},
 		data: pattern{zeros: true},
 	}
@@ -255,6 +255,10 @@ func (w *cutWork) checkOffline() error {
 		return err
 	}
 	image := filepath.Join(poolMount, "export")
+	// After a second cut there is that of the first verification.
+	if err := os.RemoveAll(image); err != nil {
+		return err
+	}
 	if err := command("ballastctl", "pool", "export", pool, w.fs.id, image); err != nil {
 		return err
 	}

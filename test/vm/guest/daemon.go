@@ -74,7 +74,8 @@ func startDaemon(ctx context.Context) (*daemon, *client, error) {
 	return d, c, nil
 }
 
-// stop asks the daemon to end, as an init system does, and waits until it has.
+// stop asks the daemon to end, as an init system does, and waits until it has. A daemon that logged an error has failed:
+// no scenario gives it reason to.
 func (d *daemon) stop() error {
 	if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -87,19 +88,21 @@ func (d *daemon) stop() error {
 	if d.err != nil {
 		return fmt.Errorf("ballastd: %w", d.err)
 	}
+	if lines := d.logged("error"); len(lines) > 0 {
+		return fmt.Errorf("ballastd logged errors: %s", strings.Join(lines, "\n"))
+	}
 	return nil
 }
 
-// logged returns the lines of the log with any of the words, whatever their case.
-func (d *daemon) logged(words ...string) []string {
+// logged returns the lines of the log of these levels.
+func (d *daemon) logged(levels ...string) []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var found []string
-	for _, l := range d.lines {
-		for _, w := range words {
-			if strings.Contains(strings.ToLower(l), w) {
-				found = append(found, l)
-				break
+	for _, line := range d.lines {
+		for _, level := range levels {
+			if strings.Contains(line, "level="+strings.ToUpper(level)) {
+				found = append(found, line)
 			}
 		}
 	}

@@ -61,10 +61,13 @@ func flusher(ctx context.Context, r *reporter, _ []string) error {
 		return fmt.Errorf("%d of %d threads of ballastd are no I/O flushers: %s", len(without), len(threads), strings.Join(without, ", "))
 	}
 	r.value("threads", "all %d threads of ballastd are I/O flushers", len(threads))
-	if lines := d.logged("level=warn", "level=error", `"level":"warn"`, `"level":"error"`); len(lines) > 0 {
+	if err := errors.Join(dev.Close(), c.unpublish(ctx, v), c.delete(ctx, v), d.stop()); err != nil {
+		return err
+	}
+	if lines := d.logged("warn"); len(lines) > 0 {
 		return fmt.Errorf("ballastd with every capability has something to warn of: %s", strings.Join(lines, "\n"))
 	}
-	return errors.Join(dev.Close(), c.unpublish(ctx, v), c.delete(ctx, v), d.stop())
+	return nil
 }
 
 // taskFlags returns the kernel's flags of each thread of a process.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -73,12 +74,14 @@ func (p pattern) fill(buf []byte, off, batch int64) {
 	}
 }
 
+var zeroSector [sector]byte
+
 // none is the batch of a sector that reads as zeros.
 const none = -1
 
 // origin tells which batch wrote the sector, or none.
 func (p pattern) origin(s []byte, off int64) (int64, error) {
-	if allZero(s) {
+	if bytes.Equal(s, zeroSector[:]) {
 		return none, nil
 	}
 	if crc32.ChecksumIEEE(s[:sector-4]) != binary.LittleEndian.Uint32(s[sector-4:]) {
@@ -89,15 +92,6 @@ func (p pattern) origin(s []byte, off int64) (int64, error) {
 		return 0, fmt.Errorf("misplaced: it is from a device with seed %d, offset %d", seed, at)
 	}
 	return int64(binary.LittleEndian.Uint64(s[16:])), nil
-}
-
-func allZero(p []byte) bool {
-	for _, b := range p {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // history is what a verifier knows of each sector.
