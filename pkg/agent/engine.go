@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/ballast-csi/ballast/pkg/block/throttle"
 	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/mount"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -17,7 +18,7 @@ type engine struct {
 	at      volume.Replica
 	pool    Pool
 	replica Replica
-	dev     *limitedTMP
+	dev     *throttle.Device
 	options frontend.Options
 	// path of the kernel device; readOnlyPath of a second one that refuses writes, "" when nobody needs it.
 	path, readOnlyPath string
@@ -76,7 +77,8 @@ func (n *Node) attach(ctx context.Context, v *vol, cv volume.Volume, access volu
 	if e.replica, err = e.pool.OpenReplica(ctx, e.at.ID); err != nil {
 		return fmt.Errorf("open replica of volume %s: %w", cv.ID, err)
 	}
-	e.dev = newTMP(e.replica, cv.QoS)
+	e.dev = throttle.New(e.replica)
+	e.dev.SetLimits(cv.QoS)
 	if e.path, err = n.cfg.Frontend.Attach(ctx, string(v.id), e.dev, e.options); err != nil {
 		return errors.Join(fmt.Errorf("attach device of volume %s: %w", cv.ID, busy(err)), e.replica.Close())
 	}
@@ -133,8 +135,21 @@ func (n *Node) detach(ctx context.Context, v *vol) error {
 	if err := n.dropReadOnlyDevice(ctx, v); err != nil {
 		return err
 	}
-	if err := n.cfg.Frontend.Detach(ctx, string(v.id)); err != nil {
+	err := n.cfg.Frontend.Detach(ctx, string(v.id))
+	if errors.Is(err, frontend.ErrBusy) {
 		return fmt.Errorf("detach device of volume %s; end the processes that have it open or mounted and try again: %w", v.id, busy(err))
+	}
+	if err != nil && ctx.Err() == nil {
+		// The kernel tells once of writes that had failed before.
+		err = n.cfg.Frontend.Detach(ctx, string(v.id))
+	}
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("detach device of volume %s: it is still being written out: %w: %w", v.id, err, volume.ErrBusy)
+	}
+	if err != nil {
+		// The replica refuses writes, whose workload was told so. A device that stays would help nobody.
+		n.log.Error("device does not take what was written to it; it is given up", "volume", v.id, "err", err)
+		return n.abort(ctx, v)
 	}
 	return n.closeEngine(v)
 }
@@ -148,7 +163,8 @@ func (n *Node) abort(ctx context.Context, v *vol) error {
 	if err != nil {
 		return fmt.Errorf("abort device of volume %s: %w", v.id, err)
 	}
-	if err := mount.Drop(n.anchor(v.id)); err != nil {
+	at := n.anchor(v.id)
+	if err := errors.Join(mount.Drop(at), mount.Remove(at)); err != nil {
 		n.log.Warn("anchor of a dead filesystem stays", "volume", v.id, "err", err)
 	}
 	return n.closeEngine(v)

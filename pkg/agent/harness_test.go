@@ -19,6 +19,7 @@ import (
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/block/blocktest"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/extentstore"
 	"github.com/ballast-csi/ballast/pkg/frontend/fuseloop"
 	"github.com/ballast-csi/ballast/pkg/mount"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -237,7 +238,10 @@ type host struct {
 	t       *testing.T
 	dir     string
 	cluster *fakeCluster
-	pool    *filePool
+	// pool is nil on a host with the real store.
+	pool *filePool
+	// snaps keeps what the filesystems were when a snapshot was cut.
+	snaps   map[volume.SnapshotID]volume.Filesystem
 	fe      *fuseloop.Frontend
 	mounter *recordingMounter
 	node    *Node
@@ -266,9 +270,23 @@ func (m *recordingMounter) MountSensitive(source, target, fsType string, options
 	return m.Interface.MountSensitive(source, target, fsType, options, kept)
 }
 
+// newHost returns a host with the real store, newFaultyHost one whose replicas can be made to fail.
 func newHost(t *testing.T) *host {
 	t.Helper()
-	h := &host{t: t, dir: t.TempDir(), cluster: &fakeCluster{volumes: map[volume.ID]volume.Volume{}}}
+	return makeHost(t, nil)
+}
+
+func newFaultyHost(t *testing.T) *host {
+	t.Helper()
+	return makeHost(t, &filePool{})
+}
+
+func makeHost(t *testing.T, pool *filePool) *host {
+	t.Helper()
+	h := &host{
+		t: t, dir: t.TempDir(), pool: pool, snaps: map[volume.SnapshotID]volume.Filesystem{},
+		cluster: &fakeCluster{volumes: map[volume.ID]volume.Volume{}},
+	}
 	for _, d := range []string{"pool", "node", "run", "w"} {
 		if err := os.MkdirAll(filepath.Join(h.dir, d), 0o755); err != nil {
 			t.Fatal(err)
@@ -289,23 +307,39 @@ func (h *host) start() {
 // boot opens the node without starting it.
 func (h *host) boot() {
 	h.t.Helper()
+	if err := h.open(context.Background()); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *host) open(ctx context.Context) error {
 	log := slog.New(slog.DiscardHandler)
 	if os.Getenv("BALLAST_TEST_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
-	fe, err := fuseloop.New(h.t.Context(), fuseloop.Options{RunDir: filepath.Join(h.dir, "run"), Logger: log})
+	fe, err := fuseloop.New(ctx, fuseloop.Options{RunDir: filepath.Join(h.dir, "run"), Logger: log})
 	if err != nil {
-		h.t.Fatal(err)
+		return err
 	}
-	h.fe, h.pool = fe, newFilePool(filepath.Join(h.dir, "pool"))
+	h.fe = fe
+	var pool Pool
+	dir := filepath.Join(h.dir, "pool")
+	if h.pool != nil {
+		h.pool = newFilePool(dir)
+		pool = h.pool
+	} else {
+		store, err := extentstore.Open(ctx, dir, extentstore.Options{ID: poolID, Capacity: 8 << 30, Reserve: 16 * mib, Logger: log})
+		if err != nil {
+			return err
+		}
+		pool = ExtentPool{store}
+	}
 	h.mounter = &recordingMounter{Interface: kmount.NewWithoutSystemd("")}
 	h.node, err = Open(Config{
-		ID: nodeID, DataDir: filepath.Join(h.dir, "node"), RunDir: filepath.Join(h.dir, "run"), Pools: []Pool{h.pool},
+		ID: nodeID, DataDir: filepath.Join(h.dir, "node"), RunDir: filepath.Join(h.dir, "run"), Pools: []Pool{pool},
 		Frontend: fe, Mounter: mount.New(h.mounter, log), Logger: log,
 	})
-	if err != nil {
-		h.t.Fatal(err)
-	}
+	return err
 }
 
 // crash ends the devices at once, as the death of the process does.
@@ -337,30 +371,45 @@ func (h *host) create(id volume.ID, size int64) {
 
 func (h *host) createFrom(id volume.ID, size int64, from volume.SnapshotID) {
 	h.t.Helper()
-	r := volume.Replica{ID: volume.ReplicaID("rep-" + id), Node: nodeID, Pool: poolID}
+	if err := h.createVolume(h.t.Context(), id, size, from); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *host) volume(id volume.ID, size int64, from volume.SnapshotID) volume.Volume {
 	v := volume.Volume{
-		ID: id, State: volume.Ready, Size: size, Parameters: volume.Parameters{BlockSize: 4096}, Replicas: []volume.Replica{r},
+		ID: id, State: volume.Ready, Size: size, Parameters: volume.Parameters{BlockSize: 4096}, Replicas: []volume.Replica{h.replica(id)},
 		Attachment: &volume.Attachment{Node: nodeID},
 	}
 	if from != "" {
 		v.Source = &volume.Source{Snapshot: from}
-		v.Filesystem = volume.Filesystem{Phase: volume.Formatted, Type: fsOf(h.pool.path(string(from)))}
+		v.Filesystem = h.snaps[from]
 	}
-	spec := control.ReplicaSpec{ID: r.ID, Volume: id, Pool: poolID, Size: size, Parent: from}
-	if err := h.node.CreateReplica(h.t.Context(), nodeID, spec); err != nil {
-		h.t.Fatal(err)
-	}
-	h.cluster.mu.Lock()
-	defer h.cluster.mu.Unlock()
-	h.cluster.volumes[id] = v
+	return v
 }
 
-func fsOf(image string) string {
-	out, err := exec.Command("blkid", "-p", "-s", "TYPE", "-o", "value", image).Output()
-	if err != nil {
-		return ""
+func (h *host) createVolume(ctx context.Context, id volume.ID, size int64, from volume.SnapshotID) error {
+	spec := control.ReplicaSpec{ID: h.replica(id).ID, Volume: id, Pool: poolID, Size: size, Parent: from}
+	if err := h.node.CreateReplica(ctx, nodeID, spec); err != nil {
+		return err
 	}
-	return strings.TrimSpace(string(out))
+	h.cluster.change(id, func(v *volume.Volume) { *v = h.volume(id, size, from) })
+	return nil
+}
+
+func (h *host) cut(id volume.ID, s volume.SnapshotID, freeze bool) {
+	h.t.Helper()
+	spec := control.SnapshotSpec{ID: s, Volume: id, Replica: h.replica(id).ID, Pool: poolID, Freeze: freeze}
+	for range 2 {
+		if err := h.node.CutSnapshot(h.t.Context(), nodeID, spec); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	v, err := h.cluster.Volume(h.t.Context(), id)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.snaps[s] = v.Filesystem
 }
 
 func (h *host) replica(id volume.ID) volume.Replica {
@@ -374,14 +423,6 @@ func fsCap(fsType string, flags ...string) volume.Capability {
 func blockCap(m volume.Mode) volume.Capability {
 	return volume.Capability{Access: volume.AccessBlock, Mode: m}
 }
-
-func (c capMod) with(m volume.Mode) volume.Capability {
-	v := volume.Capability(c)
-	v.Mode = m
-	return v
-}
-
-type capMod volume.Capability
 
 func (h *host) stage(id volume.ID, path string, c volume.Capability) {
 	h.t.Helper()

@@ -152,7 +152,7 @@ func (n *Node) Start(c Cluster) {
 
 // Ready returns nil once Start was called and the restoring of what was in use before has been attempted; what could not
 // be restored is tried again and shown by Conditions.
-func (n *Node) Ready() error {
+func (n *Node) Ready(context.Context) error {
 	select {
 	case <-n.recovered:
 		return nil

@@ -41,7 +41,7 @@ type Pool interface {
 }
 
 // Replica is an open replica. Close waits for requests in flight; nothing is served after it.
-type Replica interface {
+type Replica = interface {
 	block.Device
 	Close() error
 }

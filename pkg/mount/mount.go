@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -161,9 +162,13 @@ func Unmount(path string) error {
 // of the device when the last process does. It is for mounts whose data is lost already, or synced.
 func Drop(path string) error {
 	for range 64 {
-		_, mounted, err := At(path)
+		e, mounted, err := At(path)
 		if err != nil || !mounted {
 			return err
+		}
+		if slices.Contains(Types, e.Type) {
+			// Frozen and without a path, it would block its writers until a reboot.
+			_ = Thaw(path)
 		}
 		if err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("unmount %s: %w", path, err)

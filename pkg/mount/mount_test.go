@@ -58,16 +58,6 @@ func newDevice(t *testing.T, size int64) device {
 	return loop(t, name)
 }
 
-func (d device) grow(t *testing.T, size int64) {
-	t.Helper()
-	if err := os.Truncate(d.file, size); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command("losetup", "-c", d.path).CombinedOutput(); err != nil {
-		t.Fatalf("losetup -c: %v: %s", err, out)
-	}
-}
-
 // clone copies the device's bytes as a snapshot of a mounted volume has them.
 func (d device) clone(t *testing.T, size int64) device {
 	t.Helper()

@@ -1,0 +1,25 @@
+package agent
+
+import (
+	"context"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/extentstore"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// ExtentPool is an extent store as a node's pool.
+type ExtentPool struct{ *extentstore.Pool }
+
+var _ Pool = ExtentPool{}
+
+// CreateReplica implements Pool.
+func (p ExtentPool) CreateReplica(ctx context.Context, r control.ReplicaSpec) error {
+	return p.Pool.CreateReplica(ctx, extentstore.ReplicaSpec{ID: r.ID, Volume: r.Volume, Tenant: r.Tenant, Size: r.Size, Parent: r.Parent})
+}
+
+// Usage implements Pool.
+func (p ExtentPool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64) {
+	u := p.Pool.Usage()
+	return u.Replicas, u.Snapshots
+}
