@@ -35,6 +35,9 @@ type Event struct {
 // OK is the outcome of what succeeded.
 const OK = "ok"
 
+// maxTail bounds what Tail returns.
+const maxTail = 100000
+
 // maxField bounds what one event carries of a text from outside, in bytes.
 const maxField = 1024
 
@@ -197,12 +200,13 @@ func (l *Log) old(i int) string {
 	return fmt.Sprintf("%s.%d", l.path, i)
 }
 
-// Tail returns the last n events, the oldest first; old files are read as far as needed. Lines that are no event are
+// Tail returns the last n events (100,000 at most), the oldest first; old files are read as far as needed. Lines that are no event are
 // passed over.
 func (l *Log) Tail(n int) ([]Event, error) {
 	if n <= 0 {
 		return nil, nil
 	}
+	n = min(n, maxTail)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var events []Event

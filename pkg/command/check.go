@@ -1,6 +1,7 @@
 package command
 
 import (
+	"encoding/json"
 	"fmt"
 
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -10,12 +11,12 @@ import (
 const (
 	// MaxPools bounds the pools of a node.
 	MaxPools = 128
-	// MaxReported bounds the replicas and the snapshots of one ReportUsage, each.
-	MaxReported = 256
+	// MaxReported bounds the replicas and the snapshots of one ReportUsage, each: it rewrites as many records.
+	MaxReported = 32
 	// MaxCapabilities bounds the capabilities of a volume.
 	MaxCapabilities = 32
-	// MaxTopology bounds the nodes a volume is restricted to.
-	MaxTopology = 256
+	// MaxTopology bounds the nodes that a volume's record lists as asked for.
+	MaxTopology = 32
 	// MaxMountFlags bounds the mount flags of a capability, in bytes together; as in the CSI specification.
 	MaxMountFlags = 4096
 	// MaxIOPS and MaxBandwidth bound QoS limits, in operations and bytes per second.
@@ -23,6 +24,10 @@ const (
 	MaxBandwidth int64 = 1 << 40
 	// MinBandwidth is the least limit that is not zero: one block a second.
 	MinBandwidth int64 = 4096
+
+	// What one record may take, encoded, so that a transaction has room for those of any command.
+	maxVolume     = 16 << 10
+	maxCapability = 8 << 10
 
 	maxBytes = int64(1) << 56
 )
@@ -97,7 +102,21 @@ func (c CreateVolume) Check() error {
 			return err
 		}
 	}
-	return checkReplicas(v)
+	if err := checkReplicas(v); err != nil {
+		return err
+	}
+	return checkEncoded("volume record", v, maxVolume)
+}
+
+func checkEncoded(what string, x any, most int) error {
+	b, err := json.Marshal(x)
+	if err != nil {
+		return fmt.Errorf("%s: %v: %w", what, err, volume.ErrInvalid)
+	}
+	if len(b) > most {
+		return fmt.Errorf("%s has %d bytes, the limit is %d; ask for fewer or shorter mount flags: %w", what, len(b), most, volume.ErrInvalid)
+	}
+	return nil
 }
 
 func checkReplicas(v volume.Volume) error {
@@ -140,7 +159,10 @@ func (c Attach) Check() error {
 	if err := checkNodeID(c.Node); err != nil {
 		return err
 	}
-	return checkCapability(c.Capability)
+	if err := checkCapability(c.Capability); err != nil {
+		return err
+	}
+	return checkEncoded("capability", c.Capability, maxCapability)
 }
 
 // Check implements Command.

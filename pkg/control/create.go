@@ -137,7 +137,7 @@ func (s *Service) plan(ctx context.Context, r CreateVolume, refused map[volume.P
 	}
 	v := volume.Volume{
 		ID: volume.ID(volumePrefix + random), Name: r.Name, Tenant: r.Tenant, State: volume.Creating, Size: size, Parameters: p,
-		QoS: r.QoS, Capabilities: r.Capabilities, Source: r.Source, Accessible: r.Requisite, CreatedAt: s.now(),
+		QoS: r.QoS, Capabilities: r.Capabilities, Source: r.Source, Accessible: r.Requisite[:min(len(r.Requisite), command.MaxTopology)], CreatedAt: s.now(),
 	}
 	for i, pool := range choice {
 		v.Replicas = append(v.Replicas, volume.Replica{ID: replicaID(v.ID, i), Node: pool.Node, Pool: pool.ID})

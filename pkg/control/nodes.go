@@ -30,8 +30,13 @@ func (s *Service) RegisterNode(ctx context.Context, n volume.Node) error {
 
 // ReportUsage takes what a node measured; it also says that the node is there. volume.ErrNotFound: it has not registered.
 func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) error {
-	s.watchStrays(ctx, node, u)
-	replicas, snapshots := slices.Sorted(maps.Keys(u.Replicas)), slices.Sorted(maps.Keys(u.Snapshots))
+	known, err := s.measured(ctx)
+	if err != nil {
+		return err
+	}
+	s.watchStrays(node, u, known)
+	replicas := changed(u.Replicas, known.replicas)
+	snapshots := changed(u.Snapshots, known.snapshots)
 	for first := true; first || len(replicas) > 0 || len(snapshots) > 0; first = false {
 		c := command.ReportUsage{Now: s.now(), Node: node, Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{}}
 		if first {
@@ -50,6 +55,47 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 	return nil
 }
 
+// usage is what the records know, with the physical bytes they say. The cut of a clone belongs to the clone's volume.
+type usage struct {
+	replicas  map[volume.ReplicaID]int64
+	snapshots map[volume.SnapshotID]int64
+	cuts      map[volume.SnapshotID]bool
+}
+
+func (s *Service) measured(ctx context.Context) (usage, error) {
+	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}, map[volume.SnapshotID]bool{}}
+	vs, err := s.store.Volumes(ctx, "", 0)
+	if err != nil {
+		return u, err
+	}
+	ss, err := s.store.Snapshots(ctx, "", "", 0)
+	if err != nil {
+		return u, err
+	}
+	for _, v := range vs {
+		for _, r := range v.Replicas {
+			u.replicas[r.ID] = v.PhysicalBytes
+		}
+		u.cuts[cloneCut(v.ID)] = true
+	}
+	for _, x := range ss {
+		u.snapshots[x.ID] = x.PhysicalBytes
+	}
+	return u, nil
+}
+
+// changed are the ids, in order, that a record knows with another number of bytes.
+func changed[T ~string](now, known map[T]int64) []T {
+	var ids []T
+	for id, n := range now {
+		if old, ok := known[id]; ok && old != n {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
 func take[T any](from *[]T, n int) []T {
 	n = min(n, len(*from))
 	head := (*from)[:n]
@@ -58,15 +104,15 @@ func take[T any](from *[]T, n int) []T {
 }
 
 // watchStrays remembers what two reports in a row show and no record knows: what one shows may just have been deleted.
-func (s *Service) watchStrays(ctx context.Context, node volume.NodeID, u Usage) {
+func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) {
 	found := map[string]Stray{}
 	for id, n := range u.Replicas {
-		if len(found) < maxStrays && !s.knowsReplica(ctx, id) {
+		if _, ok := known.replicas[id]; !ok && len(found) < maxStrays {
 			found[string(id)] = Stray{Node: node, Replica: id, PhysicalBytes: n}
 		}
 	}
 	for id, n := range u.Snapshots {
-		if len(found) < maxStrays && !s.knowsSnapshot(ctx, id) {
+		if _, ok := known.snapshots[id]; !ok && !known.cuts[id] && len(found) < maxStrays {
 			found[string(id)] = Stray{Node: node, Snapshot: id, PhysicalBytes: n}
 		}
 	}
@@ -79,31 +125,6 @@ func (s *Service) watchStrays(ctx context.Context, node volume.NodeID, u Usage) 
 		}
 	}
 	s.suspects[node], s.strays[node] = found, sure
-}
-
-// knowsReplica is true in doubt.
-func (s *Service) knowsReplica(ctx context.Context, id volume.ReplicaID) bool {
-	rest, ok := strings.CutPrefix(string(id), replicaPrefix)
-	if !ok {
-		return false
-	}
-	owner, _, _ := strings.Cut(rest, "-")
-	v, err := s.store.Volume(ctx, volume.ID(volumePrefix+owner))
-	if err != nil {
-		return ignoreNotFound(err) != nil
-	}
-	return slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.ID == id })
-}
-
-// knowsSnapshot is true in doubt. The cut of a clone belongs to the clone's volume.
-func (s *Service) knowsSnapshot(ctx context.Context, id volume.SnapshotID) bool {
-	var err error
-	if owner, ok := strings.CutPrefix(string(id), clonePrefix); ok {
-		_, err = s.store.Volume(ctx, volume.ID(volumePrefix+owner))
-	} else {
-		_, err = s.store.Snapshot(ctx, id)
-	}
-	return err == nil || ignoreNotFound(err) != nil
 }
 
 // Strays lists what nodes hold and no record knows, in order. Nothing deletes it by itself.

@@ -492,11 +492,19 @@ func TestUsageReportOfAnySize(t *testing.T) {
 		u.Replicas[volume.ReplicaID(fmt.Sprint("a", i))] = 1
 		u.Snapshots[volume.SnapshotID(fmt.Sprint("a", i))] = 1
 	}
+	for i := range 70 {
+		r := create(fmt.Sprint("many ", i))
+		r.RequiredBytes = mib
+		u.Replicas[w.mustCreate(r).Replicas[0].ID] = 5
+	}
 	if err := w.ReportUsage(ctx, "n1", u); err != nil {
 		t.Fatal(err)
 	}
 	if v, _ := w.Volume(ctx, v.ID); v.PhysicalBytes != 77 {
 		t.Errorf("physical bytes %d", v.PhysicalBytes)
+	}
+	if qs, _ := w.Quotas(ctx); len(qs) != 1 || qs[0].Used.PhysicalBytes != 77+70*5 {
+		t.Errorf("quotas %+v", qs)
 	}
 	w.check()
 }

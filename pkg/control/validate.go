@@ -15,6 +15,9 @@ const (
 	minBtrfs int64 = 128 << 20
 )
 
+// maxTopology bounds the nodes of a request; an orchestrator may name every node it has.
+const maxTopology = 10000
+
 // DefaultFSType is made where neither the parameters nor the capability name one.
 const DefaultFSType = "ext4"
 
@@ -72,8 +75,8 @@ func normalise(r CreateVolume) (CreateVolume, error) {
 	if s := r.Source; s != nil && (s.Volume == "") == (s.Snapshot == "") {
 		return r, fmt.Errorf("a source is one volume or one snapshot: %w", volume.ErrInvalid)
 	}
-	if len(r.Requisite) > command.MaxTopology || len(r.Preferred) > command.MaxTopology {
-		return r, fmt.Errorf("topology names more than %d nodes: %w", command.MaxTopology, volume.ErrInvalid)
+	if len(r.Requisite) > maxTopology || len(r.Preferred) > maxTopology {
+		return r, fmt.Errorf("topology names more than %d nodes: %w", maxTopology, volume.ErrInvalid)
 	}
 	if err := command.CheckQoS(&r.QoS.IOPS, &r.QoS.Bandwidth); err != nil {
 		return r, err

@@ -27,9 +27,11 @@ import (
 const FormatVersion = 1
 
 const (
-	maxBatch      = 64        // commands in one transaction
-	maxBatchBytes = 512 << 10 // a transaction stays well under what Badger's memtable allows
-	memTable      = 8 << 20
+	maxBatch = 64 // commands in one transaction
+	// A transaction takes no more commands once it has written enough: with the largest one as the last of them it stays
+	// under what Badger allows, 15 % of the memtable.
+	enough   = 256 << 10
+	memTable = 8 << 20
 )
 
 // Options of a Store.
@@ -177,7 +179,7 @@ func (s *Store) Apply(index uint64, encoded []byte) (command.Result, error) {
 	return rs[0], nil
 }
 
-// commit applies commands from an index on in one transaction. The caller holds mu.
+// commit applies commands from an index on in one transaction: as many of them as it answers. The caller holds mu.
 func (s *Store) commit(index uint64, commands [][]byte) ([]command.Result, error) {
 	if s.fatal != nil {
 		return nil, s.fatal
@@ -187,7 +189,7 @@ func (s *Store) commit(index uint64, commands [][]byte) ([]command.Result, error
 		s.fatal = fmt.Errorf("the cluster's state cannot be written, restart to recover (%v): %w", err, volume.ErrUnavailable)
 		return nil, s.fatal
 	}
-	s.applied = index + uint64(len(commands)) - 1
+	s.applied = index + uint64(len(results)) - 1
 	return results, nil
 }
 
@@ -195,18 +197,21 @@ func (s *Store) transact(index uint64, commands [][]byte) ([]command.Result, err
 	txn := s.db.NewTransaction(true)
 	defer txn.Discard()
 	all := newView(txnBase{txn})
-	results := make([]command.Result, len(commands))
-	for i, c := range commands {
+	var results []command.Result
+	for _, c := range commands {
 		one := newView(all)
-		results[i] = apply(one, c)
+		r := apply(one, c)
 		if one.err != nil {
 			return nil, one.err
 		}
-		if _, refused := results[i].(command.Refused); !refused {
+		if _, refused := r.(command.Refused); !refused {
 			all.merge(one)
 		}
+		if results = append(results, r); all.size > enough {
+			break
+		}
 	}
-	last := index + uint64(len(commands)) - 1
+	last := index + uint64(len(results)) - 1
 	all.put(keyApplied, binary.BigEndian.AppendUint64(nil, last))
 	for _, k := range slices.Sorted(maps.Keys(all.writes)) {
 		var err error
@@ -264,32 +269,40 @@ func (s *Store) propose() {
 		case p := <-s.proposals:
 			batch = append(batch, p)
 		}
-		size := len(batch[0].command)
 	gather:
-		for len(batch) < maxBatch && size < maxBatchBytes/2 {
+		for len(batch) < maxBatch {
 			select {
 			case p := <-s.proposals:
 				batch = append(batch, p)
-				size += len(p.command)
 			default:
 				break gather
 			}
 		}
-		commands := make([][]byte, len(batch))
-		for i, p := range batch {
-			commands[i] = p.command
-		}
-		s.mu.Lock()
-		results, err := s.commit(s.applied+1, commands)
-		s.mu.Unlock()
-		for i, p := range batch {
-			if err != nil {
-				p.result <- outcome{err: err}
-			} else {
-				p.result <- outcome{result: results[i]}
-			}
+		for len(batch) > 0 {
+			batch = batch[s.settleBatch(batch):]
 		}
 	}
+}
+
+// settleBatch applies and answers the first of a batch and returns how many.
+func (s *Store) settleBatch(batch []*proposal) int {
+	commands := make([][]byte, len(batch))
+	for i, p := range batch {
+		commands[i] = p.command
+	}
+	s.mu.Lock()
+	results, err := s.commit(s.applied+1, commands)
+	s.mu.Unlock()
+	if err != nil {
+		for _, p := range batch {
+			p.result <- outcome{err: err}
+		}
+		return len(batch)
+	}
+	for i, r := range results {
+		batch[i].result <- outcome{result: r}
+	}
+	return len(results)
 }
 
 type logger struct{ log *slog.Logger }

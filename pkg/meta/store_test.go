@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sort"
+	"strings"
 	"sync"
 	"testing"
 
@@ -148,6 +150,45 @@ func TestProposalsAtOnceShareTransactions(t *testing.T) {
 	if created != 100 || s.Applied() != 301 {
 		t.Errorf("%d volumes made of 100 names, %d commands applied", created, s.Applied())
 	}
+	verify(t, s)
+}
+
+// Records as large as they may be, all of them touched at once, fit into transactions.
+func TestTheLargestRecords(t *testing.T) {
+	s := open(t, "")
+	propose(t, s, node("n1", "p1"))
+	report := command.ReportUsage{Node: "n1", Replicas: map[volume.ReplicaID]int64{}}
+	flags := []string{strings.Repeat("<", 1<<20)}
+	var wg sync.WaitGroup
+	together := func(f func(i int)) {
+		for i := range maxBatch {
+			wg.Go(func() { f(i) })
+		}
+		wg.Wait()
+	}
+	fit := func(c func(flags []string) command.Command) command.Command {
+		n := sort.Search(command.MaxMountFlags, func(n int) bool { return c([]string{flags[0][:n]}).Check() != nil })
+		return c([]string{flags[0][:n-1]})
+	}
+	together(func(i int) {
+		v := newVolume(i, "p1")
+		v.Size = mib
+		propose(t, s, fit(func(flags []string) command.Command {
+			v.Capabilities = []volume.Capability{{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, MountFlags: flags}}
+			return command.CreateVolume{Volume: v}
+		}))
+		propose(t, s, command.FinishCreate{Volume: v.ID})
+		propose(t, s, fit(func(flags []string) command.Command {
+			return command.Attach{Volume: v.ID, Node: "n1", Capability: volume.Capability{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, MountFlags: flags}}
+		}))
+	})
+	for i := range command.MaxReported {
+		report.Replicas[newVolume(i, "p1").Replicas[0].ID] = 1
+	}
+	together(func(i int) {
+		propose(t, s, command.ModifyQoS{Volume: newVolume(i, "p1").ID, IOPS: new(int64(7))})
+	})
+	propose(t, s, report)
 	verify(t, s)
 }
 

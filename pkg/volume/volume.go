@@ -28,7 +28,7 @@ type Volume struct {
 	QoS          QoS          `json:"qos"`
 	Capabilities []Capability `json:"capabilities"`
 	Source       *Source      `json:"source,omitempty"`
-	// Accessible lists the nodes the requester asked for (empty: any).
+	// Accessible lists the nodes the requester asked for (empty: any), the first 32 of them.
 	Accessible []NodeID `json:"accessible,omitempty"`
 
 	Replicas   []Replica   `json:"replicas"`
