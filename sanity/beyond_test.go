@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -196,5 +197,42 @@ func TestPoint06_Point33_ManyCreatesAndTheLargest(t *testing.T) {
 		if _, err := d.CSI().CreateVolume(ctx, request(fmt.Sprint("largest", i), largest)); err != nil {
 			t.Fatalf("a volume of the maximum size, %d: %v", largest, err)
 		}
+	}
+}
+
+// TestPoint39_SensitiveMountFlags: mount options may carry passwords, and come back in what mount(8) and the kernel say.
+func TestPoint39_SensitiveMountFlags(t *testing.T) {
+	bin, err := harness.Build(t.Context(), t.TempDir(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := start(t, bin, true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	o := &harness.Orchestrator{CSI: d.CSI(), NodeID: d.NodeID(), Dir: filepath.Join(d.Dir(), "o")}
+	c := &harness.Claim{Name: "v", Size: 64 << 20, FSType: "ext4", MountFlags: []string{"noatime", "password=" + secret}}
+	err = o.Up(ctx, c)
+	if err == nil {
+		t.Error("ext4 took an option that it does not know")
+	} else if strings.Contains(err.Error(), secret) {
+		t.Errorf("a secret is in the error: %v", err)
+	}
+	log, err := os.ReadFile(d.LogPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range bytes.Lines(log) {
+		if bytes.Contains(line, []byte(secret)) {
+			t.Errorf("a secret is in the log: %s", line)
+		}
+	}
+	if err := o.Down(ctx, c); err != nil {
+		t.Error(err)
+	}
+	if err := o.Delete(ctx, c); err != nil {
+		t.Error(err)
+	}
+	for _, leak := range d.Leaks() {
+		t.Errorf("left behind: %s", leak)
 	}
 }
