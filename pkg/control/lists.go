@@ -104,7 +104,11 @@ func (s *Service) Capacity(ctx context.Context, q CapacityQuery) (Capacity, erro
 		return Capacity{}, err
 	}
 	available, largest := placement.Capacity(view, placement.Request{Replicas: p.Replicas, Pool: p.Pool}, q.Node)
-	return Capacity{Available: available, MaximumVolume: largest, MinimumVolume: volume.MinSize}, nil
+	least := minimum(p, []volume.Capability{{Access: volume.AccessMount}})
+	if largest < least {
+		largest = 0 // a create of that size would be rounded up to the least, and find no room
+	}
+	return Capacity{Available: available, MaximumVolume: largest, MinimumVolume: least}, nil
 }
 
 // Nodes lists the nodes in order of id.
