@@ -100,14 +100,19 @@ func (c *Controller) GetCapacity(ctx context.Context, req *csi.GetCapacityReques
 		return nil, err
 	}
 	q := control.CapacityQuery{Parameters: p.Parameters}
+	mounted := len(req.GetVolumeCapabilities()) == 0
 	for _, in := range req.GetVolumeCapabilities() {
 		v, err := capability(in)
 		if err != nil {
 			return &csi.GetCapacityResponse{}, nil
 		}
+		mounted = mounted || v.Access == volume.AccessMount
 		if q.Parameters.FSType == "" {
 			q.Parameters.FSType = v.FSType
 		}
+	}
+	if !mounted {
+		q.Parameters.FSType = "" // raw devices may be smaller than a filesystem
 	}
 	if t := req.GetAccessibleTopology(); len(t.GetSegments()) > 0 {
 		node, ok := topologyNode(t)

@@ -550,6 +550,32 @@ func TestPoint33_Capacity(t *testing.T) {
 			t.Errorf("%s: got %d, want %d", name, got, tt.want)
 		}
 	}
+	xfs := mountCap(1)
+	xfs.GetMount().FsType = "xfs"
+	for name, tt := range map[string]struct {
+		parameters map[string]string
+		caps       []*csi.VolumeCapability
+		want       int64
+	}{
+		"none":         {want: volume.MinSize},
+		"xfs class":    {map[string]string{"fsType": "xfs"}, nil, 300 * mib},
+		"xfs":          {nil, []*csi.VolumeCapability{xfs}, 300 * mib},
+		"raw of class": {map[string]string{"fsType": "xfs"}, []*csi.VolumeCapability{blockCap(1)}, volume.MinSize},
+	} {
+		least := get(&csi.GetCapacityRequest{Parameters: tt.parameters, VolumeCapabilities: tt.caps}).GetMinimumVolumeSize().GetValue()
+		if least != tt.want {
+			t.Errorf("%s: the smallest volume has %d, want %d", name, least, tt.want)
+		}
+		if tt.caps == nil {
+			tt.caps = []*csi.VolumeCapability{writer}
+		}
+		v := w.mustCreate("smallest "+name, func(r *csi.CreateVolumeRequest) {
+			r.Parameters, r.VolumeCapabilities, r.CapacityRange = tt.parameters, tt.caps, &csi.CapacityRange{LimitBytes: least}
+		})
+		if v.CapacityBytes != least {
+			t.Errorf("%s: got %d, want %d", name, v.CapacityBytes, least)
+		}
+	}
 	for range 3 { // until everything is full
 		largest := get(&csi.GetCapacityRequest{}).GetMaximumVolumeSize().GetValue()
 		if largest == 0 {
