@@ -10,8 +10,16 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// errAgain says that the world changed under a step, that nothing of it is left, and that starting over may help.
-var errAgain = errors.New("start over")
+// again says that the world changed under a step, that nothing of it is left, and that starting over may help. It reads
+// as the error within.
+type again struct{ error }
+
+func (a again) Unwrap() error { return a.error }
+
+func startOver(err error) bool {
+	var a again
+	return errors.As(err, &a)
+}
 
 // starts bounds how often an operation is started over.
 const starts = 4
@@ -34,7 +42,7 @@ func (s *Service) CreateVolume(ctx context.Context, r CreateVolume) (volume.Volu
 	refused := map[volume.PoolID]string{}
 	for n := 1; ; n++ {
 		v, made, err := s.createOnce(ctx, r, refused)
-		if errors.Is(err, errAgain) && n < starts {
+		if startOver(err) && n < starts {
 			continue
 		}
 		if made || err != nil {
@@ -92,11 +100,11 @@ func (s *Service) createNew(ctx context.Context, r CreateVolume, refused map[vol
 	switch {
 	case errors.Is(err, volume.ErrNoSpace), errors.Is(err, volume.ErrBusy):
 		// Another create was faster than the view that the choice was made from.
-		return v, false, fmt.Errorf("%w: %w", err, errAgain)
+		return v, false, again{err}
 	case err != nil:
 		return v, false, err
 	case !x.Created:
-		return v, false, fmt.Errorf("volume %s took the name %q just now; try again: %w: %w", x.Volume.ID, r.Name, volume.ErrBusy, errAgain)
+		return v, false, again{fmt.Errorf("volume %s took the name %q just now; try again: %w", x.Volume.ID, r.Name, volume.ErrBusy)}
 	}
 	v, err = s.completeCreate(ctx, v.ID, refused)
 	return v, true, err
@@ -182,11 +190,11 @@ func (s *Service) source(ctx context.Context, from volume.Source) (source, error
 }
 
 // completeCreate takes a volume from wherever its creation stopped to Ready, or undoes it after a definite refusal. The
-// caller has its lock. It returns errAgain where nothing of the volume is left and another try may end otherwise.
+// caller has its lock. It returns again where nothing of the volume is left and another try may end otherwise.
 func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[volume.PoolID]string) (volume.Volume, error) {
 	v, err := s.live(ctx, id)
 	if errors.Is(err, volume.ErrNotFound) {
-		return v, fmt.Errorf("volume %s was deleted while it was made; try again: %w: %w", id, volume.ErrBusy, errAgain)
+		return v, again{fmt.Errorf("volume %s was deleted while it was made; try again: %w", id, volume.ErrBusy)}
 	}
 	if err != nil || v.State == volume.Ready {
 		return v, err
@@ -204,10 +212,10 @@ func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[
 		}
 		if errors.Is(err, volume.ErrNoSpace) {
 			refused[r.Pool] = err.Error()
-			return v, fmt.Errorf("%w: %w", err, errAgain)
+			return v, again{err}
 		}
 		if errors.Is(err, volume.ErrOutOfRange) && v.Source != nil && v.Source.Volume != "" {
-			return v, fmt.Errorf("%w: %w", err, errAgain) // the source grew since its size was read
+			return v, again{err} // the source grew since its size was read
 		}
 		return v, err
 	}
@@ -216,7 +224,7 @@ func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[
 		if err := s.abandonCreate(ctx, v, err); err != nil {
 			return v, err
 		}
-		return v, fmt.Errorf("%w: %w", err, errAgain)
+		return v, again{err}
 	}
 	return x.Volume, err
 }

@@ -87,7 +87,7 @@ func (s *Service) resumeVolume(ctx context.Context, v volume.Volume) (action str
 		return "volume.free", s.completeDelete(ctx, v)
 	case v.State == volume.Creating:
 		_, err := s.completeCreate(ctx, v.ID, map[volume.PoolID]string{})
-		if errors.Is(err, errAgain) || definite(err) {
+		if startOver(err) || definite(err) {
 			err = nil // undone: whoever asked asks again
 		}
 		return "volume.create", err

@@ -23,7 +23,7 @@ func (s *Service) CreateSnapshot(ctx context.Context, r CreateSnapshot) (volume.
 	defer unlock()
 	for n := 1; ; n++ {
 		x, made, err := s.snapshotOnce(ctx, r)
-		if errors.Is(err, errAgain) && n < starts {
+		if startOver(err) && n < starts {
 			continue
 		}
 		if made || err != nil {
@@ -70,7 +70,7 @@ func (s *Service) snapshotOnce(ctx context.Context, r CreateSnapshot) (x volume.
 		if err := s.abandonSnapshot(ctx, x.ID, errors.New("the call that began it was cut off")); err != nil {
 			return x, false, err
 		}
-		return x, false, fmt.Errorf("snapshot %s was left unfinished; try again: %w: %w", x.ID, volume.ErrBusy, errAgain)
+		return x, false, again{fmt.Errorf("snapshot %s was left unfinished; try again: %w", x.ID, volume.ErrBusy)}
 	}
 	for _, h := range x.Holders {
 		err := s.agents.CutSnapshot(ctx, h.Node, SnapshotSpec{ID: x.ID, Volume: x.Volume, Replica: h.ID, Pool: h.Pool, Freeze: x.Freeze})
@@ -90,7 +90,7 @@ func (s *Service) snapshotOnce(ctx context.Context, r CreateSnapshot) (x volume.
 		if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
 			return x, true, err
 		}
-		return x, true, fmt.Errorf("%w: %w", err, errAgain)
+		return x, true, again{err}
 	}
 	if err != nil {
 		return x, true, err

@@ -230,7 +230,7 @@ func compare(r CreateVolume, v volume.Volume) error {
 		is    bool
 	}{
 		{"tenant", r.Tenant != v.Tenant && !r.TenantImplied},
-		{"required_bytes", r.RequiredBytes > reservedSize(v)},
+		{"required_bytes", r.RequiredBytes > v.Size},
 		{"limit_bytes", r.LimitBytes > 0 && v.Size > r.LimitBytes},
 		{"content source", !sameSource(r.Source, v.Source)},
 		{"parameter replicas", p.Replicas != q.Replicas},
@@ -251,8 +251,6 @@ func compare(r CreateVolume, v volume.Volume) error {
 	}
 	return nil
 }
-
-func reservedSize(v volume.Volume) int64 { return max(v.Size, v.Target) }
 
 func sameSource(a, b *volume.Source) bool {
 	if a == nil || b == nil {

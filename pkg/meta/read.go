@@ -24,6 +24,8 @@ func (s *Store) read(ctx context.Context, f func(r *reader) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	s.reading.RLock()
+	defer s.reading.RUnlock()
 	if s.db.IsClosed() {
 		return fmt.Errorf("the cluster's state is closed: %w", volume.ErrUnavailable)
 	}

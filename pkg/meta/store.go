@@ -48,6 +48,9 @@ type Store struct {
 	volumes   cache[volume.Volume]
 	snapshots cache[volume.Snapshot]
 
+	// reading is held by reads; Close waits for them, since it unmaps what they look at.
+	reading sync.RWMutex
+
 	mu      sync.Mutex // one writer at a time
 	applied uint64
 	fatal   error // set when a transaction failed: what is durable is unknown until the next Open
@@ -144,6 +147,8 @@ func (s *Store) Close() error {
 	s.once.Do(func() {
 		close(s.closing)
 		<-s.done
+		s.reading.Lock()
+		defer s.reading.Unlock()
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.fatal = fmt.Errorf("the cluster's state is closed: %w", volume.ErrUnavailable)
@@ -165,6 +170,9 @@ func (s *Store) Applied() uint64 {
 func (s *Store) Apply(index uint64, encoded []byte) (command.Result, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.fatal != nil {
+		return nil, s.fatal
+	}
 	if index <= s.applied {
 		txn := s.db.NewTransaction(false)
 		defer txn.Discard()
