@@ -52,6 +52,9 @@ func capability(c *csi.VolumeCapability) (volume.Capability, error) {
 			return volume.Capability{}, fmt.Errorf("access mode %s needs a raw block volume (volumeMode: Block): a filesystem has one writing node: %w",
 				m.mode, volume.ErrInvalid)
 		}
+		if a.Mount.GetVolumeMountGroup() != "" {
+			return volume.Capability{}, fmt.Errorf("volume_mount_group is not supported: ext4, xfs and btrfs keep each file's group: %w", volume.ErrInvalid)
+		}
 		if err := checkFSType(a.Mount.GetFsType()); err != nil {
 			return volume.Capability{}, err
 		}

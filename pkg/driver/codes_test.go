@@ -118,6 +118,8 @@ func TestPoint02_CodeTable(t *testing.T) {
 		{"CreateVolume nil capability fields", createVolume(caps(&csi.VolumeCapability{})), codes.InvalidArgument},
 		{"CreateVolume unknown mode", createVolume(caps(mountCap(0))), codes.InvalidArgument},
 		{"CreateVolume mode of the future", createVolume(caps(mountCap(99))), codes.InvalidArgument},
+		{"CreateVolume mount group", createVolume(caps(&csi.VolumeCapability{AccessMode: writer.AccessMode, AccessType: &csi.VolumeCapability_Mount{
+			Mount: &csi.VolumeCapability_MountVolume{VolumeMountGroup: "1000"}}})), codes.InvalidArgument},
 		{"CreateVolume no access type", createVolume(caps(&csi.VolumeCapability{AccessMode: writer.AccessMode})), codes.InvalidArgument},
 		{"Point21 CreateVolume RWX mount", createVolume(name("rwx"), caps(mountCap(rwx))), codes.InvalidArgument},
 		{"Point21 CreateVolume RWX block", createVolume(name("rwx-block"), caps(blockCap(rwx))), codes.OK},
