@@ -1,0 +1,94 @@
+package admin
+
+import (
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+func volumeEvent(id, state string) *adminpb.Event {
+	return &adminpb.Event{Object: &adminpb.Event_Volume{Volume: &adminpb.Volume{Id: id, State: state}}}
+}
+
+func nodeEvent(id string, seen int64, pools ...string) *adminpb.Event {
+	n := &adminpb.Node{Id: id, LastSeen: timestamppb.New(time.Unix(seen, 0))}
+	for _, p := range pools {
+		n.Pools = append(n.Pools, &adminpb.Pool{Id: p})
+	}
+	return &adminpb.Event{Object: &adminpb.Event_Node{Node: n}}
+}
+
+func TestChanges(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		before, after []*adminpb.Event
+		want          []string
+	}{
+		{"nothing", nil, nil, nil},
+		{"first look", nil, []*adminpb.Event{volumeEvent("a", "ready"), volumeEvent("b", "ready")}, []string{"ADDED a", "ADDED b"}},
+		{"the same", []*adminpb.Event{volumeEvent("a", "ready")}, []*adminpb.Event{volumeEvent("a", "ready")}, nil},
+		{
+			"all at once", []*adminpb.Event{volumeEvent("a", "ready"), volumeEvent("b", "ready"), volumeEvent("d", "ready")},
+			[]*adminpb.Event{volumeEvent("b", "deleting"), volumeEvent("c", "creating"), volumeEvent("d", "ready")},
+			[]string{"DELETED a", "CHANGED b", "ADDED c"},
+		},
+		{"a heartbeat", []*adminpb.Event{nodeEvent("n", 1, "p")}, []*adminpb.Event{nodeEvent("n", 2, "p")}, nil},
+		{"a node's pool", []*adminpb.Event{nodeEvent("n", 1, "p")}, []*adminpb.Event{nodeEvent("n", 2)}, []string{"CHANGED n"}},
+	} {
+		var got []string
+		for _, e := range changes(c.before, c.after) {
+			got = append(got, e.Type.String()+" "+eventKey(e))
+		}
+		if diff := cmp.Diff(c.want, got); diff != "" {
+			t.Errorf("%s: %s", c.name, diff)
+		}
+	}
+}
+
+func TestWhy(t *testing.T) {
+	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	seen := volume.Timestamp(now.UnixNano())
+	node := volume.Node{ID: "n", LastSeen: seen}
+	pool := volume.Pool{Name: "p", Capacity: 100 << 20, OverProvision: 2}
+	with := func(fn func(*volume.Pool)) volume.Pool {
+		p := pool
+		fn(&p)
+		return p
+	}
+	for _, c := range []struct{ got, want string }{
+		{whyPool(pool, node, now), "a volume of up to 200 MiB fits"},
+		{whyPool(with(func(p *volume.Pool) { p.Used = p.Capacity }), node, now), "writes to its volumes wait, none is lost"},
+		{whyPool(with(func(p *volume.Pool) { p.Used = p.Capacity * 95 / 100 }), node, now), "nearly full"},
+		{whyPool(with(func(p *volume.Pool) { p.Provisioned = 2 * p.Capacity }), node, now), "takes no new volumes"},
+		{whyPool(pool, node, now.Add(time.Hour)), "its node does not answer"},
+		{whyNode(node, now), "has no pool"},
+		{whyNode(node, now.Add(3*time.Minute)), "3m0s ago"},
+		{whyNode(volume.Node{ID: "n", LastSeen: seen, Pools: []volume.Pool{pool}}, now), "can be used"},
+		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Creating}, "v"), "is being cut"},
+		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Deleting}, "v"), "is being deleted"},
+		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Ready}, ""), "its volume is deleted, which does not affect it"},
+		{whyQuota(volume.Quota{Tenant: "t"}), "has no limits"},
+		{whyQuota(volume.Quota{Tenant: "t", Limit: volume.Amounts{Volumes: 2}, Used: volume.Amounts{Volumes: 1}}), "within its quota: 1 of 2 volumes"},
+		{whyQuota(volume.Quota{Tenant: "t", Limit: volume.Amounts{Snapshots: 2}, Used: volume.Amounts{Snapshots: 2}}), "reached its quota: 2 of 2 snapshots"},
+	} {
+		if !strings.Contains(c.got, c.want) {
+			t.Errorf("%q is not in %q", c.want, c.got)
+		}
+	}
+}
+
+func TestOnlyUnixSocketsAreServed(t *testing.T) {
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	if _, _, err := (peerCredentials{}).ServerHandshake(a); err == nil {
+		t.Error("a caller that nothing is known of was let in")
+	}
+}
