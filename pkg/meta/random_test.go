@@ -109,7 +109,7 @@ func TestAnyLog(t *testing.T) {
 			}
 			batch = nil
 		}
-		for range rapid.IntRange(1, 60).Draw(rt, "commands") {
+		for range rapid.IntRange(1, 40).Draw(rt, "commands") {
 			c := draw(rt)
 			enc := mustEncode(rt, c)
 			before := dump(t, a)
