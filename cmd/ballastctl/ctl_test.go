@@ -17,9 +17,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/yaml"
 
-	"github.com/ballast-csi/ballast/pkg/admin/admintest"
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/volume"
+	"github.com/ballast-csi/ballast/test/admintest"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files")

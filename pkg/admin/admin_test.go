@@ -13,8 +13,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
-	"github.com/ballast-csi/ballast/pkg/admin/admintest"
 	"github.com/ballast-csi/ballast/pkg/volume"
+	"github.com/ballast-csi/ballast/test/admintest"
 )
 
 func dial(t *testing.T, c *admintest.Cluster) adminpb.AdminClient {
