@@ -172,11 +172,13 @@ func configure(t *testing.T, d *harness.Daemon, dir string) sanity.TestConfig {
 func check(t *testing.T, report types.Report, d *harness.Daemon) {
 	t.Helper()
 	may := excuses(t, d)
-	total := map[string]int{}
+	total, passed := map[string]int{}, map[string]int{}
 	for _, s := range report.SpecReports.WithLeafNodeType(types.NodeTypeIt) {
 		configuration := s.ContainerHierarchyTexts[0]
 		total[configuration]++
 		switch {
+		case s.State == types.SpecStatePassed:
+			passed[configuration]++
 		case s.State == types.SpecStatePending: // csi-test itself has switched it off
 		case s.State == types.SpecStateSkipped && !may[s.Failure.Message]:
 			t.Errorf("skipped (%s): %s", s.Failure.Message, s.FullText())
@@ -186,6 +188,7 @@ func check(t *testing.T, report types.Report, d *harness.Daemon) {
 		if total[c.name] != specs {
 			t.Errorf("%s: %d specifications, want %d", c.name, total[c.name], specs)
 		}
+		t.Logf("%s: %d passed", c.name, passed[c.name])
 	}
 }
 
