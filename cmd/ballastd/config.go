@@ -83,7 +83,7 @@ func addFlags(f *pflag.FlagSet) *settings {
 	f.StringVar(&s.poolCapacity, "pool-capacity", "", "`size` of pools that do not say theirs (default: what their filesystem has)")
 	f.Float64Var(&s.overProvision, "over-provision", 10, "`ratio` of provisioned bytes to capacity that pools allow")
 	f.StringVar(&s.reserve, "reserve", "", "`size` that pools keep for deletes and metadata (default: the pool's own)")
-	f.DurationVar(&s.stopTimeout, "stop-timeout", 20*time.Second, "how long a clean stop may take")
+	f.DurationVar(&s.stopTimeout, "stop-timeout", 20*time.Second, "how long calls may take to end when the daemon stops, and then devices and pools to be closed")
 	f.StringVar(&s.logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&s.logFormat, "log-format", "text", "text or json")
 	return s

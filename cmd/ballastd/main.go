@@ -15,6 +15,7 @@ var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	code := run(ctx, os.Args[1:], process{stdout: os.Stdout, stderr: os.Stderr, prepare: ioflusher.Enable})
 	stop()
 	os.Exit(code)

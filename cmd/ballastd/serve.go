@@ -96,13 +96,7 @@ func (d *daemon) run(ctx context.Context) error {
 	}
 	d.log.Info("ballastd is stopping")
 	d.gate.shut()
-	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), d.cfg.stopTimeout)
-	defer cancel()
-	err = errors.Join(err, d.stopServers(stopping))
-	err = errors.Join(err, group.Wait())
-	if parts != nil {
-		err = errors.Join(err, parts.close())
-	}
+	err = errors.Join(err, d.stopServers(context.WithoutCancel(ctx)), group.Wait(), d.closeInTime(parts))
 	if err == nil {
 		d.log.Info("ballastd has stopped")
 	}
@@ -204,9 +198,24 @@ func (d *daemon) serveAll(group *errgroup.Group, ls listeners) error {
 	return nil
 }
 
-// stopServers refuses new calls and waits for those under way until ctx ends. Calls that are broken off then are made
-// again by whoever made them.
+// closeInTime closes what was opened. What hangs for longer than a stop may take is left: it ends with the process, like
+// in a crash.
+func (d *daemon) closeInTime(parts closers) error {
+	closed := make(chan error, 1)
+	go func() { closed <- parts.close() }()
+	select {
+	case err := <-closed:
+		return err
+	case <-time.After(d.cfg.stopTimeout):
+		return fmt.Errorf("devices and pools are not closed after %s: what was not flushed is lost", d.cfg.stopTimeout)
+	}
+}
+
+// stopServers refuses new calls and waits for those under way, for as long as a stop may take. Calls that are broken off
+// then are made again by whoever made them.
 func (d *daemon) stopServers(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, d.cfg.stopTimeout)
+	defer cancel()
 	d.admin.Stop()
 	var group errgroup.Group
 	for _, s := range d.servers {
