@@ -153,6 +153,12 @@ func (f *Frontend) Attach(ctx context.Context, name string, dev block.Device, o 
 		return "", err
 	}
 	defer f.release(d)
+	if d.loop != nil && !f.isAborted(d) && d.server.dead() {
+		f.log.Warn("connection was aborted from outside; attaching anew", "device", name)
+		if err := f.tearDown(d); err != nil {
+			return "", fmt.Errorf("attach device %s: %w", name, err)
+		}
+	}
 	if d.loop != nil {
 		switch {
 		case f.isAborted(d):

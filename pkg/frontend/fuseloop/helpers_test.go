@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -29,11 +28,10 @@ func waitFor(t *testing.T, ok func() bool) {
 	}
 }
 
-// bound tells whether a loop device is bound to a file.
-func bound(t *testing.T, path string) bool {
-	t.Helper()
-	_, err := os.Stat(filepath.Join("/sys/block", filepath.Base(path), "loop/backing_file"))
-	return err == nil
+// bound tells whether a loop device is bound to a file of the directory: the number may be another's by now.
+func bound(path, dir string) bool {
+	backing, err := (&loop{path: path}).backing()
+	return err == nil && strings.HasPrefix(backing, dir+"/")
 }
 
 // census counts what a frontend could leak.

@@ -165,6 +165,16 @@ func (s *server) write(answer []byte) {
 	}
 }
 
+// dead tells whether the connection is gone, and nothing of it is in the device any more.
+func (s *server) dead() bool {
+	select {
+	case <-s.stopped:
+		return true
+	default:
+		return false
+	}
+}
+
 // quiesce makes every request in the device fail, and waits until none is left there. The connection is aborted.
 func (s *server) quiesce(ctx context.Context) error {
 	s.cancel()

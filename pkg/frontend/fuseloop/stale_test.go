@@ -80,7 +80,7 @@ func TestKilled(t *testing.T) {
 			t.Fatalf("Clean() = %v, want ErrBusy that names %s", err, mount)
 		}
 	}
-	if bound(t, unused) {
+	if bound(unused, dir) {
 		t.Errorf("%s, which nobody used, is still bound", unused)
 	}
 
@@ -100,7 +100,7 @@ func TestKilled(t *testing.T) {
 	if err := unix.Unmount(mount, 0); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, func() bool { return !bound(t, path) })
+	waitFor(t, func() bool { return !bound(path, dir) })
 	if err := f.Clean(t.Context()); err != nil {
 		t.Errorf("Clean() after the unmount = %v", err)
 	}
@@ -111,7 +111,7 @@ func TestKilled(t *testing.T) {
 		t.Error(err)
 	}
 	run(t, "dd", "if=/dev/zero", "of="+otherPath, "bs=1M", "count=8", "oflag=direct", "status=none")
-	if !bound(t, plain) {
+	if !bound(plain, dir) {
 		t.Error("another's loop device was freed")
 	}
 }
@@ -133,7 +133,42 @@ func TestKilledWaitingForItself(t *testing.T) {
 	if err := p.cmd.Wait(); err == nil {
 		t.Error("the killed process ended well")
 	}
-	waitFor(t, func() bool { return !bound(t, path) })
+	waitFor(t, func() bool { return !bound(path, dir) })
+	if err := f.Clean(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestAbortedFromOutside aborts a connection as an operator might: Attach makes a device that works.
+func TestAbortedFromOutside(t *testing.T) {
+	f := newFrontend(t, t.TempDir())
+	dev := blocktest.NewMem(16 << 20)
+	path, err := f.Attach(t.Context(), "vol", dev, frontend.Options{BlockSize: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Open(path) // a user that stays
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	server := f.devices["vol"].server
+	f.ctl.abort(server.conn, server.path)
+	waitFor(t, server.dead)
+	again, err := f.Attach(t.Context(), "vol", dev, frontend.Options{BlockSize: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again == path {
+		t.Errorf("the new device is at %s, where the dead one is open", path)
+	}
+	run(t, "dd", "if=/dev/zero", "of="+again, "bs=1M", "count=4", "oflag=direct", "status=none")
+	if err := f.Detach(t.Context(), "vol"); err != nil {
+		t.Error(err)
+	}
+	if err := file.Close(); err != nil {
+		t.Error(err)
+	}
 	if err := f.Clean(t.Context()); err != nil {
 		t.Error(err)
 	}
