@@ -17,5 +17,5 @@ func TestOnlineExpand(t *testing.T) {
 
 // TestWritebackWithLittleMemory: dirty pages whose only way out is through ballastd do not deadlock it.
 func TestWritebackWithLittleMemory(t *testing.T) {
-	run(t, 400, 8*time.Minute, "pressure", "-mib=1024")
+	run(t, 400, 8*time.Minute, "pressure", "-mib=512")
 }

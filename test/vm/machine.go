@@ -66,7 +66,7 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(c.MemoryMiB),
 		"-kernel", c.Kernel, "-initrd", c.Initramfs,
-		"-append", "console=ttyS0 quiet loglevel=7 panic=-1 mitigations=off -- "+strings.Join(c.Scenario, " "),
+		"-append", "console=ttyS0 loglevel=7 panic=-1 mitigations=off -- "+strings.Join(c.Scenario, " "),
 		"-blockdev", "driver=nbd,node-name=disk,server.type=unix,server.path="+socket+",discard=unmap",
 		"-device", "virtio-blk-pci,drive=disk,write-cache=on,discard=on,write-zeroes=on",
 		"-chardev", "file,id=console,path="+m.console, "-serial", "chardev:console",
