@@ -32,6 +32,8 @@ const (
 	// under what Badger allows, 15 % of the memtable.
 	enough   = 256 << 10
 	memTable = 8 << 20
+	// tables of the database's first level are merged into the others when there are so many.
+	tables = 4
 )
 
 // Options of a Store.
@@ -40,6 +42,8 @@ type Options struct {
 	InMemory bool
 	// Logger gets what the database warns of; nil drops it.
 	Logger *slog.Logger
+
+	memTable int // bytes; 0 is memTable
 }
 
 // Store is the state machine and its database.
@@ -55,10 +59,16 @@ type Store struct {
 	applied uint64
 	fatal   error // set when a transaction failed: what is durable is unknown until the next Open
 
+	memTable int
+	written  int // bytes since compaction was last looked at
+	compact  chan struct{}
+
 	closing   chan struct{}
 	once      sync.Once
 	proposals chan *proposal
-	done      chan struct{}
+	done      chan struct{} // propose has ended
+	compacted chan struct{} // compactions has ended
+	log       logger
 }
 
 type proposal struct {
@@ -71,17 +81,25 @@ type outcome struct {
 	err    error
 }
 
-// Open opens the state in dir, and makes it where there is none. It starts one goroutine, which Close ends.
+// Open opens the state in dir, and makes it where there is none. It starts two goroutines, which Close ends.
 func Open(dir string, o Options) (*Store, error) {
+	if o.memTable == 0 {
+		o.memTable = memTable
+	}
 	db, err := badger.Open(databaseOptions(dir, o))
 	if err != nil {
 		return nil, fmt.Errorf("open the cluster's state in %s: %w", dir, err)
 	}
-	s := &Store{db: db, closing: make(chan struct{}), proposals: make(chan *proposal, maxBatch), done: make(chan struct{})}
+	s := &Store{
+		db: db, memTable: o.memTable, log: logger{o.Logger}, compact: make(chan struct{}, 1), closing: make(chan struct{}),
+		proposals: make(chan *proposal, maxBatch), done: make(chan struct{}), compacted: make(chan struct{}),
+	}
 	if err := s.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open the cluster's state in %s: %w", dir, err), db.Close())
 	}
+	s.compact <- struct{}{} // every restart leaves a table
 	go s.propose()
+	go s.compactions()
 	return s, nil
 }
 
@@ -95,14 +113,14 @@ func databaseOptions(dir string, o Options) badger.Options {
 		WithInMemory(o.InMemory).
 		WithSyncWrites(!o.InMemory).
 		WithLogger(logger{o.Logger}).
-		WithMemTableSize(memTable).
+		WithMemTableSize(int64(o.memTable)).
 		WithNumMemtables(2).
-		WithValueThreshold(1 << 20).
+		WithValueThreshold(int64(o.memTable / 8)). // no record is as large
 		WithValueLogFileSize(16 << 20).
 		WithBaseTableSize(2 << 20).
-		WithNumLevelZeroTables(2).
-		WithNumLevelZeroTablesStall(6).
-		WithNumCompactors(2).
+		WithNumLevelZeroTables(tables).
+		WithNumLevelZeroTablesStall(25 * tables). // compactions come long before
+		WithNumCompactors(0).                     // they poll 20 times a second: most of what an idle node would use
 		WithNumGoroutines(1).
 		WithCompression(options.None).
 		WithBlockCacheSize(0).
@@ -147,6 +165,7 @@ func (s *Store) Close() error {
 	s.once.Do(func() {
 		close(s.closing)
 		<-s.done
+		<-s.compacted
 		s.reading.Lock()
 		defer s.reading.Unlock()
 		s.mu.Lock()
@@ -198,6 +217,13 @@ func (s *Store) commit(index uint64, commands [][]byte) ([]command.Result, error
 		return nil, s.fatal
 	}
 	s.applied = index + uint64(len(results)) - 1
+	if s.written > s.memTable/2 {
+		s.written = 0
+		select {
+		case s.compact <- struct{}{}:
+		default:
+		}
+	}
 	return results, nil
 }
 
@@ -232,6 +258,7 @@ func (s *Store) transact(index uint64, commands [][]byte) ([]command.Result, err
 			return nil, fmt.Errorf("write %q: %w", k, err)
 		}
 	}
+	s.written += all.size
 	return results, txn.Commit()
 }
 
@@ -311,6 +338,24 @@ func (s *Store) settleBatch(batch []*proposal) int {
 		batch[i].result <- outcome{result: r}
 	}
 	return len(results)
+}
+
+// compactions merges the database's tables when enough has been written.
+func (s *Store) compactions() {
+	defer close(s.compacted)
+	for {
+		select {
+		case <-s.closing:
+			return
+		case <-s.compact:
+		}
+		if s.db.Levels()[0].NumTables < tables {
+			continue
+		}
+		if err := s.db.Flatten(1); err != nil {
+			s.log.Warningf("tables are not merged now: %v", err)
+		}
+	}
 }
 
 type logger struct{ log *slog.Logger }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/google/go-cmp/cmp"
@@ -108,6 +109,62 @@ func TestStateSurvivesARestart(t *testing.T) {
 	}
 	if s.Applied() != applied || applied != 3 {
 		t.Errorf("applied %d, was %d", s.Applied(), applied)
+	}
+}
+
+func TestRestartsDoNotPileUpTables(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 3 * tables {
+		s := open(t, dir)
+		propose(t, s, command.SetQuota{Tenant: fmt.Sprint("t", i), Limit: volume.Amounts{Volumes: 1}})
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := open(t, dir)
+	for deadline := time.Now().Add(20 * time.Second); s.db.Levels()[0].NumTables >= tables; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d tables", s.db.Levels()[0].NumTables)
+		}
+	}
+	if qs, err := s.Quotas(context.Background()); err != nil || len(qs) != 3*tables {
+		t.Errorf("%d quotas, %v", len(qs), err)
+	}
+}
+
+// Tables are merged while commands go on, and nothing of either is lost.
+func TestCompactionUnderLoad(t *testing.T) {
+	s, err := Open(t.TempDir(), Options{memTable: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	propose(t, s, node("n1", "p1"))
+	var wg sync.WaitGroup
+	for g := range 8 {
+		wg.Go(func() {
+			v := newVolume(g, "p1")
+			v.Capabilities[0].MountFlags = []string{strings.Repeat("x", 4000)}
+			for range 60 {
+				propose(t, s, command.CreateVolume{Volume: v})
+				propose(t, s, command.FinishCreate{Volume: v.ID})
+				propose(t, s, command.BeginDelete{Volume: v.ID})
+				propose(t, s, command.FinishDelete{Volume: v.ID})
+			}
+			propose(t, s, command.CreateVolume{Volume: v})
+		})
+	}
+	wg.Wait()
+	verify(t, s)
+	if vs, err := s.Volumes(context.Background(), "", 0); err != nil || len(vs) != 8 {
+		t.Errorf("%d volumes, %v", len(vs), err)
+	}
+	merged := 0
+	for _, l := range s.db.Levels()[1:] {
+		merged += l.NumTables
+	}
+	if n := s.db.Levels()[0].NumTables; n > 4*tables || merged == 0 {
+		t.Errorf("%d tables are left on the first level, %d were merged", n, merged)
 	}
 }
 
