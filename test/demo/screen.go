@@ -15,6 +15,7 @@ import (
 type screen struct {
 	w       io.Writer
 	colours bool
+	blank   bool // the last line was
 }
 
 func newScreen(f *os.File) *screen {
@@ -40,32 +41,46 @@ func (s *screen) title(text, below string) {
 func (s *screen) scene(n int, title string) {
 	number := fmt.Sprintf("── %d", n)
 	rule := strings.Repeat("─", max(3, width-utf8.RuneCountInString(number+title)-2))
-	fmt.Fprintf(s.w, "\n%s %s %s\n", s.paint("36", number), s.paint("1", title), s.paint("36", rule))
+	s.gap()
+	fmt.Fprintf(s.w, "%s %s %s\n", s.paint("36", number), s.paint("1", title), s.paint("36", rule))
+}
+
+// gap leaves one line blank.
+func (s *screen) gap() {
+	if !s.blank {
+		fmt.Fprintln(s.w)
+	}
+	s.blank = false
 }
 
 // say explains.
 func (s *screen) say(format string, args ...any) {
+	s.blank = false
 	fmt.Fprintf(s.w, "   %s\n", fmt.Sprintf(format, args...))
 }
 
 // did tells of a step that went well, and how long it took.
 func (s *screen) did(what string, took time.Duration) {
+	s.blank = false
 	dots := strings.Repeat("·", max(2, width-14-utf8.RuneCountInString(what)))
 	fmt.Fprintf(s.w, "   %s %s %s %s\n", s.paint("32", "✓"), what, s.paint("2", dots), s.paint("33", fmt.Sprintf("%8s", short(took))))
 }
 
 // proof is a fact that was checked.
 func (s *screen) proof(format string, args ...any) {
+	s.blank = false
 	fmt.Fprintf(s.w, "   %s %s\n", s.paint("1;32", "✓"), s.paint("1", fmt.Sprintf(format, args...)))
 }
 
 // command shows a command line and what it printed.
 func (s *screen) command(line string, output []byte) {
-	fmt.Fprintf(s.w, "\n   %s %s\n", s.paint("2", "$"), s.paint("1", line))
+	s.gap()
+	fmt.Fprintf(s.w, "   %s %s\n", s.paint("2", "$"), s.paint("1", line))
 	for _, l := range strings.Split(strings.TrimRight(string(output), "\n"), "\n") {
 		fmt.Fprintf(s.w, "     %s\n", clip(l, 110))
 	}
 	fmt.Fprintln(s.w)
+	s.blank = true
 }
 
 // clip cuts a line to n columns. Colours take none, and what is left of them is ended.
