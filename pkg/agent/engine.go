@@ -170,6 +170,13 @@ func (n *Node) abort(ctx context.Context, v *vol) error {
 	return n.closeEngine(v)
 }
 
+// clean frees what dead devices held, after a dead mount went away.
+func (n *Node) clean(ctx context.Context) {
+	if err := n.cfg.Frontend.Clean(ctx); err != nil && !errors.Is(err, frontend.ErrBusy) {
+		n.log.Warn("something is left of dead devices", "err", err)
+	}
+}
+
 func (n *Node) closeEngine(v *vol) error {
 	e := v.eng
 	v.eng = nil
@@ -178,6 +185,7 @@ func (n *Node) closeEngine(v *vol) error {
 		// The device is gone and cannot come back into this call; what was lost is the pool's to report.
 		n.log.Error("replica closed with an error", "volume", v.id, "replica", e.at.ID, "err", err)
 	}
+	n.clean(n.ctx)
 	return nil
 }
 

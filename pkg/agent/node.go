@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/mount"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -22,7 +21,7 @@ type Config struct {
 	// DataDir keeps the records. RunDir, which a reboot clears, holds the anchors.
 	DataDir, RunDir string
 	Pools           []Pool
-	Frontend        frontend.Frontend
+	Frontend        Frontend
 	Mounter         *mount.Mounter
 	Logger          *slog.Logger
 	// ReportEvery is how often usage is reported when it changed; 0 is DefaultReportEvery.

@@ -5,6 +5,7 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -16,6 +17,14 @@ type Cluster interface {
 	SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error
 	RegisterNode(ctx context.Context, n volume.Node) error
 	ReportUsage(ctx context.Context, node volume.NodeID, u control.Usage) error
+}
+
+// Frontend makes the kernel's devices.
+type Frontend interface {
+	frontend.Frontend
+	// Clean removes what aborted devices and those of an earlier process left, once their mounts are gone. It returns
+	// frontend.ErrBusy while some are in use.
+	Clean(ctx context.Context) error
 }
 
 // Pool is what a node needs of a pool. The methods that control.Agents has too promise what is written there.

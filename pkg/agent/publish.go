@@ -63,6 +63,7 @@ func (n *Node) Publish(ctx context.Context, q Publish) error {
 		if err := mount.Drop(q.Path); err != nil {
 			return err
 		}
+		n.clean(ctx)
 		rec.forgetTarget(q.Path)
 		known = nil
 	}
@@ -129,6 +130,7 @@ func (n *Node) show(ctx context.Context, c Cluster, v *vol, cv volume.Volume, s 
 		if err := mount.Drop(t.Path); err != nil {
 			return err
 		}
+		defer n.clean(ctx)
 	}
 	return n.cfg.Mounter.Bind(device, t.Path, mount.Flags{})
 }
@@ -157,6 +159,9 @@ func (n *Node) unpublish(ctx context.Context, v *vol, t target) error {
 		}
 	} else if err := unmountOrDrop(t.Path); err != nil {
 		return err
+	}
+	if t.Dead || v.eng == nil {
+		n.clean(ctx)
 	}
 	if err := mount.Remove(t.Path); err != nil {
 		return err

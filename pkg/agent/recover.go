@@ -118,6 +118,7 @@ func (n *Node) restore(c Cluster, id volume.ID) error {
 			}
 		}
 	}
+	n.clean(ctx)
 	v.set(func(s *state) { s.notRestored = "" })
 	n.log.Info("volume brought back", "volume", id, "stagings", len(v.rec.Stages), "targets", len(v.rec.Targets))
 	return nil
@@ -166,5 +167,6 @@ func (n *Node) bury(v *vol) error {
 		}
 		rec.forgetStage(s.Path)
 	}
+	n.clean(n.ctx)
 	return n.save(v, rec)
 }

@@ -313,6 +313,7 @@ func TestCrashWhileFrozen(t *testing.T) {
 	// The devices die; the process that would thaw is gone.
 	h.restart()
 	<-writer
+	_ = thaw() // closes the directory that a dead process would not hold open
 	wantContent(t, h.w("s", "file"), "content")
 	h.unstage(vol1, h.w("s"))
 }

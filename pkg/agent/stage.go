@@ -66,6 +66,7 @@ func (n *Node) Stage(ctx context.Context, q Stage) error {
 		if err := mount.Drop(q.Path); err != nil {
 			return err
 		}
+		n.clean(ctx)
 		rec.forgetStage(q.Path)
 		known = nil
 	}
@@ -171,6 +172,7 @@ func (n *Node) bind(v *vol, source, path string, flags mount.Flags) error {
 		if err := mount.Drop(path); err != nil {
 			return err
 		}
+		defer n.clean(n.ctx)
 	}
 	return n.cfg.Mounter.Bind(source, path, flags)
 }
@@ -203,6 +205,7 @@ func (n *Node) unstage(ctx context.Context, v *vol, s stage) error {
 		if err := mount.Drop(s.Path); err != nil {
 			return err
 		}
+		n.clean(ctx)
 	} else if err := unmountOrDrop(s.Path); err != nil {
 		return err
 	}

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"unsafe"
 
 	"github.com/google/uuid"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	utilexec "k8s.io/utils/exec"
 
@@ -44,12 +46,55 @@ func (m *Mounter) run(name string, args ...string) error {
 	return c
 }
 
+// runBtrfs runs a tool of btrfs in a mount namespace without the FUSE mounts behind Ballast's devices: the tools look at
+// the file behind every mounted loop device, and give up on one whose server is dead.
+func (m *Mounter) runBtrfs(name string, args ...string) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread never ends, and its namespace is the process's. While it is held, another takes the work.
+			defer runtime.UnlockOSThread()
+			done <- m.runBtrfs(name, args...)
+			return
+		}
+		// This thread ends with the goroutine, and with it its namespace.
+		if err := hideFUSE(); err != nil {
+			done <- err
+			return
+		}
+		done <- m.run(name, args...)
+	}()
+	return <-done
+}
+
+// hideFUSE gives the calling thread a mount namespace of its own without Ballast's FUSE mounts.
+func hideFUSE() error {
+	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("make a mount namespace: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	infos, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) { return i.FSType != "fuse.ballast", false })
+	if err != nil {
+		return err
+	}
+	for _, i := range infos {
+		if err := unix.Unmount(i.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("hide mount %s: %w", i.Mountpoint, err)
+		}
+	}
+	return nil
+}
+
 // Format runs mkfs and syncs the device. The caller has asked Decide.
 //
 // The whole device is discarded first, which Ballast's devices answer with zeros: so inode tables and journal need no
 // zeroing. No blocks are reserved for root, and ext4 stops writing at the first sign of damage.
 func (m *Mounter) Format(device, fsType string, id uuid.UUID) error {
 	var args []string
+	run := m.run
 	switch fsType {
 	case "ext4":
 		args = []string{"-F", "-q", "-m", "0", "-e", "remount-ro", "-U", id.String(), "-E", "lazy_itable_init=1,lazy_journal_init=1", device}
@@ -57,12 +102,13 @@ func (m *Mounter) Format(device, fsType string, id uuid.UUID) error {
 		args = []string{"-f", "-q", "-m", "uuid=" + id.String(), device}
 	case "btrfs":
 		args = []string{"-f", "-q", "-U", id.String(), device}
+		run = m.runBtrfs
 	default:
 		return fmt.Errorf("filesystem %q is not supported: %w", fsType, volume.ErrInvalid)
 	}
 	m.formats <- struct{}{}
 	defer func() { <-m.formats }()
-	if err := m.run("mkfs."+fsType, args...); err != nil {
+	if err := run("mkfs."+fsType, args...); err != nil {
 		return fmt.Errorf("format %s: %w", device, err)
 	}
 	f, err := os.OpenFile(device, os.O_RDWR, 0)
@@ -115,7 +161,7 @@ func (m *Mounter) Identify(device string, found Found, id uuid.UUID, scratch str
 			return err
 		}
 	}
-	if err := m.run("btrfstune", "-M", id.String(), device); err != nil {
+	if err := m.runBtrfs("btrfstune", "-M", id.String(), device); err != nil {
 		return fmt.Errorf("give the clone a UUID of its own: %w", err)
 	}
 	return nil
