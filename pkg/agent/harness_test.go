@@ -332,7 +332,7 @@ func (h *host) open(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		pool = ExtentPool{store}
+		pool = extentPool{store}
 	}
 	h.mounter = &recordingMounter{Interface: kmount.NewWithoutSystemd("")}
 	h.node, err = Open(Config{

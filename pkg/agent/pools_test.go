@@ -8,18 +8,18 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// ExtentPool is an extent store as a node's pool.
-type ExtentPool struct{ *extentstore.Pool }
+// extentPool is an extent store as a node's pool.
+type extentPool struct{ *extentstore.Pool }
 
-var _ Pool = ExtentPool{}
+var _ Pool = extentPool{}
 
 // CreateReplica implements Pool.
-func (p ExtentPool) CreateReplica(ctx context.Context, r control.ReplicaSpec) error {
+func (p extentPool) CreateReplica(ctx context.Context, r control.ReplicaSpec) error {
 	return p.Pool.CreateReplica(ctx, extentstore.ReplicaSpec{ID: r.ID, Volume: r.Volume, Tenant: r.Tenant, Size: r.Size, Parent: r.Parent})
 }
 
 // Usage implements Pool.
-func (p ExtentPool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64) {
+func (p extentPool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64) {
 	u := p.Pool.Usage()
 	return u.Replicas, u.Snapshots
 }
