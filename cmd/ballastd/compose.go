@@ -146,26 +146,25 @@ func background(fn func(context.Context)) func() error {
 }
 
 // clearDevices takes away the dead devices of an earlier process that were mounted when this one started: the node
-// unmounts them when it brings its volumes back, workloads when they end.
+// unmounts them when it brings its volumes back, workloads when they end. It looks again and again, less and less often,
+// and a last time when ctx ends.
 func (d *daemon) clearDevices(ctx context.Context, front *fuseloop.Frontend, node *agent.Node) {
 	for pause := 100 * time.Millisecond; ; pause = min(2*pause, time.Minute) {
 		select {
 		case <-ctx.Done():
-			return
 		case <-time.After(pause):
+			if node.Ready(ctx) != nil {
+				pause = 50 * time.Millisecond
+				continue
+			}
 		}
-		if node.Ready(ctx) != nil {
-			pause = 50 * time.Millisecond
-			continue
-		}
-		err := front.Clean(ctx)
-		if errors.Is(err, frontend.ErrBusy) {
-			continue
-		}
-		if err != nil && ctx.Err() == nil {
+		err := front.Clean(context.WithoutCancel(ctx))
+		if err != nil && !errors.Is(err, frontend.ErrBusy) {
 			d.log.Warn("devices of an earlier process are left", "error", err)
 		}
-		return
+		if err == nil || ctx.Err() != nil {
+			return
+		}
 	}
 }
 
