@@ -10,8 +10,6 @@ import (
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -241,13 +239,8 @@ func (f *Frontend) Resize(ctx context.Context, name string) error {
 		return fmt.Errorf("device %s is not attached: %w", name, volume.ErrNotFound)
 	}
 	want := d.dev.Size()
-	// The stat makes the kernel ask for the size; older loop drivers only look at what it knew.
-	var st unix.Stat_t
-	if err := unix.Stat(d.server.path, &st); err != nil {
+	if err := d.loop.refresh(d.server.path); err != nil {
 		return fmt.Errorf("resize device %s: %w", name, err)
-	}
-	if err := d.loop.refresh(); err != nil {
-		return err
 	}
 	got, err := d.loop.size()
 	if err != nil {

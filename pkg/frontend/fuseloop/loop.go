@@ -14,6 +14,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ballast-csi/ballast/pkg/apart"
 )
 
 // maxDiscard bounds one discard or write-zeroes, in bytes: the kernel lets no write to the file pass while one is under
@@ -22,9 +24,13 @@ const maxDiscard = 256 << 20
 
 // loop is an open loop device that is bound to a file. It is bound with LO_FLAGS_AUTOCLEAR: the kernel unbinds it when
 // nobody has it open any more, this process included. So a crash leaves behind only what others use.
+//
+// It is open on a thread apart. In this process's common table it would be closed, which writes out its page cache,
+// before the descriptors through which that is answered: the process would never be dead.
 type loop struct {
-	fd   int
-	path string // /dev/loopN
+	thread *apart.Thread
+	fd     int
+	path   string // /dev/loopN
 }
 
 // newLoop binds a free loop device to the file at path.
@@ -37,60 +43,76 @@ func newLoop(ctx context.Context, path string, blockSize int, readOnly bool) (*l
 		cfg.Info.Flags |= unix.LO_FLAGS_READ_ONLY
 	}
 	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], path) // for old tools; nothing depends on it
-	// Not os.OpenFile: Go's poller would ask the file to be polled, which is a request to ourselves.
-	file, err := unix.Open(path, access|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	defer unix.Close(file) // the device holds the file by itself
-	cfg.Fd = uint32(file)
-
 	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/loop-control (is the loop module loaded?): %w", err)
 	}
 	defer unix.Close(control)
+	thread, err := apart.Start()
+	if err != nil {
+		return nil, err
+	}
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		n, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
 		if err != nil {
+			thread.Stop()
 			return nil, fmt.Errorf("find a free loop device: %w", err)
 		}
-		l, err := bindLoop(n, access, &cfg)
-		if err == nil {
+		l := &loop{thread: thread, path: "/dev/loop" + strconv.Itoa(n)}
+		if err = l.bind(path, access, &cfg); err == nil {
+			// Where sysfs is read-only the limit stays at 4 GiB, which is correct too.
+			_ = os.WriteFile(filepath.Join(l.sysfs(), "queue/discard_max_bytes"), []byte(strconv.Itoa(maxDiscard)), 0)
 			return l, nil
 		}
 		// Another process took it, or removed it, in between.
 		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENODEV) {
+			thread.Stop()
 			return nil, err
 		}
 		select {
 		case <-ctx.Done():
+			thread.Stop()
 			return nil, fmt.Errorf("%w; last: %w", ctx.Err(), err)
 		case <-time.After(pause):
 		}
 	}
 }
 
-func bindLoop(n, access int, cfg *unix.LoopConfig) (*loop, error) {
-	path := "/dev/loop" + strconv.Itoa(n)
-	fd, err := unix.Open(path, access|unix.O_CLOEXEC, 0)
-	if err == unix.ENOENT { // /dev is not the kernel's, as in many containers
-		if err := makeNode(path); err != nil {
-			return nil, err
+// bind opens the device and binds it to the file at path.
+func (l *loop) bind(path string, access int, cfg *unix.LoopConfig) error {
+	err := l.open(access)
+	if errors.Is(err, unix.ENOENT) { // /dev is not the kernel's, as in many containers
+		if err := makeNode(l.path); err != nil {
+			return err
 		}
-		fd, err = unix.Open(path, access|unix.O_CLOEXEC, 0)
+		err = l.open(access)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
+		return err
 	}
-	if err := unix.IoctlLoopConfigure(fd, cfg); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("configure %s: %w", path, err)
-	}
-	l := &loop{fd: fd, path: path}
-	// Where sysfs is read-only the limit stays at 4 GiB, which is correct too.
-	_ = os.WriteFile(filepath.Join(l.sysfs(), "queue/discard_max_bytes"), []byte(strconv.Itoa(maxDiscard)), 0)
-	return l, nil
+	return l.thread.Do(func() error {
+		file, err := unix.Open(path, access|unix.O_CLOEXEC, 0)
+		if err != nil {
+			unix.Close(l.fd)
+			return fmt.Errorf("open %s: %w", path, err)
+		}
+		defer unix.Close(file) // the device holds the file by itself
+		cfg.Fd = uint32(file)
+		if err := unix.IoctlLoopConfigure(l.fd, cfg); err != nil {
+			unix.Close(l.fd)
+			return fmt.Errorf("configure %s: %w", l.path, err)
+		}
+		return nil
+	})
+}
+
+func (l *loop) open(access int) error {
+	return l.thread.Do(func() (err error) {
+		if l.fd, err = unix.Open(l.path, access|unix.O_CLOEXEC, 0); err != nil {
+			return fmt.Errorf("open %s: %w", l.path, err)
+		}
+		return nil
+	})
 }
 
 // makeNode makes the device node of a loop device that the kernel has.
@@ -115,18 +137,28 @@ func (l *loop) sysfs() string { return filepath.Join("/sys/block", filepath.Base
 // size is what the kernel takes for the device's size, in bytes.
 func (l *loop) size() (int64, error) {
 	var size uint64
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&size))); errno != 0 {
-		return 0, fmt.Errorf("size of %s: %w", l.path, errno)
-	}
-	return int64(size), nil
+	err := l.thread.Do(func() error {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(l.fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&size))); errno != 0 {
+			return fmt.Errorf("size of %s: %w", l.path, errno)
+		}
+		return nil
+	})
+	return int64(size), err
 }
 
-// refresh makes the device take the file's present size.
-func (l *loop) refresh() error {
-	if err := unix.IoctlSetInt(l.fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
-		return fmt.Errorf("resize %s: %w", l.path, err)
-	}
-	return nil
+// refresh makes the device take the present size of the file at path.
+func (l *loop) refresh(path string) error {
+	return l.thread.Do(func() error {
+		// The stat makes the kernel ask for the size; older loop drivers only look at what it knew.
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			return fmt.Errorf("size of %s: %w", path, err)
+		}
+		if err := unix.IoctlSetInt(l.fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
+			return fmt.Errorf("resize %s: %w", l.path, err)
+		}
+		return nil
+	})
 }
 
 // sync writes what the page cache holds for the device, and flushes it. Another process does it: a thread of this one
@@ -142,12 +174,16 @@ func (l *loop) sync() error {
 // unbind asks the kernel to unbind the device, and tells whether nobody else has it open: then it takes no more
 // requests, and is free after close. Otherwise nothing has changed: it is unbound after the last close anyway.
 func (l *loop) unbind() (alone bool, err error) {
-	if err := unix.IoctlSetInt(l.fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
-		return false, fmt.Errorf("unbind %s: %w", l.path, err)
-	}
-	// Any other error is one of asking the file, whose connection is aborted: it is bound.
-	_, err = unix.IoctlLoopGetStatus64(l.fd)
-	return err == unix.ENXIO, nil
+	err = l.thread.Do(func() error {
+		if err := unix.IoctlSetInt(l.fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
+			return fmt.Errorf("unbind %s: %w", l.path, err)
+		}
+		// Any other error is one of asking the file, whose connection is aborted: it is bound.
+		_, err := unix.IoctlLoopGetStatus64(l.fd)
+		alone = err == unix.ENXIO
+		return nil
+	})
+	return alone, err
 }
 
 // backing is the path of the file that the device is bound to, as far as the kernel knows one.
@@ -156,7 +192,10 @@ func (l *loop) backing() (string, error) {
 	return strings.TrimSuffix(string(text), "\n"), err
 }
 
-func (l *loop) close() error { return unix.Close(l.fd) }
+func (l *loop) close() error {
+	defer l.thread.Stop()
+	return l.thread.Do(func() error { return unix.Close(l.fd) })
+}
 
 // boundLoop is a loop device as sysfs shows it.
 type boundLoop struct {

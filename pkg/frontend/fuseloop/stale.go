@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ballast-csi/ballast/pkg/apart"
 	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -166,11 +167,15 @@ func (f *Frontend) clean(r remnant) error {
 
 // freeLoop frees a loop device if it is bound to the file, and nobody uses it.
 func freeLoop(path, file string) bool {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	thread, err := apart.Start()
 	if err != nil {
 		return false
 	}
-	l := &loop{fd: fd, path: path}
+	l := &loop{thread: thread, path: path}
+	if err := l.open(unix.O_RDONLY); err != nil {
+		thread.Stop()
+		return false
+	}
 	defer l.close()
 	if backing, err := l.backing(); err != nil || backing != file { // from here on it cannot change
 		return true

@@ -1,0 +1,83 @@
+// Package apart makes system calls that may wait for I/O on a device that this very process serves.
+//
+// A process that is killed while one of its threads waits in the kernel, uninterruptibly, for such I/O must not hold the
+// descriptor through which it serves: nobody answers the I/O any more, the thread does not end, and as the threads share
+// one table of descriptors nothing in it is closed, which would fail the I/O. It hangs for ever, its locks with it. The
+// same happens when it dies with the device itself in its table: closing the device writes out its page cache first.
+//
+// So these calls are made on threads with a table of their own, which starts out empty. When the process is killed, the
+// common table is closed with the last of the other threads; that fails the I/O, and the thread apart ends too.
+package apart
+
+import (
+	"fmt"
+	"math"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// Thread is a thread with its own table of descriptors. What is opened in one call of Do is there in the next ones.
+type Thread struct {
+	calls chan func()
+	ended chan struct{}
+}
+
+// Start starts a thread. Stop must be called in the end.
+func Start() (*Thread, error) {
+	t := &Thread{calls: make(chan func()), ended: make(chan struct{})}
+	started := make(chan error)
+	go t.run(started)
+	if err := <-started; err != nil {
+		<-t.ended
+		return nil, fmt.Errorf("give a thread its own table of descriptors: %w", err)
+	}
+	return t, nil
+}
+
+func (t *Thread) run(started chan<- error) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The first thread cannot end, so what is open there would never be closed. While it is held here another
+		// goroutine gets another thread.
+		locked := make(chan error)
+		go t.run(locked)
+		err := <-locked
+		runtime.UnlockOSThread()
+		started <- err
+		return
+	}
+	defer close(t.ended) // the thread, which was never unlocked, ends with the goroutine, and its table with it
+	err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_UNSHARE)
+	started <- err
+	if err != nil {
+		return
+	}
+	for call := range t.calls {
+		call()
+	}
+}
+
+// Do runs fn on the thread and returns its error. Calls wait for each other. fn makes raw system calls only: package os,
+// timers and whatever else goes through Go's poller would use descriptors that are not there.
+func (t *Thread) Do(fn func() error) error {
+	done := make(chan error, 1)
+	t.calls <- func() { done <- fn() }
+	return <-done
+}
+
+// Stop ends the thread and closes what is open there. Do must not be called any more.
+func (t *Thread) Stop() {
+	close(t.calls)
+	<-t.ended
+}
+
+// Do runs fn on a thread of its own, under the conditions of Thread.Do; what fn leaves open is closed.
+func Do(fn func() error) error {
+	t, err := Start()
+	if err != nil {
+		return err
+	}
+	defer t.Stop()
+	return t.Do(fn)
+}
