@@ -3,7 +3,6 @@ package mount
 import (
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"strings"
 	"unsafe"
@@ -111,11 +110,7 @@ func (m *Mounter) Format(device, fsType string, id uuid.UUID) error {
 	if err := run("mkfs."+fsType, args...); err != nil {
 		return fmt.Errorf("format %s: %w", device, err)
 	}
-	f, err := os.OpenFile(device, os.O_RDWR, 0)
-	if err != nil {
-		return fmt.Errorf("sync %s: %w", device, err)
-	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+	if err := withOpen(device, unix.O_RDWR, unix.Fsync); err != nil {
 		return fmt.Errorf("sync %s: %w", device, err)
 	}
 	return nil
@@ -190,7 +185,7 @@ const ext4ResizeFS = 0x40086610
 
 // growExt4 does what resize2fs does to a mounted filesystem. It uses the system call for its error, which resize2fs
 // gives as text only.
-func growExt4(device, path string) (err error) {
+func growExt4(device, path string) error {
 	size, head, _, err := readEnds(device)
 	if err != nil {
 		return fmt.Errorf("grow filesystem: %w", err)
@@ -202,20 +197,20 @@ func growExt4(device, path string) (err error) {
 	if size-s.size <= s.slack {
 		return nil
 	}
-	dir, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("grow filesystem: %w", err)
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
 	blocks := uint64(size / (s.slack / 1024))
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, dir.Fd(), ext4ResizeFS, uintptr(unsafe.Pointer(&blocks)))
-	switch errno {
-	case 0:
+	err = withOpen(path, unix.O_RDONLY, func(fd int) error {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), ext4ResizeFS, uintptr(unsafe.Pointer(&blocks))); errno != 0 {
+			return errno
+		}
 		return nil
-	case unix.EPERM:
-		return fmt.Errorf("ext4 at %s: %w: %w", path, errno, ErrMounted)
+	})
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("ext4 at %s: %w: %w", path, err, ErrMounted)
 	}
-	return fmt.Errorf("grow ext4 at %s to %d bytes: %w", path, size, errno)
+	return fmt.Errorf("grow ext4 at %s to %d bytes: %w", path, size, err)
 }
 
 // GrowUnmounted makes an unmounted ext4 as large as its device.

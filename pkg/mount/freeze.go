@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ballast-csi/ballast/pkg/apart"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -23,14 +23,24 @@ const (
 // the filesystem writable, when ctx ends. The filesystem is thawed when thaw is called, and at the latest after hold;
 // thaw returns volume.ErrUnavailable when it came too late, that is when writes went on before it was called.
 func (m *Mounter) Freeze(ctx context.Context, path string, hold time.Duration) (thaw func() error, err error) {
-	f, err := os.Open(path)
+	thread, err := apart.Start()
 	if err != nil {
 		return nil, fmt.Errorf("freeze filesystem: %w", err)
+	}
+	var fd int // open until the thread is stopped
+	ioctl := func(request uint) error {
+		return thread.Do(func() error { return unix.IoctlSetInt(fd, request, 0) })
 	}
 	frozen := make(chan error)
 	abandoned := make(chan struct{})
 	m.freezing.Go(func() {
-		err := ioctl(f, fiFreeze)
+		err := thread.Do(func() (err error) {
+			fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			return err
+		})
+		if err == nil {
+			err = ioctl(fiFreeze)
+		}
 		select {
 		case frozen <- err:
 			return
@@ -38,11 +48,12 @@ func (m *Mounter) Freeze(ctx context.Context, path string, hold time.Duration) (
 		}
 		// The kernel cannot be interrupted while it writes out; what it froze after all is thawed at once.
 		if err == nil {
-			err = ioctl(f, fiThaw)
+			err = ioctl(fiThaw)
 		}
-		if err := errors.Join(err, f.Close()); err != nil {
+		if err != nil {
 			m.log.Warn("freeze given up on", "path", path, "err", err)
 		}
+		thread.Stop()
 	})
 	select {
 	case <-ctx.Done():
@@ -51,14 +62,16 @@ func (m *Mounter) Freeze(ctx context.Context, path string, hold time.Duration) (
 			path, volume.ErrUnavailable)
 	case err := <-frozen:
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("freeze filesystem at %s: %w: %w", path, err, volume.ErrUnavailable), f.Close())
+			thread.Stop()
+			return nil, fmt.Errorf("freeze filesystem at %s: %w: %w", path, err, volume.ErrUnavailable)
 		}
 	}
 	var once sync.Once
 	var result error
 	end := func(late bool) {
 		once.Do(func() {
-			result = errors.Join(ioctl(f, fiThaw), f.Close())
+			result = ioctl(fiThaw)
+			thread.Stop()
 			if late {
 				result = errors.Join(result, fmt.Errorf("filesystem at %s was thawed after %s: %w", path, hold, volume.ErrUnavailable))
 			}
@@ -74,21 +87,19 @@ func (m *Mounter) Freeze(ctx context.Context, path string, hold time.Duration) (
 
 // Thaw ends every freeze of the filesystem at path, as a crash may leave one. One that is not frozen is nil.
 func Thaw(path string) error {
-	f, err := os.Open(path)
+	err := withOpen(path, unix.O_RDONLY, func(fd int) (err error) {
+		for range 16 {
+			if err = unix.IoctlSetInt(fd, fiThaw, 0); err != nil {
+				break
+			}
+		}
+		if err == unix.EINVAL {
+			err = nil
+		}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("thaw filesystem: %w", err)
 	}
-	for range 16 {
-		if err = ioctl(f, fiThaw); err != nil {
-			break
-		}
-	}
-	if errors.Is(err, unix.EINVAL) {
-		err = nil
-	}
-	return errors.Join(err, f.Close())
-}
-
-func ioctl(f *os.File, request uint) error {
-	return unix.IoctlSetInt(int(f.Fd()), request, 0)
+	return nil
 }

@@ -15,6 +15,7 @@ import (
 	kmount "k8s.io/mount-utils"
 	utilexec "k8s.io/utils/exec"
 
+	"github.com/ballast-csi/ballast/pkg/apart"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -144,7 +145,7 @@ func Unmount(path string) error {
 		if err != nil || !mounted {
 			return err
 		}
-		err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
+		err = unmount(path, 0)
 		switch {
 		case err == nil, errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
 		case errors.Is(err, unix.EBUSY):
@@ -170,7 +171,7 @@ func Drop(path string) error {
 			// Frozen and without a path, it would block its writers until a reboot.
 			_ = Thaw(path)
 		}
-		if err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+		if err := unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("unmount %s: %w", path, err)
 		}
 	}
@@ -190,13 +191,8 @@ func Remove(path string) error {
 }
 
 // Sync writes out what the filesystem at path holds in memory.
-func Sync(path string) (err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("sync filesystem: %w", err)
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if err := unix.Syncfs(int(f.Fd())); err != nil {
+func Sync(path string) error {
+	if err := withOpen(path, unix.O_RDONLY, unix.Syncfs); err != nil {
 		return fmt.Errorf("sync filesystem at %s: %w", path, err)
 	}
 	return nil
@@ -211,7 +207,7 @@ type Usage struct {
 // Stat returns the usage of the filesystem at path.
 func Stat(path string) (Usage, error) {
 	var s unix.Statfs_t
-	if err := unix.Statfs(path, &s); err != nil {
+	if err := apart.Do(func() error { return unix.Statfs(path, &s) }); err != nil {
 		return Usage{}, &os.PathError{Op: "statfs", Path: path, Err: err}
 	}
 	unit := s.Frsize

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
@@ -69,48 +68,50 @@ func isZero(b []byte) bool {
 
 // readEnds returns a device's size and its first and last MiB, read with O_DIRECT.
 func readEnds(device string) (size int64, head, tail []byte, err error) {
-	f, err := os.OpenFile(device, os.O_RDONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		return 0, nil, nil, err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if size, err = f.Seek(0, io.SeekEnd); err != nil {
-		return 0, nil, nil, err
-	}
-	if size < probeLen {
-		return 0, nil, nil, fmt.Errorf("device has %d bytes, a volume has at least %d", size, volume.MinSize)
-	}
 	// O_DIRECT wants aligned memory; a mapping is.
-	buf, err := unix.Mmap(-1, 0, probeLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	buf, err := unix.Mmap(-1, 0, 2*probeLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return 0, nil, nil, err
 	}
 	defer func() { err = errors.Join(err, unix.Munmap(buf)) }()
-	if err := readFull(f, buf, 0); err != nil {
+	err = withOpen(device, unix.O_RDONLY|unix.O_DIRECT, func(fd int) (err error) {
+		if size, err = unix.Seek(fd, 0, unix.SEEK_END); err != nil {
+			return err
+		}
+		if size < probeLen {
+			return fmt.Errorf("device has %d bytes, a volume has at least %d", size, volume.MinSize)
+		}
+		const align = 4096
+		return errors.Join(readFull(fd, buf[:probeLen], 0), readFull(fd, buf[probeLen:], (size-probeLen)&^(align-1)))
+	})
+	if err != nil {
 		return 0, nil, nil, err
 	}
-	head = bytes.Clone(buf)
-	const align = 4096
-	if err := readFull(f, buf, (size-probeLen)&^(align-1)); err != nil {
-		return 0, nil, nil, err
-	}
-	return size, head, bytes.Clone(buf), nil
+	return size, bytes.Clone(buf[:probeLen]), bytes.Clone(buf[probeLen:]), nil
 }
 
-func readFull(f *os.File, p []byte, off int64) error {
-	n, err := f.ReadAt(p, off)
-	if n < len(p) {
-		return fmt.Errorf("read %d of %d bytes at %d: %w", n, len(p), off, err)
+func readFull(fd int, p []byte, off int64) error {
+	for done := 0; done < len(p); {
+		n, err := unix.Pread(fd, p[done:], off+int64(done))
+		if err == unix.EINTR {
+			continue
+		}
+		if err == nil && n == 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return fmt.Errorf("read %d of %d bytes at %d: %w", done, len(p), off, err)
+		}
+		done += n
 	}
 	return nil
 }
 
 // DeviceSize returns a block device's size in bytes.
 func DeviceSize(device string) (size int64, err error) {
-	f, err := os.Open(device)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	return f.Seek(0, io.SeekEnd)
+	err = withOpen(device, unix.O_RDONLY, func(fd int) (err error) {
+		size, err = unix.Seek(fd, 0, unix.SEEK_END)
+		return err
+	})
+	return size, err
 }

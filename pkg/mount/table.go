@@ -13,6 +13,8 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	kmount "k8s.io/mount-utils"
+
+	"github.com/ballast-csi/ballast/pkg/apart"
 )
 
 // Entry is one mount of the kernel's table.
@@ -77,7 +79,7 @@ func Of(device string) ([]string, error) {
 // Corrupted tells whether touching the path fails in the way of a mount whose device or server is gone.
 func Corrupted(path string) bool {
 	var s unix.Statfs_t
-	if err := unix.Statfs(path, &s); err != nil {
+	if err := apart.Do(func() error { return unix.Statfs(path, &s) }); err != nil {
 		return kmount.IsCorruptedMnt(err)
 	}
 	_, err := os.Stat(path)
