@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,12 +41,8 @@ type result struct {
 }
 
 func ctl(socket string, args ...string) result {
-	return ctlContext(context.Background(), socket, args...)
-}
-
-func ctlContext(ctx context.Context, socket string, args ...string) result {
 	var out, errs bytes.Buffer
-	code := run(ctx, append([]string{"--socket", socket}, args...), streams{in: strings.NewReader(""), out: &out, err: &errs})
+	code := run(context.Background(), append([]string{"--socket", socket}, args...), streams{in: strings.NewReader(""), out: &out, err: &errs})
 	return result{code, out.String(), errs.String()}
 }
 
@@ -284,27 +281,76 @@ func TestCompletion(t *testing.T) {
 	}
 }
 
+// running is a ballastctl that goes on until it is stopped or ends.
+type running struct {
+	mu       sync.Mutex
+	out, err bytes.Buffer
+	stop     context.CancelFunc
+	code     chan int
+}
+
+// Write implements io.Writer for standard output.
+func (r *running) Write(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.out.Write(p)
+}
+
+func (r *running) output() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.out.String()
+}
+
+func startCtl(t *testing.T, socket string, args ...string) *running {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &running{stop: cancel, code: make(chan int, 1)}
+	go func() {
+		r.code <- run(ctx, append([]string{"--socket", socket}, args...), streams{in: strings.NewReader(""), out: r, err: &r.err})
+	}()
+	t.Cleanup(cancel)
+	return r
+}
+
+// until waits for the output to have a text.
+func (r *running) until(t *testing.T, text string) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !strings.Contains(r.output(), text); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%q does not come: %q", text, r.output())
+		}
+	}
+}
+
+func (r *running) end(t *testing.T) (int, string) {
+	t.Helper()
+	select {
+	case code := <-r.code:
+		return code, r.err.String()
+	case <-time.After(30 * time.Second):
+		t.Fatal("it does not end")
+		return 0, ""
+	}
+}
+
 func TestWatch(t *testing.T) {
 	c := admintest.Sample()
 	socket := admintest.Serve(t, c)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	results := make(chan result, 2)
-	go func() { results <- ctlContext(ctx, socket, "volume", "watch", "orders-restored", "-o", "json") }()
-	time.Sleep(100 * time.Millisecond) // for the watch to have seen it first; sooner, it sees only the end
+	w := startCtl(t, socket, "volume", "watch", "orders-restored", "-o", "json")
+	w.until(t, `"added"`)
 	c.Mu.Lock()
 	c.Vols[1].Size = c.Vols[1].Target
 	c.Mu.Unlock()
-	time.Sleep(100 * time.Millisecond)
-	if err := c.DeleteVolume(ctx, c.Vols[1].ID); err != nil {
+	w.until(t, `"changed"`)
+	if err := c.DeleteVolume(t.Context(), c.Vols[1].ID); err != nil {
 		t.Fatal(err)
 	}
-	r := <-results
-	if r.code != exitOK {
-		t.Fatalf("exit %d: %s", r.code, r.err)
+	if code, errs := w.end(t); code != exitOK {
+		t.Fatalf("exit %d: %s", code, errs)
 	}
 	var types []string
-	for _, line := range strings.Split(strings.TrimSpace(r.out), "\n") {
+	for _, line := range strings.Split(strings.TrimSpace(w.output()), "\n") {
 		var e struct {
 			Type   string
 			Object struct{ Name string }
@@ -318,11 +364,11 @@ func TestWatch(t *testing.T) {
 		t.Error(diff)
 	}
 
-	short, stop := context.WithCancel(ctx)
-	defer stop()
-	time.AfterFunc(300*time.Millisecond, stop)
-	if r := ctlContext(short, socket, "pool", "watch"); r.code != exitInterrupted && r.code != exitOK || !strings.Contains(r.out, "added") || !strings.Contains(r.out, "default") || r.err != "" {
-		t.Errorf("exit %d: %s%s", r.code, r.out, r.err)
+	w = startCtl(t, socket, "pool", "watch")
+	w.until(t, "added    default")
+	w.stop()
+	if code, errs := w.end(t); code != exitOK || errs != "" {
+		t.Errorf("exit %d: %s", code, errs)
 	}
 	if r := ctl(socket, "volume", "watch", "nothing"); r.code != exitNotFound {
 		t.Errorf("exit %d: %s", r.code, r.err)
@@ -332,25 +378,23 @@ func TestWatch(t *testing.T) {
 func TestAuditIsFollowed(t *testing.T) {
 	c := admintest.Sample()
 	socket := admintest.Serve(t, c)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	time.AfterFunc(time.Second, cancel)
-	if err := c.SetQuota(ctx, "before", volume.Amounts{}); err != nil {
+	if err := c.SetQuota(t.Context(), "before", volume.Amounts{}); err != nil {
 		t.Fatal(err)
 	}
-	got := make(chan result, 1)
-	go func() { got <- ctlContext(ctx, socket, "audit", "--follow", "-o", "json", "--last", "1") }()
-	time.Sleep(200 * time.Millisecond)
+	f := startCtl(t, socket, "audit", "--follow", "-o", "json", "--last", "1")
+	f.until(t, `"object":"before"`)
 	for _, tenant := range []string{"one", "two"} {
-		if err := c.SetQuota(ctx, tenant, volume.Amounts{}); err != nil {
+		if err := c.SetQuota(t.Context(), tenant, volume.Amounts{}); err != nil {
 			t.Fatal(err)
 		}
+		f.until(t, `"object":"`+tenant+`"`)
 	}
-	r := <-got
-	for _, object := range []string{"before", "one", "two"} {
-		if strings.Count(r.out, `"object":"`+object+`"`) != 1 {
-			t.Errorf("%s: %s", object, r.out)
-		}
+	f.stop()
+	if code, errs := f.end(t); code != exitOK || errs != "" {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	if n := strings.Count(f.output(), "\n"); n != 3 {
+		t.Errorf("%d entries: %s", n, f.output())
 	}
 }
 

@@ -23,7 +23,8 @@ func (c *cli) bar(what string) *progressbar.ProgressBar {
 	}
 	return progressbar.NewOptions64(-1,
 		progressbar.OptionSetWriter(w), progressbar.OptionSetDescription(what), progressbar.OptionShowBytes(true),
-		progressbar.OptionSpinnerType(14), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish())
+		// An interval would have the bar draw itself from a goroutine that nobody ends.
+		progressbar.OptionSpinnerType(14), progressbar.OptionSetSpinnerChangeInterval(0), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish())
 }
 
 // checkView is what `pool check -o json` shows.
