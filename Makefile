@@ -61,7 +61,7 @@ FUZZTIME ?= 30s
 fuzz: ## Fuzz every decoder, FUZZTIME each
 	@for pkg in $$($(GO) list ./pkg/...); do \
 	  for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
-	    echo "== $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$pkg; done; done
+	    echo "== $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5x $$pkg; done; done
 
 .PHONY: bench
 bench: deps build ## Measure frontend, store, RPCs and idle cost; print tables of ratios

@@ -28,8 +28,7 @@ var (
 	adapters = []string{"pkg/extentstore", "pkg/meta", "pkg/mount", "pkg/frontend/fuseloop"}
 	services = []string{"pkg/control", "pkg/reconcile", "pkg/agent", "pkg/driver", "pkg/admin"}
 	// tools are small and know nothing of volumes' lives; anything but core and ports may use them.
-	tools = []string{"pkg/ioflusher", "pkg/keylock", "pkg/rpcerr", "pkg/audit", "pkg/metrics", "pkg/block/throttle",
-		"pkg/badgerdb"}
+	tools = []string{"pkg/apart", "pkg/ioflusher", "pkg/keylock", "pkg/rpcerr", "pkg/audit", "pkg/metrics", "pkg/block/throttle"}
 	// suites are for tests; only tests import them.
 	suites = []string{"pkg/block/blocktest", "pkg/frontend/frontendtest"}
 )
