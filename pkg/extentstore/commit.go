@@ -81,6 +81,9 @@ func (p *Pool) prepare(r *round, b *batch) error {
 	if err := p.failure(); err != nil {
 		return err
 	}
+	if err := p.waitRoom(); err != nil {
+		return err
+	}
 	if p.opts.broken.syncBeforeSnapshot {
 		if err := p.sync(); err != nil {
 			return err

@@ -123,7 +123,21 @@ func TestFullFilesystemWaits(t *testing.T) {
 	if m.space.Held() {
 		t.Fatal("a commit on a full filesystem keeps the reserve")
 	}
+	// Without the reserve, and with the filesystem full to the last, nothing is committed: not even that.
+	m.space.set(mib)
+	if err := p.DeleteReplica(t.Context(), "x"); !errors.Is(err, volume.ErrNoSpace) {
+		t.Fatalf("a change without room: %v", err)
+	}
+	f := make(chan error, 1)
+	must(t, d.WriteAt(t.Context(), make([]byte, layer.BlockSize), 0))
+	go func() { f <- d.Flush(t.Context()) }()
+	select {
+	case err := <-f:
+		t.Fatalf("a flush without room: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
 	m.space.set(1 << 40)
+	must(t, <-f)
 	must(t, <-c)
 	eventually(t, "the reserve's return", m.space.Held)
 }

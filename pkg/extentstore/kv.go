@@ -150,7 +150,6 @@ func (p *Pool) commitOps(ops []op) error {
 	if err := p.failure(); err != nil {
 		return err
 	}
-	p.keepRoom()
 	err := p.kv.Commit(ops)
 	if err != nil && isNoSpace(err) {
 		if p.space.Release() == nil {

@@ -21,6 +21,8 @@ const (
 	// commitFloor is the free space, in bytes, below which the reserve is given up, so that the database never meets a
 	// full filesystem: it writes through a memory map, where that is fatal.
 	commitFloor = 48 << 20
+	// lastFloor is the free space, in bytes, below which nothing is committed any more once the reserve is gone.
+	lastFloor = 24 << 20
 	// growFloor is the free space, in bytes, that data never takes.
 	growFloor = 64 << 20
 )
@@ -120,18 +122,38 @@ func (p *Pool) roomFor(n int64) error {
 	return nil
 }
 
-// keepRoom gives the reserve up before the database would meet a full filesystem.
-func (p *Pool) keepRoom() {
-	if !p.space.Held() {
-		return
+// keepRoom gives the reserve up before the database would meet a full filesystem, and tells whether there is room then.
+func (p *Pool) keepRoom() bool {
+	free, err := p.space.Free()
+	if err != nil || free >= commitFloor {
+		return true
 	}
-	if free, err := p.space.Free(); err == nil && free < commitFloor {
+	if p.space.Held() {
 		if err := p.space.Release(); err != nil {
 			p.log.Error("cannot give up the reserve", "error", err)
-			return
+		} else {
+			p.log.Warn("the filesystem of the pool is full; its reserve was given up until there is room again", "free", free)
 		}
-		p.log.Warn("the filesystem of the pool is full; its reserve was given up until there is room again", "free", free)
+		free, err = p.space.Free()
 	}
+	return err != nil || free >= lastFloor
+}
+
+// waitRoom waits until the database has room. Without it, somebody else has filled the filesystem and the reserve too.
+func (p *Pool) waitRoom() error {
+	for first := true; !p.keepRoom(); first = false {
+		if first {
+			p.log.Error("the filesystem of the pool is full to the last; flushes wait until something else on it is deleted")
+			p.starved.Add(1)
+			defer p.starved.Add(-1)
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-p.ctx.Done():
+			return disk.ErrNoSpace
+		}
+	}
+	return nil
 }
 
 // wait returns a slot as soon as one is free and nobody has waited longer, or the error of what ended the wait.

@@ -75,12 +75,18 @@ func (s ReplicaSpec) check() error {
 	return nil
 }
 
-// ready is called with mu held.
+// ready tells whether the database may be changed. Pool.mu is held.
 func (p *Pool) ready() error {
 	if p.closed {
 		return errPoolClosed
 	}
-	return p.failure()
+	if err := p.failure(); err != nil {
+		return err
+	}
+	if !p.keepRoom() {
+		return fmt.Errorf("the filesystem of pool %s is full, its reserve included; delete something else on it: %w", p.id, volume.ErrNoSpace)
+	}
+	return nil
 }
 
 // newLayer is not known to the pool until adopt. An id that is not used because a commit failed is lost, which is nothing.

@@ -1,6 +1,7 @@
 package extentstore
 
 import (
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"time"
@@ -77,7 +78,7 @@ func (p *Pool) step() (more bool, err error) {
 func (p *Pool) stepBytes() (more bool, bytes int64, err error) {
 	p.worker.Lock()
 	defer p.worker.Unlock()
-	if err := p.failure(); err != nil {
+	if err := errors.Join(p.failure(), p.waitRoom()); err != nil {
 		return false, 0, err
 	}
 	j := p.pick()
