@@ -172,7 +172,7 @@ func (k *killer) cuts() []cut {
 	dirty := func(_ context.Context, c *harness.Claim) error { return soil(k.r, c.FSType, o.TargetPath(c)) }
 	expanded := func(_ context.Context, c *harness.Claim) error {
 		n, err := visible(c.FSType, o.TargetPath(c))
-		if err == nil && n < extSize+10*mib {
+		if err == nil && n < extSize+4*mib {
 			err = fmt.Errorf("shows %d bytes after it was expanded", n)
 		}
 		return err

@@ -245,8 +245,10 @@ func (d *Daemon) end(sig syscall.Signal, within time.Duration) error {
 	select {
 	case <-gone:
 	case <-time.After(within):
-		return fmt.Errorf("ballastd (pid %d) is still there %v after %v:\n%s\n%s", cmd.Process.Pid, within, sig,
+		err := fmt.Errorf("ballastd (pid %d) is still there %v after %v:\n%s\n%s", cmd.Process.Pid, within, sig,
 			stacks(cmd.Process.Pid), d.LogTail(40))
+		// Whoever waits for its devices, the test perhaps, is to be set free.
+		return errors.Join(err, cmd.Process.Kill(), Sweep(d.o.Dir))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
