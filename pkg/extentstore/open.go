@@ -68,8 +68,10 @@ func Open(ctx context.Context, dir string, o Options) (_ *Pool, err error) {
 
 // open takes the lock and opens the files. What it took is in release, in the order of giving back.
 func (d *deps) open(dir string, fixed, existing bool) error {
-	if _, err := os.Stat(filepath.Join(dir, dbName)); existing && err != nil {
-		return fmt.Errorf("no pool in %s: %w", dir, volume.ErrNotFound)
+	for _, name := range []string{dbName, dataName} {
+		if _, err := os.Stat(filepath.Join(dir, name)); existing && err != nil {
+			return fmt.Errorf("no pool in %s (%q is missing): %w", dir, name, volume.ErrNotFound)
+		}
 	}
 	unlock, err := lockPool(dir)
 	if err != nil {
