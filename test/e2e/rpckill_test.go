@@ -139,7 +139,7 @@ func nothing(context.Context, *harness.Claim) error { return nil }
 func (k *killer) cuts() []cut {
 	o, once := k.o, k.once
 	write := func(_ context.Context, c *harness.Claim) error {
-		k.load = newWorkload(c.FSType, c.Size)
+		k.load = newWorkload(c.FSType, c.Size-soiled) // the end is for soil
 		return k.load.write(k.r, o.TargetPath(c))
 	}
 	// again brings a volume that was cut off while it was staged back to its workload, and looks at what it wrote.
@@ -248,9 +248,12 @@ func (k *killer) deleted(ctx context.Context, _ *harness.Claim) error {
 	return err
 }
 
+// soiled is how much soil writes, in bytes.
+const soiled = 4 * mib
+
 // soil writes without flushing.
 func soil(r *rand.Rand, fsType, path string) error {
-	name, at := path, int64(extSize/2)
+	name, at := path, int64(extSize-soiled)
 	if fsType != "" {
 		name, at = path+"/soil", 0
 	}
@@ -258,7 +261,7 @@ func soil(r *rand.Rand, fsType, path string) error {
 	if err != nil {
 		return err
 	}
-	p := slices.Repeat([]byte{byte(r.IntN(256))}, 4*mib)
+	p := slices.Repeat([]byte{byte(r.IntN(256))}, soiled)
 	if _, err = f.WriteAt(p, at); err != nil {
 		f.Close()
 		return err
