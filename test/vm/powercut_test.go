@@ -76,7 +76,7 @@ func known(acks []ack, position int) map[string]ack {
 func TestHarnessFindsLoss(t *testing.T) {
 	for _, honest := range []bool{true, false} {
 		t.Run(fmt.Sprintf("flush=%t", honest), func(t *testing.T) {
-			disk := newDisk(t, 256<<20, "")
+			disk := newDisk(t, 512, "")
 			acks := writeUntilCut(t, config(t, disk, "plain-write", fmt.Sprintf("-flush=%t", honest)),
 				map[string]int{"plain": 100}, rand.New(rand.NewPCG(1, 1)))
 			position := disk.Position()
@@ -91,7 +91,7 @@ func TestHarnessFindsLoss(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
-			_, err = Run(ctx, config(t, newDisk(t, 256<<20, image), "plain-verify",
+			_, err = Run(ctx, config(t, newDisk(t, 512, image), "plain-verify",
 				fmt.Sprintf("-acked=%d", known(acks, position)["plain"].n)))
 			if honest && err != nil {
 				t.Errorf("flushed data is gone: %v", err)
@@ -111,11 +111,16 @@ func TestHarnessFindsLoss(t *testing.T) {
 func TestPowerCut(t *testing.T) {
 	cuts := setting(t, "BALLAST_VM_CUTS", 2)
 	seed := uint64(setting(t, "BALLAST_VM_SEED", int(time.Now().UnixNano()>>10)))
-	for _, pool := range []string{"ext4", "xfs"} {
+	for pool, atom := range map[string]int64{
+		"ext4": 512,
+		// XFS trusts the sequence number at a metadata block's begin when it replays its log: a block torn by a second
+		// power cut makes it unmountable, whatever runs on it.
+		"xfs": 4096,
+	} {
 		t.Run(pool, func(t *testing.T) {
 			t.Logf("BALLAST_VM_SEED=%d", seed)
 			work := []string{"-pool=" + pool, "-fs=" + pool, fmt.Sprintf("-seed=%d", seed)}
-			disk := newDisk(t, diskSize, "")
+			disk := newDisk(t, atom, "")
 			rnd := rand.New(rand.NewPCG(seed, 0))
 			acks := writeUntilCut(t, config(t, disk, append([]string{"cut-write"}, work...)...),
 				map[string]int{"raw": 50, "files": 20, "snapshot": 4, "deleted": 2}, rnd)
@@ -185,7 +190,7 @@ func (m moment) verify(t *testing.T, disk *cutdisk.Disk, work []string, last map
 	if d := last["deleted"].text; d != "" {
 		args = append(args, "-deleted="+d)
 	}
-	recovered := newDisk(t, diskSize, image)
+	recovered := newDisk(t, disk.Atom(), image)
 	runConfig(t, config(t, recovered, args...), 4*time.Minute)
 	if !m.again {
 		return
@@ -196,5 +201,5 @@ func (m moment) verify(t *testing.T, disk *cutdisk.Disk, work []string, last map
 		t.Fatal(err)
 	}
 	t.Logf("cut again, at %d of %d of the recovery: %s", second.position, recovered.Position(), rep)
-	runConfig(t, config(t, newDisk(t, diskSize, image), args...), 4*time.Minute)
+	runConfig(t, config(t, newDisk(t, disk.Atom(), image), args...), 4*time.Minute)
 }

@@ -79,9 +79,9 @@ func config(t *testing.T, disk *cutdisk.Disk, scenario ...string) Config {
 	return Config{Kernel: b.kernel, Initramfs: b.initramfs, Disk: disk, MemoryMiB: 1024, Scenario: scenario, Dir: t.TempDir()}
 }
 
-func newDisk(t *testing.T, size int64, base string) *cutdisk.Disk {
+func newDisk(t *testing.T, atom int64, base string) *cutdisk.Disk {
 	t.Helper()
-	d, err := cutdisk.New(t.TempDir(), size, base)
+	d, err := cutdisk.New(t.TempDir(), diskSize, atom, base)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +92,7 @@ func newDisk(t *testing.T, size int64, base string) *cutdisk.Disk {
 // run boots one scenario on a new disk and fails the test where the scenario does.
 func run(t *testing.T, memoryMiB int, limit time.Duration, scenario ...string) {
 	t.Helper()
-	c := config(t, newDisk(t, diskSize, ""), scenario...)
+	c := config(t, newDisk(t, 512, ""), scenario...)
 	c.MemoryMiB = memoryMiB
 	runConfig(t, c, limit)
 }

@@ -13,12 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sector is what a power cut keeps or loses as a whole, in bytes.
-const Sector = 512
-
 // Disk is a disk with a write cache that a power cut loses. Its methods may be called from several goroutines.
 type Disk struct {
 	size int64
+	atom int64    // what a torn write keeps or loses as a whole, in bytes
 	base string   // contents before the first logged write; "" is zeros
 	now  *os.File // the present contents, as a reader sees them
 	data *os.File // the bytes of the logged writes, one after the other
@@ -46,8 +44,10 @@ type entry struct {
 	covers      int   // a flush: the number of writes, from the first on, that it makes durable
 }
 
-// New makes a disk of size bytes with its files in dir. Base is a file with its contents at the start; "" is zeros.
-func New(dir string, size int64, base string) (*Disk, error) {
+// New makes a disk of size bytes with its files in dir. A power cut keeps or loses each aligned atom bytes as a whole: 512
+// is what any disk promises, 4096 what those with such physical sectors do. Base is a file with its contents at the start;
+// "" is zeros.
+func New(dir string, size, atom int64, base string) (*Disk, error) {
 	now, err := os.Create(filepath.Join(dir, "now"))
 	if err != nil {
 		return nil, err
@@ -57,7 +57,7 @@ func New(dir string, size int64, base string) (*Disk, error) {
 		now.Close()
 		return nil, err
 	}
-	d := &Disk{size: size, base: base, now: now, data: data}
+	d := &Disk{size: size, atom: atom, base: base, now: now, data: data}
 	if err := d.start(now); err != nil {
 		d.Close()
 		return nil, err
@@ -83,6 +83,9 @@ func (d *Disk) Close() error {
 	}
 	return err
 }
+
+// Atom is what New was given.
+func (d *Disk) Atom() int64 { return d.atom }
 
 // Position counts the writes and flushes so far: the moment at which Cut can cut the power later. What the guest
 // reported before Position was called had been answered by the disk before that moment.
@@ -223,12 +226,12 @@ func (d *Disk) Cut(path string, position int, fate Fate, rnd *rand.Rand) (Report
 	return rep, out.Close()
 }
 
-// apply does what e did; with tear, to about half of the sectors.
+// apply does what e did; with tear, to about half of the atoms.
 func (d *Disk) apply(out *os.File, e entry, tear *rand.Rand) error {
 	if e.kind == zero {
 		length := e.length
 		if tear != nil {
-			length = tear.Int64N(e.length/Sector+1) * Sector
+			length = tear.Int64N(e.length/d.atom+1) * d.atom
 		}
 		return punch(out, e.off, length)
 	}
@@ -240,13 +243,14 @@ func (d *Disk) apply(out *os.File, e entry, tear *rand.Rand) error {
 		_, err := out.WriteAt(p, e.off)
 		return err
 	}
-	for i := int64(0); i < e.length; i += Sector {
+	for i := int64(0); i < e.length; {
+		next := min((e.off+i)/d.atom*d.atom+d.atom-e.off, e.length)
 		if tear.IntN(2) == 0 {
-			continue
+			if _, err := out.WriteAt(p[i:next], e.off+i); err != nil {
+				return err
+			}
 		}
-		if _, err := out.WriteAt(p[i:min(i+Sector, e.length)], e.off+i); err != nil {
-			return err
-		}
+		i = next
 	}
 	return nil
 }

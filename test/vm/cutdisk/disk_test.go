@@ -8,11 +8,13 @@ import (
 	"testing"
 )
 
-func sectors(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n*Sector) }
+const atom = 512
+
+func sectors(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n*atom) }
 
 // TestCut: what was flushed survives every cut after the flush; the rest is as the fate says.
 func TestCut(t *testing.T) {
-	d, err := New(t.TempDir(), 64*Sector, "")
+	d, err := New(t.TempDir(), 64*atom, atom, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -24,12 +26,12 @@ func TestCut(t *testing.T) {
 		}
 	}
 	do(d.writeAt(sectors('a', 4), 0, false))
-	do(d.writeAt(sectors('b', 4), 4*Sector, false))
+	do(d.writeAt(sectors('b', 4), 4*atom, false))
 	do(d.flush(1)) // came before the second write was answered
 	first := d.Position()
-	do(d.writeAt(sectors('c', 4), 8*Sector, true))
-	do(d.zeroAt(0, 2*Sector, false))
-	do(d.writeAt(sectors('d', 4), 12*Sector, false))
+	do(d.writeAt(sectors('c', 4), 8*atom, true))
+	do(d.zeroAt(0, 2*atom, false))
+	do(d.writeAt(sectors('d', 4), 12*atom, false))
 
 	sector := func(fate Fate, position, n int, seed uint64) byte {
 		t.Helper()
@@ -41,10 +43,10 @@ func TestCut(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(p) != 64*Sector {
+		if len(p) != 64*atom {
 			t.Fatalf("the disk has %d bytes", len(p))
 		}
-		return p[n*Sector]
+		return p[n*atom]
 	}
 	for _, tc := range []struct {
 		name     string
@@ -79,13 +81,13 @@ func TestCut(t *testing.T) {
 		t.Errorf("an unflushed sector was %v in 64 cuts", seen)
 	}
 
-	next, err := New(t.TempDir(), 64*Sector, filepath.Join(filepath.Dir(d.now.Name()), "now"))
+	next, err := New(t.TempDir(), 64*atom, atom, filepath.Join(filepath.Dir(d.now.Name()), "now"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer next.Close()
-	got := make([]byte, Sector)
-	do(next.readAt(got, 12*Sector))
+	got := make([]byte, atom)
+	do(next.readAt(got, 12*atom))
 	if got[0] != 'd' {
 		t.Errorf("the base is not in the new disk: %q", got[0])
 	}

@@ -18,20 +18,25 @@ import (
 )
 
 // cutWork is the work during which the power is cut: a raw volume and a filesystem volume are written to, while
-// snapshots of the raw one come and go.
+// snapshots of the raw one come and go. A third volume is written and discarded without ever a flush: nothing of it is
+// promised, except that it never shows the bytes of another volume or place; it keeps the disk's cache full.
 type cutWork struct {
-	pool string // filesystem of the pool's disk
-	raw  *vol
-	fs   *vol
-	data pattern // of raw
-	gens files   // in fs
+	pool  string // filesystem of the pool's disk
+	raw   *vol
+	fs    *vol
+	noise *vol
+	data  pattern // of raw
+	gens  files   // in fs
+	loose pattern // of noise
 }
 
 func newCutWork(flags *flag.FlagSet, args []string) (*cutWork, error) {
 	w := &cutWork{
-		raw:  &vol{name: "raw", size: 32 * mib},
-		fs:   &vol{name: "files", size: 320 * mib},
-		data: pattern{zeros: true},
+		raw:   &vol{name: "raw", size: 32 * mib},
+		fs:    &vol{name: "files", size: 320 * mib},
+		noise: &vol{name: "noise", size: 32 * mib},
+		data:  pattern{zeros: true},
+		loose: pattern{zeros: true},
 	}
 	flags.StringVar(&w.pool, "pool", "ext4", "filesystem of the pool's disk")
 	flags.StringVar(&w.fs.fstype, "fs", "ext4", "filesystem of the volume")
@@ -40,6 +45,7 @@ func newCutWork(flags *flag.FlagSet, args []string) (*cutWork, error) {
 		return nil, err
 	}
 	w.data.seed, w.data.blocks = *seed, w.raw.size/block
+	w.loose.seed, w.loose.blocks = *seed+1, w.noise.size/block
 	w.gens = files{seed: *seed, dir: w.fs.target()}
 	return w, nil
 }
@@ -61,7 +67,7 @@ func cutWrite(ctx context.Context, r *reporter, args []string) error {
 	if err != nil {
 		return err
 	}
-	for _, v := range []*vol{w.raw, w.fs} {
+	for _, v := range []*vol{w.noise, w.raw, w.fs} {
 		if err := errors.Join(c.create(ctx, v, ""), c.publish(ctx, v)); err != nil {
 			return err
 		}
@@ -71,6 +77,11 @@ func cutWrite(ctx context.Context, r *reporter, args []string) error {
 		return err
 	}
 	defer dev.Close()
+	noise, err := os.OpenFile(w.noise.target(), os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer noise.Close()
 	var issued, acked atomic.Int64
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -84,6 +95,14 @@ func cutWrite(ctx context.Context, r *reporter, args []string) error {
 			}
 			acked.Store(n)
 			r.acked("raw", n)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		for n := int64(1); ctx.Err() == nil; n++ {
+			if err := w.loose.write(noise, n); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
@@ -141,11 +160,14 @@ func cutVerify(ctx context.Context, r *reporter, args []string) error {
 		return err
 	}
 	r.value("recovery", "%s from the start of ballastd until it served", time.Since(begin).Round(10*time.Millisecond))
-	if err := c.mustExist(ctx, w.raw, w.fs); err != nil {
+	if err := c.mustExist(ctx, w.raw, w.fs, w.noise); err != nil {
 		return err
 	}
 	if err := w.verifyRaw(ctx, c, *raw); err != nil {
 		return fmt.Errorf("raw volume: %w", err)
+	}
+	if err := w.verifyNoise(ctx, c); err != nil {
+		return fmt.Errorf("volume that was never flushed: %w", err)
 	}
 	if err := errors.Join(c.publish(ctx, w.fs), w.gens.check(*gen)); err != nil {
 		return fmt.Errorf("filesystem volume: %w", err)
@@ -209,6 +231,19 @@ func (w *cutWork) verifyRaw(ctx context.Context, c *client, acked int64) error {
 	}
 	dev.Close()
 	return c.unpublish(ctx, w.raw)
+}
+
+// verifyNoise checks that each sector is zeros or was once written there.
+func (w *cutWork) verifyNoise(ctx context.Context, c *client) error {
+	if err := c.publish(ctx, w.noise); err != nil {
+		return err
+	}
+	dev, err := os.OpenFile(w.noise.target(), os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	_, err = w.loose.newest(dev)
+	return errors.Join(err, dev.Close(), c.unpublish(ctx, w.noise))
 }
 
 // verifySnapshots checks that the acknowledged snapshot is there, the deleted one is not, and that a restore has the
