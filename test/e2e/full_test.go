@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
 	"github.com/ballast-csi/ballast/test/harness"
@@ -73,6 +75,8 @@ func fullPool(t *testing.T, fsType string) {
 	b := newBed(t, 2*time.Minute, "--pool-capacity=400Mi", "--reserve=64Mi", "--over-provision=10")
 	writer := &harness.Claim{Name: "writer", Size: 600 * mib, FSType: fsType}
 	hog := &harness.Claim{Name: "hog", Size: 200 * mib}
+	idle := &harness.Claim{Name: "idle", Size: 16 * mib}
+	b.must(t, b.o.Create(b.ctx, idle))
 	b.must(t, b.o.Up(b.ctx, hog))
 	if out, err := fio(b.ctx, "--filename="+b.o.TargetPath(hog), "--rw=write", "--bs=1M", "--size=100M", "--direct=1", "--end_fsync=1"); err != nil {
 		t.Fatal(err, out)
@@ -110,7 +114,7 @@ func fullPool(t *testing.T, fsType string) {
 			}
 			break
 		}
-		b.full(t, writer, target)
+		b.full(t, writer, idle, target)
 		if err := f.fn(); err != nil {
 			t.Fatalf("deleting %s while the pool is full: %v", f.what, err)
 		}
@@ -135,7 +139,8 @@ func fullPool(t *testing.T, fsType string) {
 	}
 	b.must(t, b.o.Down(b.ctx, writer))
 	b.must(t, b.o.Delete(b.ctx, writer))
-	b.nothingLeft(t, writer.ID(), hog.ID())
+	b.must(t, b.o.Delete(b.ctx, idle))
+	b.nothingLeft(t, writer.ID(), hog.ID(), idle.ID())
 }
 
 // halted waits until the load makes no progress for a while; false where it ended first.
@@ -166,7 +171,7 @@ func (b *bed) halted(t *testing.T, load *running, file string) bool {
 }
 
 // full checks what must be seen while writes wait for space.
-func (b *bed) full(t *testing.T, c *harness.Claim, target string) {
+func (b *bed) full(t *testing.T, c, idle *harness.Claim, target string) {
 	t.Helper()
 	eventually(t, 15*time.Second, func() error {
 		h, err := b.conditions(c)
@@ -190,10 +195,18 @@ func (b *bed) full(t *testing.T, c *harness.Claim, target string) {
 			t.Fatalf("the filesystem has given up writing: %s", mounts[0].Options)
 		}
 	}
-	// What needs no new space goes on, and so do the control calls.
-	other := &harness.Claim{Name: "while-full", Size: 16 * mib}
-	b.must(t, b.o.Create(b.ctx, other))
-	b.must(t, b.o.Delete(b.ctx, other))
+	// Nothing more is placed here, but what is here can be used as far as it takes no space.
+	once := *b.o
+	once.Patience = 0
+	err = once.Create(b.ctx, &harness.Claim{Name: "while-full", Size: 16 * mib})
+	if status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "full") {
+		t.Errorf("a create on a full pool: %v", err)
+	}
+	b.must(t, b.o.Up(b.ctx, idle))
+	if _, err := visible("", b.o.TargetPath(idle)); err != nil {
+		t.Error(err)
+	}
+	b.must(t, b.o.Down(b.ctx, idle))
 }
 
 // conditions are what CSI's health call says of a volume.
