@@ -71,7 +71,7 @@ type FinishDetach struct {
 	Epoch  volume.Epoch `json:"epoch"`
 }
 
-// BeginExpand reserves the growth to Target, in bytes. It answers Volume.
+// BeginExpand reserves the growth to Target, in bytes. It answers Volume, Created where no growth was reserved before.
 type BeginExpand struct {
 	Volume volume.ID `json:"volume"`
 	Target int64     `json:"target"`

@@ -16,7 +16,7 @@ type Done struct{}
 // Volume answers with the record as it is after the command.
 type Volume struct {
 	Volume volume.Volume
-	// Created is true where this command made it.
+	// Created is true where this command made it, its attachment or its reservation.
 	Created bool
 }
 

@@ -78,7 +78,7 @@ func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 	}
 	if known { // else all its pools are with another node: there is nothing that it could write to
 		if err := s.agents.Detach(ctx, v.Attachment.Node, v.ID); err != nil {
-			return fmt.Errorf("volume %s cannot be fenced on node %s: %w", v.ID, v.Attachment.Node, err)
+			return fmt.Errorf("volume %s cannot be fenced on node %s: %w", v.ID, v.Attachment.Node, unfinished(err))
 		}
 	}
 	if err := s.propose(ctx, command.FinishDetach{Volume: v.ID, Epoch: v.Epoch}); err != nil {

@@ -236,23 +236,20 @@ func TestStruckAtEveryStep(t *testing.T) {
 	}
 }
 
-func strike(t *testing.T, u useCase, m mode, k int, after string) (struck bool) {
+// strike tells whether there was a step k.
+func strike(t *testing.T, u useCase, m mode, k int, after string) (reached bool) {
 	w := newWorld(t)
 	arg := u.setup(w)
 	w.check()
-	w.f.arm(k, m)
-	timeout := 10 * time.Second
-	if m == hang {
-		timeout = 20 * time.Millisecond
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	w.f.arm(k, m, cancel)
 	err := u.run(w, ctx, arg)
-	cancel()
-	struck = w.f.struck()
-	if !struck && err != nil && m != hang {
+	reached = w.f.steps() >= k
+	if !reached && err != nil {
 		t.Fatalf("step %d: %v", k, err)
 	}
-	w.f.arm(0, "")
+	w.f.arm(0, "", nil)
 	if err == nil {
 		u.done(w, arg)
 	}
@@ -266,7 +263,7 @@ func strike(t *testing.T, u useCase, m mode, k int, after string) (struck bool) 
 	case "retry", "retry without restart":
 		if err := u.run(w, context.Background(), arg); err != nil {
 			t.Errorf("the retry fails: %v", err)
-			return struck
+			return reached
 		}
 		u.done(w, arg)
 		w.reconcile()
@@ -277,16 +274,17 @@ func strike(t *testing.T, u useCase, m mode, k int, after string) (struck bool) 
 		w.deleteAll()
 	}
 	w.check()
-	return struck
+	return reached
 }
 
+// final tells whether a caller reads an error as the end of the matter.
 func final(err error) bool {
-	for _, e := range []error{volume.ErrNoSpace, volume.ErrQuota, volume.ErrInvalid, volume.ErrNotFound, volume.ErrExists, volume.ErrOutOfRange} {
+	for _, e := range []error{context.Canceled, context.DeadlineExceeded, volume.ErrUnavailable, volume.ErrBusy, errCrash} {
 		if errors.Is(err, e) {
-			return true
+			return false
 		}
 	}
-	return false
+	return err != nil
 }
 
 func (w *world) deleteAll() {

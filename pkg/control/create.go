@@ -98,8 +98,8 @@ func (s *Service) createNew(ctx context.Context, r CreateVolume, refused map[vol
 	defer unlock()
 	x, err := s.proposeVolume(ctx, command.CreateVolume{Volume: v})
 	switch {
-	case errors.Is(err, volume.ErrNoSpace), errors.Is(err, volume.ErrBusy):
-		// Another create was faster than the view that the choice was made from.
+	case errors.Is(err, volume.ErrNoSpace), errors.Is(err, volume.ErrBusy), errors.Is(err, volume.ErrOutOfRange) && r.Source != nil:
+		// Another create was faster than the view that the choice was made from, or the source grew.
 		return v, false, again{err}
 	case err != nil:
 		return v, false, err
@@ -136,6 +136,11 @@ func (s *Service) plan(ctx context.Context, r CreateVolume, refused map[volume.P
 	choice, err := placement.Choose(view, placement.Request{
 		Size: size, Replicas: p.Replicas, Pool: p.Pool, Requisite: r.Requisite, Preferred: r.Preferred, Holders: holders, Refused: refused,
 	})
+	if errors.Is(err, volume.ErrNoSpace) {
+		if settling := s.settling(view); settling != nil {
+			return volume.Volume{}, fmt.Errorf("%v; %w", err, settling)
+		}
+	}
 	if err != nil {
 		return volume.Volume{}, err
 	}
@@ -205,7 +210,7 @@ func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[
 			continue
 		}
 		if !definite(err) {
-			return v, fmt.Errorf("volume %s is being made, replica on node %s: %w", v.ID, r.Node, err)
+			return v, fmt.Errorf("volume %s is being made, replica on node %s: %w", v.ID, r.Node, unfinished(err))
 		}
 		if err := s.abandonCreate(ctx, v, err); err != nil {
 			return v, err
@@ -226,7 +231,7 @@ func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[
 		}
 		return v, again{err}
 	}
-	return x.Volume, err
+	return x.Volume, unfinished(err)
 }
 
 // buildReplica makes one replica of a new volume. A clone is made through a hidden snapshot of its source's replica in
@@ -280,10 +285,13 @@ func (s *Service) abandonCreate(ctx context.Context, v volume.Volume, cause erro
 	ctx, cancel := s.undoing(ctx)
 	defer cancel()
 	x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: v.ID})
+	if errors.Is(err, volume.ErrNotFound) {
+		return nil
+	}
 	if err == nil {
 		err = s.completeDelete(ctx, x.Volume)
 	}
-	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+	if err != nil {
 		return fmt.Errorf("volume %s was refused (%v) and is still being undone (%v): %w", v.ID, cause, err, volume.ErrUnavailable)
 	}
 	return nil

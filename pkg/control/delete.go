@@ -48,18 +48,28 @@ func (s *Service) completeDelete(ctx context.Context, v volume.Volume) error {
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, r := range v.Replicas {
 		if why := view.Down[r.Node]; why != "" {
-			return fmt.Errorf("replica %s on node %s: %s: %w", r.ID, r.Node, why, volume.ErrUnavailable)
-		}
-		if err := s.agents.DeleteReplica(ctx, r.Node, r.Pool, r.ID); err != nil {
-			return fmt.Errorf("free replica %s on node %s: %w", r.ID, r.Node, err)
-		}
-		if v.Source != nil && v.Source.Volume != "" {
-			if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, cloneCut(v.ID)); err != nil {
-				return fmt.Errorf("free the cut of clone %s on node %s: %w", v.ID, r.Node, err)
-			}
+			errs = append(errs, fmt.Errorf("replica %s on node %s: %s: %w", r.ID, r.Node, why, volume.ErrUnavailable))
+		} else if err := s.freeReplica(ctx, v, r); err != nil {
+			errs = append(errs, err)
 		}
 	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
 	return s.propose(ctx, command.FinishDelete{Volume: v.ID})
+}
+
+func (s *Service) freeReplica(ctx context.Context, v volume.Volume, r volume.Replica) error {
+	if err := s.agents.DeleteReplica(ctx, r.Node, r.Pool, r.ID); err != nil {
+		return fmt.Errorf("free replica %s on node %s: %w", r.ID, r.Node, err)
+	}
+	if v.Source != nil && v.Source.Volume != "" {
+		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, cloneCut(v.ID)); err != nil {
+			return fmt.Errorf("free the cut of clone %s on node %s: %w", v.ID, r.Node, err)
+		}
+	}
+	return nil
 }

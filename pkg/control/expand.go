@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/ballast-csi/ballast/pkg/command"
@@ -42,7 +43,7 @@ func (s *Service) ExpandVolume(ctx context.Context, id volume.ID, required, limi
 	}
 	x, err := s.proposeVolume(ctx, command.BeginExpand{Volume: id, Target: target})
 	if err == nil {
-		x.Volume, err = s.completeExpand(ctx, x.Volume)
+		x.Volume, err = s.completeExpand(ctx, x.Volume, x.Created)
 	}
 	s.record(ctx, "volume.expand", string(id), fmt.Sprintf("%d to %d bytes", v.Size, target), err)
 	if err != nil {
@@ -51,20 +52,22 @@ func (s *Service) ExpandVolume(ctx context.Context, id volume.ID, required, limi
 	return x.Volume, nil
 }
 
-// completeExpand takes a volume to its Target, or gives the reservation back after a definite refusal. The caller has its
-// lock.
-func (s *Service) completeExpand(ctx context.Context, v volume.Volume) (volume.Volume, error) {
+// completeExpand takes a volume to its Target. It gives the reservation back only where no replica can have grown: when
+// the first one refuses and fresh tells that none was asked before. A replica that has grown cannot shrink, and a device
+// or a copy made from it would be larger than the record; from then on there is only the way ahead. The caller has the
+// volume's lock.
+func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh bool) (volume.Volume, error) {
 	if v.Target == 0 {
 		return v, nil
 	}
-	for _, r := range v.Replicas {
+	for i, r := range v.Replicas {
 		err := s.agents.ResizeReplica(ctx, r.Node, r.Pool, r.ID, v.Target)
 		if err == nil {
 			continue
 		}
 		err = fmt.Errorf("expand volume %s on node %s: %w", v.ID, r.Node, err)
-		if !definite(err) {
-			return v, err
+		if !fresh || i > 0 || !unresized(err) {
+			return v, unfinished(err)
 		}
 		ctx, cancel := s.undoing(ctx)
 		defer cancel()
@@ -74,7 +77,12 @@ func (s *Service) completeExpand(ctx context.Context, v volume.Volume) (volume.V
 		return v, err
 	}
 	x, err := s.proposeVolume(ctx, command.FinishExpand{Volume: v.ID, Size: v.Target})
-	return x.Volume, err
+	return x.Volume, unfinished(err)
+}
+
+// unresized tells whether an error of ResizeReplica means that the replica was not grown.
+func unresized(err error) bool {
+	return errors.Is(err, volume.ErrNoSpace) || errors.Is(err, volume.ErrInvalid) || errors.Is(err, volume.ErrOutOfRange)
 }
 
 // ModifyVolume changes the limits that are not nil, online. volume.ErrInvalid: out of bounds, nothing was changed.

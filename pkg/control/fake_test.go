@@ -21,9 +21,10 @@ type faults struct {
 	mu   sync.Mutex
 	at   int // 0: never
 	mode mode
-	n    int
-	dead bool
-	hit  bool
+	// cutOff ends the call that hangs, as its deadline would.
+	cutOff func()
+	n      int
+	dead   error // what everything answers from now on
 }
 
 type mode string
@@ -33,37 +34,41 @@ const (
 	crashAfter  mode = "crash after"
 	failBefore  mode = "unavailable before" // once
 	failAfter   mode = "unavailable after"  // once
-	refuse      mode = "no space"           // once, agents only
+	noSpace     mode = "no space"           // once, agents only
+	notFound    mode = "not found"          // once, agents only
+	inUse       mode = "in use"             // once, agents only
 	hang        mode = "hang"               // once, until the call is cut off
 )
 
-var modes = []mode{crashBefore, crashAfter, failBefore, failAfter, refuse, hang}
+var modes = []mode{crashBefore, crashAfter, failBefore, failAfter, noSpace, notFound, inUse, hang}
 
-func (f *faults) arm(at int, m mode) {
+var refusals = map[mode]error{noSpace: volume.ErrNoSpace, notFound: volume.ErrNotFound, inUse: volume.ErrInUse}
+
+func (f *faults) arm(at int, m mode, cutOff func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.at, f.mode, f.n, f.dead, f.hit = at, m, 0, false, false
+	f.at, f.mode, f.cutOff, f.n, f.dead = at, m, cutOff, 0, nil
 }
 
-func (f *faults) struck() bool {
+// steps is how many there were.
+func (f *faults) steps() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.hit
+	return f.n
 }
 
 // step runs one side effect.
 func (f *faults) step(ctx context.Context, agent bool, effect func() error) error {
 	f.mu.Lock()
-	if f.dead {
-		f.mu.Unlock()
-		return errCrash
+	if f.dead != nil {
+		defer f.mu.Unlock()
+		return f.dead
 	}
 	f.n++
-	now := f.at != 0 && f.n == f.at && (agent || f.mode != refuse)
 	m := f.mode
-	if now {
-		f.hit = true
-		f.dead = m == crashBefore || m == crashAfter
+	now := f.at != 0 && f.n == f.at && (agent || refusals[m] == nil)
+	if now && (m == crashBefore || m == crashAfter) {
+		f.dead = errCrash
 	}
 	f.mu.Unlock()
 	if !now {
@@ -78,13 +83,26 @@ func (f *faults) step(ctx context.Context, agent bool, effect func() error) erro
 	case failAfter:
 		_ = effect()
 		return fmt.Errorf("no answer: %w", volume.ErrUnavailable)
-	case refuse:
-		return fmt.Errorf("the pool is full: %w", volume.ErrNoSpace)
 	case hang:
-		<-ctx.Done()
-		return ctx.Err()
+		return f.hang(ctx)
+	}
+	if err := refusals[m]; err != nil {
+		return fmt.Errorf("the node refuses: %w", err)
 	}
 	return fmt.Errorf("no answer: %w", volume.ErrUnavailable)
+}
+
+// hang is an effect that comes to nothing before its context ends. What is undone has a context of its own, which the
+// caller's end does not end: its deadline passes here, and whatever else is tried under it fails too.
+func (f *faults) hang(ctx context.Context) error {
+	f.cutOff()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.dead = context.DeadlineExceeded
+	return f.dead
 }
 
 // faultyStore strikes at proposals.
@@ -113,6 +131,8 @@ type fakeAgents struct {
 	qos        map[volume.ID]volume.QoS
 	down       map[volume.NodeID]bool
 	conditions []volume.Condition
+	// scripted is what the next call of a method answers, once; "device" is a resize after the replica has grown.
+	scripted map[string]error
 }
 
 type fakeReplica struct {
@@ -126,22 +146,42 @@ func newFakeAgents(f *faults) *fakeAgents {
 	return &fakeAgents{
 		f: f, replicas: map[volume.ReplicaID]fakeReplica{}, snapshots: map[volume.SnapshotID]fakeReplica{},
 		attached: map[volume.ID]volume.NodeID{}, qos: map[volume.ID]volume.QoS{}, down: map[volume.NodeID]bool{},
+		scripted: map[string]error{},
 	}
 }
 
-func (a *fakeAgents) do(ctx context.Context, node volume.NodeID, effect func() error) error {
+func (a *fakeAgents) script(method string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.scripted[method] = err
+}
+
+// said is the scripted answer to a method. The caller has mu.
+func (a *fakeAgents) said(method string) error {
+	err := a.scripted[method]
+	delete(a.scripted, method)
+	if err != nil {
+		err = fmt.Errorf("%s is answered so: %w", method, err)
+	}
+	return err
+}
+
+func (a *fakeAgents) do(ctx context.Context, method string, node volume.NodeID, effect func() error) error {
 	return a.f.step(ctx, true, func() error {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		if a.down[node] {
 			return fmt.Errorf("node %s is down: %w", node, volume.ErrUnavailable)
 		}
+		if err := a.said(method); err != nil {
+			return err
+		}
 		return effect()
 	})
 }
 
 func (a *fakeAgents) CreateReplica(ctx context.Context, node volume.NodeID, r control.ReplicaSpec) error {
-	return a.do(ctx, node, func() error {
+	return a.do(ctx, "CreateReplica", node, func() error {
 		if _, ok := a.replicas[r.ID]; ok {
 			return nil
 		}
@@ -162,7 +202,7 @@ func (a *fakeAgents) CreateReplica(ctx context.Context, node volume.NodeID, r co
 }
 
 func (a *fakeAgents) DeleteReplica(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.ReplicaID) error {
-	return a.do(ctx, node, func() error {
+	return a.do(ctx, "DeleteReplica", node, func() error {
 		delete(a.replicas, id)
 		return nil
 	})
@@ -179,19 +219,19 @@ func (a *fakeAgents) HasReplica(_ context.Context, node volume.NodeID, _ volume.
 }
 
 func (a *fakeAgents) ResizeReplica(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.ReplicaID, size int64) error {
-	return a.do(ctx, node, func() error {
+	return a.do(ctx, "ResizeReplica", node, func() error {
 		x, ok := a.replicas[id]
 		if !ok {
 			return fmt.Errorf("replica %s: %w", id, volume.ErrNotFound)
 		}
 		x.size = max(x.size, size)
 		a.replicas[id] = x
-		return nil
+		return a.said("device")
 	})
 }
 
 func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
-	return a.do(ctx, node, func() error {
+	return a.do(ctx, "CutSnapshot", node, func() error {
 		if _, ok := a.snapshots[s.ID]; ok {
 			return nil
 		}
@@ -205,14 +245,14 @@ func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s cont
 }
 
 func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.SnapshotID) error {
-	return a.do(ctx, node, func() error {
+	return a.do(ctx, "DeleteSnapshot", node, func() error {
 		delete(a.snapshots, id)
 		return nil
 	})
 }
 
 func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.ID) error {
-	return a.do(ctx, node, func() error {
+	return a.do(ctx, "Detach", node, func() error {
 		if a.attached[id] == node {
 			delete(a.attached, id)
 		}
@@ -221,7 +261,7 @@ func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.I
 }
 
 func (a *fakeAgents) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error {
-	return a.do(ctx, node, func() error {
+	return a.do(ctx, "SetQoS", node, func() error {
 		if a.attached[id] == node {
 			a.qos[id] = q
 		}

@@ -22,7 +22,7 @@ func (s *Service) Volume(ctx context.Context, id volume.ID) (volume.Volume, erro
 func (s *Service) Volumes(ctx context.Context, p Page) ([]volume.Volume, string, error) {
 	return list(p, volumePrefix,
 		func(after string, n int) ([]volume.Volume, error) { return s.store.Volumes(ctx, volume.ID(after), n) },
-		func(v volume.Volume) (string, volume.State) { return string(v.ID), v.State })
+		func(v volume.Volume) (string, bool) { return string(v.ID), v.State != volume.Deleting })
 }
 
 // Snapshot returns a snapshot that is Creating or Ready; volume.ErrNotFound where there is none.
@@ -54,11 +54,12 @@ func (s *Service) Snapshots(ctx context.Context, f SnapshotFilter, p Page) ([]vo
 			}
 			return []volume.Snapshot{x}, nil
 		},
-		func(x volume.Snapshot) (string, volume.State) { return string(x.ID), x.State })
+		func(x volume.Snapshot) (string, bool) { return string(x.ID), x.State == volume.Ready })
 }
 
-// list reads one page; fetch returns at most n items after an id, n 0 all.
-func list[T any](p Page, prefix string, fetch func(after string, n int) ([]T, error), what func(T) (string, volume.State)) ([]T, string, error) {
+// list reads one page; fetch returns at most n items after an id, n 0 all; what tells an item's id and whether it is shown
+// where not all are.
+func list[T any](p Page, prefix string, fetch func(after string, n int) ([]T, error), what func(T) (id string, shown bool)) ([]T, string, error) {
 	if p.Max < 0 {
 		return nil, "", fmt.Errorf("page of %d entries: %w", p.Max, volume.ErrInvalid)
 	}
@@ -77,9 +78,9 @@ func list[T any](p Page, prefix string, fetch func(after string, n int) ([]T, er
 			return nil, "", err
 		}
 		for _, x := range batch {
-			id, state := what(x)
+			id, shown := what(x)
 			after = id
-			if !p.All && state != volume.Ready {
+			if !p.All && !shown {
 				continue
 			}
 			if p.Max > 0 && len(page) == p.Max {
@@ -101,6 +102,9 @@ func (s *Service) Capacity(ctx context.Context, q CapacityQuery) (Capacity, erro
 	}
 	view, err := s.view(ctx)
 	if err != nil {
+		return Capacity{}, err
+	}
+	if err := s.settling(view); err != nil && (view.Down[q.Node] != "" || len(view.Down) == len(view.Nodes)) {
 		return Capacity{}, err
 	}
 	available, largest := placement.Capacity(view, placement.Request{Replicas: p.Replicas, Pool: p.Pool}, q.Node)

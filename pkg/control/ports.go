@@ -47,7 +47,8 @@ type Agents interface {
 	DeleteReplica(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.ReplicaID) error
 	// HasReplica tells whether the pool has it.
 	HasReplica(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.ReplicaID) (bool, error)
-	// ResizeReplica grows a replica durably, and then the kernel's device where the volume is attached.
+	// ResizeReplica grows a replica durably, and then the kernel's device where the volume is attached. volume.ErrNoSpace,
+	// ErrInvalid or ErrOutOfRange: this call has not grown it. After any other error it may have.
 	ResizeReplica(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.ReplicaID, size int64) error
 	// CutSnapshot seals the present state under the snapshot's id: everything acknowledged before the call is in it.
 	CutSnapshot(ctx context.Context, node volume.NodeID, s SnapshotSpec) error
@@ -73,6 +74,8 @@ type Store interface {
 	// Propose applies a command (one of the types of package command) and returns what it answered. The command
 	// is durable when Propose returns nil; when ctx ends first, the outcome is unknown.
 	Propose(ctx context.Context, c command.Command) (command.Result, error)
+	// Failed says why nothing can be changed until the process is restarted, or is nil. It wraps no sentinel.
+	Failed() error
 
 	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
 	VolumeByName(ctx context.Context, name string) (volume.Volume, error)

@@ -66,7 +66,7 @@ type Capacity struct {
 type Page struct {
 	Max   int
 	Token string
-	// All lists what is being created and deleted too; without it only what is Ready.
+	// All lists everything. Without it volumes that are being deleted and snapshots that are not cut yet are left out.
 	All bool
 }
 

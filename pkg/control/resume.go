@@ -94,10 +94,7 @@ func (s *Service) resumeVolume(ctx context.Context, v volume.Volume) (action str
 	case v.Attachment != nil && v.Attachment.Detaching:
 		return "volume.detach", s.completeDetach(ctx, v)
 	case v.Target != 0:
-		_, err := s.completeExpand(ctx, v)
-		if definite(err) {
-			err = nil // undone
-		}
+		_, err := s.completeExpand(ctx, v, false)
 		return "volume.expand", err
 	}
 	return "", nil

@@ -35,6 +35,7 @@ type Service struct {
 	store   Store
 	agents  Agents
 	o       Options
+	started time.Time
 	flights flights
 
 	mu sync.Mutex
@@ -59,7 +60,7 @@ func New(store Store, agents Agents, o Options) *Service {
 		o.UndoTimeout = 10 * time.Second
 	}
 	return &Service{
-		store: store, agents: agents, o: o, flights: flights{m: map[string]*flight{}},
+		store: store, agents: agents, o: o, started: o.Now(), flights: flights{m: map[string]*flight{}},
 		strays: map[volume.NodeID]map[string]Stray{}, suspects: map[volume.NodeID]map[string]Stray{},
 	}
 }
@@ -151,6 +152,16 @@ func definite(err error) bool {
 	return false
 }
 
+// unfinished is the error of work that goes on after the call: never one that a caller could take for the end of it.
+func unfinished(err error) error {
+	for _, e := range []error{context.Canceled, context.DeadlineExceeded, volume.ErrUnavailable, volume.ErrBusy} {
+		if err == nil || errors.Is(err, e) {
+			return err
+		}
+	}
+	return fmt.Errorf("%v: %w", err, volume.ErrUnavailable)
+}
+
 // view is the cluster for placement.
 func (s *Service) view(ctx context.Context) (placement.View, error) {
 	nodes, err := s.store.Nodes(ctx)
@@ -166,12 +177,25 @@ func (s *Service) view(ctx context.Context) (placement.View, error) {
 	return v, nil
 }
 
+// settling returns volume.ErrUnavailable while nodes that seem to be down, or are not known yet, may just not have
+// reported since this process started: what has no room now may have some in a moment.
+func (s *Service) settling(v placement.View) error {
+	if len(v.Nodes) == 0 || len(v.Down) > 0 && s.o.Now().Sub(s.started) < s.o.NodeTimeout {
+		return fmt.Errorf("%d of %d nodes have reported since the start: %w", len(v.Nodes)-len(v.Down), len(v.Nodes), volume.ErrUnavailable)
+	}
+	return nil
+}
+
 func (s *Service) silence(n volume.Node) time.Duration {
 	return s.o.Now().Sub(time.Unix(0, int64(n.LastSeen)))
 }
 
-// Ready returns nil when requests can be served: the state can be read and a node has registered.
+// Ready returns nil when requests can be served: the state can be read and written and a node has registered.
+// volume.ErrUnavailable: not yet. Another error: not before a restart.
 func (s *Service) Ready(ctx context.Context) error {
+	if err := s.store.Failed(); err != nil {
+		return err
+	}
 	nodes, err := s.store.Nodes(ctx)
 	if err != nil {
 		return err

@@ -78,10 +78,11 @@ func (s *Service) snapshotOnce(ctx context.Context, r CreateSnapshot) (x volume.
 			continue
 		}
 		err = fmt.Errorf("cut snapshot %s of volume %s on node %s: %w", x.ID, x.Volume, h.Node, err)
-		if definite(err) {
-			if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
-				return x, true, err
-			}
+		if !definite(err) {
+			return x, true, unfinished(err)
+		}
+		if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
+			return x, true, err
 		}
 		return x, true, err
 	}
@@ -93,7 +94,7 @@ func (s *Service) snapshotOnce(ctx context.Context, r CreateSnapshot) (x volume.
 		return x, true, again{err}
 	}
 	if err != nil {
-		return x, true, err
+		return x, true, unfinished(err)
 	}
 	return res.Snapshot, true, nil
 }
@@ -110,10 +111,13 @@ func (s *Service) abandonSnapshot(ctx context.Context, id volume.SnapshotID, cau
 	if err == nil {
 		err = s.propose(ctx, command.BeginDeleteSnapshot{Snapshot: id})
 	}
+	if errors.Is(err, volume.ErrNotFound) {
+		return nil
+	}
 	if err == nil {
 		err = s.completeDeleteSnapshot(ctx, now)
 	}
-	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+	if err != nil {
 		return fmt.Errorf("snapshot %s is dropped (%v) and still being undone (%v): %w", id, cause, err, volume.ErrUnavailable)
 	}
 	return nil
@@ -154,13 +158,16 @@ func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot)
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, h := range x.Holders {
 		if why := view.Down[h.Node]; why != "" {
-			return fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable)
+			errs = append(errs, fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable))
+		} else if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID); err != nil {
+			errs = append(errs, fmt.Errorf("free snapshot %s on node %s: %w", x.ID, h.Node, err))
 		}
-		if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID); err != nil {
-			return fmt.Errorf("free snapshot %s on node %s: %w", x.ID, h.Node, err)
-		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
 	return s.propose(ctx, command.FinishDeleteSnapshot{Snapshot: x.ID})
 }

@@ -231,7 +231,7 @@ func TestSourceIsPinnedWhileItIsCopied(t *testing.T) {
 			}
 			r := create("v")
 			r.Source = from
-			w.f.arm(2, failBefore)
+			w.f.arm(2, failBefore, nil)
 			_, err := w.CreateVolume(ctx, r)
 			wantErr(t, err, volume.ErrUnavailable)
 			if kind == "snapshot" {
@@ -257,7 +257,7 @@ func TestFormattedWhileItIsCopied(t *testing.T) {
 			src := w.mustCreate(create("src"))
 			r := create("v")
 			r.Source = &volume.Source{Volume: src.ID}
-			w.f.arm(2, failBefore) // the record is there, the cut is not
+			w.f.arm(2, failBefore, nil) // the record is there, the cut is not
 			if kind == "clone" {
 				_, err := w.CreateVolume(ctx, r)
 				wantErr(t, err, volume.ErrUnavailable)
@@ -265,7 +265,7 @@ func TestFormattedWhileItIsCopied(t *testing.T) {
 				_, err := w.CreateSnapshot(ctx, control.CreateSnapshot{Name: "s", Volume: src.ID})
 				wantErr(t, err, volume.ErrUnavailable)
 			}
-			w.f.arm(0, "")
+			w.f.arm(0, "", nil)
 			w.propose(command.SetFilesystem{Volume: src.ID, Filesystem: volume.Filesystem{Phase: volume.Formatted, Type: "ext4"}})
 			var got volume.Filesystem
 			if kind == "clone" {
@@ -291,7 +291,7 @@ func TestGrownWhileItIsCopied(t *testing.T) {
 		src := w.mustCreate(create("src"))
 		r := create("v")
 		r.Source, r.RequiredBytes = &volume.Source{Volume: src.ID}, c.required
-		w.f.arm(2, failBefore)
+		w.f.arm(2, failBefore, nil)
 		_, err := w.CreateVolume(context.Background(), r)
 		wantErr(t, err, volume.ErrUnavailable)
 		if _, err := w.ExpandVolume(context.Background(), src.ID, 2*gib, 0); err != nil {

@@ -61,9 +61,9 @@ func (w *world) register(n volume.NodeID, ps ...volume.Pool) {
 
 // restart begins a new process over the same disks.
 func (w *world) restart() {
-	w.f.arm(0, "")
+	w.f.arm(0, "", nil)
 	w.Service = control.New(faultyStore{w.store, w.f}, w.agents, control.Options{
-		Now: func() time.Time { return w.now }, UndoTimeout: 500 * time.Millisecond,
+		Now: func() time.Time { return w.now }, UndoTimeout: time.Hour,
 	})
 }
 

@@ -114,6 +114,8 @@ func TestPoint02_CodeTable(t *testing.T) {
 		{"CreateVolume no name", createVolume(name("")), codes.InvalidArgument},
 		{"CreateVolume long name", createVolume(name(long)), codes.InvalidArgument},
 		{"CreateVolume control character in name", createVolume(name("a\x00b")), codes.InvalidArgument},
+		{"CreateVolume C1 control character in name", createVolume(name("a\u0085b")), codes.InvalidArgument},
+		{"CreateVolume whitespace in name", createVolume(name("a\tb\nc\rd")), codes.OK},
 		{"CreateVolume no capabilities", createVolume(caps()), codes.InvalidArgument},
 		{"CreateVolume nil capability fields", createVolume(caps(&csi.VolumeCapability{})), codes.InvalidArgument},
 		{"CreateVolume unknown mode", createVolume(caps(mountCap(0))), codes.InvalidArgument},

@@ -19,8 +19,7 @@ import (
 type Volumes interface {
 	// CreateVolume returns the volume of that name if it is compatible, volume.ErrExists if not.
 	CreateVolume(ctx context.Context, r control.CreateVolume) (volume.Volume, error)
-	// DeleteVolume returns nil or volume.ErrNotFound for a volume that is not there, volume.ErrInUse for one that is
-	// attached.
+	// DeleteVolume returns nil for a volume that is not there, volume.ErrInUse for one that is attached.
 	DeleteVolume(ctx context.Context, id volume.ID) error
 	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
 	Volumes(ctx context.Context, p control.Page) ([]volume.Volume, string, error)
@@ -28,7 +27,8 @@ type Volumes interface {
 	// that node in another way, volume.ErrInUse, naming the node, if it is attached to another, and volume.ErrNoSpace if
 	// the node takes no more volumes.
 	Attach(ctx context.Context, r control.Attach) (volume.Volume, error)
-	// Detach returns when the node's workloads cannot write any more. Node "" means all.
+	// Detach returns when the node's workloads cannot write any more; nil for a volume that is not there or not attached.
+	// Node "" means all.
 	Detach(ctx context.Context, id volume.ID, node volume.NodeID) error
 	// ExpandVolume takes sizes in bytes; 0 is not given.
 	ExpandVolume(ctx context.Context, id volume.ID, required, limit int64) (volume.Volume, error)
@@ -43,6 +43,7 @@ type Volumes interface {
 type Snapshots interface {
 	// CreateSnapshot returns when the snapshot is cut: writes that are made later are not in it.
 	CreateSnapshot(ctx context.Context, r control.CreateSnapshot) (volume.Snapshot, error)
+	// DeleteSnapshot returns nil for a snapshot that is not there.
 	DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error
 	Snapshot(ctx context.Context, id volume.SnapshotID) (volume.Snapshot, error)
 	Snapshots(ctx context.Context, f control.SnapshotFilter, p control.Page) ([]volume.Snapshot, string, error)

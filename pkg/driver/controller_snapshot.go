@@ -21,7 +21,7 @@ func (c *Controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 		return nil, err
 	}
 	r := control.CreateSnapshot{Name: req.GetName(), Volume: volume.ID(req.GetSourceVolumeId())}
-	if err := checkName(r.Name); err != nil {
+	if err := volume.CheckName("name", r.Name); err != nil {
 		return nil, err
 	}
 	var err error
@@ -77,7 +77,7 @@ func (c *Controller) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshot
 	}
 	id := volume.SnapshotID(req.GetSnapshotId())
 	_, err := keylock.Do(ctx, c.locks, "snapshot "+string(id), "delete", func(ctx context.Context) (nothing, error) {
-		return gone(c.cluster.DeleteSnapshot(ctx, id))
+		return nothing{}, c.cluster.DeleteSnapshot(ctx, id)
 	})
 	if err != nil {
 		return nil, err

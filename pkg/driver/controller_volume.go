@@ -33,7 +33,7 @@ func (c *Controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 
 func createRequest(req *csi.CreateVolumeRequest) (control.CreateVolume, error) {
 	r := control.CreateVolume{Name: req.GetName()}
-	if err := checkName(r.Name); err != nil {
+	if err := volume.CheckName("name", r.Name); err != nil {
 		return r, err
 	}
 	var err error
@@ -107,7 +107,7 @@ func (c *Controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequ
 	}
 	id := volume.ID(req.GetVolumeId())
 	_, err := keylock.Do(ctx, c.locks, volumeKey(id), "delete", func(ctx context.Context) (nothing, error) {
-		return gone(c.cluster.DeleteVolume(ctx, id))
+		return nothing{}, c.cluster.DeleteVolume(ctx, id)
 	})
 	if err != nil {
 		return nil, err
@@ -304,7 +304,7 @@ func (c *Controller) ControllerUnpublishVolume(ctx context.Context, req *csi.Con
 	}
 	id, node := volume.ID(req.GetVolumeId()), volume.NodeID(req.GetNodeId())
 	_, err := keylock.Do(ctx, c.locks, volumeKey(id), print("detach", node), func(ctx context.Context) (nothing, error) {
-		return gone(c.cluster.Detach(ctx, id, node))
+		return nothing{}, c.cluster.Detach(ctx, id, node)
 	})
 	if err != nil {
 		return nil, err

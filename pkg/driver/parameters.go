@@ -72,7 +72,9 @@ func parseParameters(parameters, mutable map[string]string) (classParameters, er
 			if p.FSType != "" && value != "" && value != p.FSType {
 				return p, fmt.Errorf("parameters %s and %s contradict each other: %w", paramFSType, kubernetesFSType, volume.ErrInvalid)
 			}
-			p.FSType, err = value, checkFSType(value)
+			if value != "" { // two keys for one thing: an empty one says nothing
+				p.FSType, err = value, checkFSType(value)
+			}
 		case paramBlockSize:
 			p.BlockSize, err = parseBlockSize(value)
 		default:

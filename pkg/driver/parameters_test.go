@@ -33,6 +33,8 @@ func TestParseParameters(t *testing.T) {
 		"namespace": {parameters: map[string]string{"csi.storage.k8s.io/pvc/namespace": "n"}, want: classParameters{tenant: "n", implied: true}},
 		"fstype of Kubernetes": {parameters: map[string]string{"csi.storage.k8s.io/fstype": "btrfs", "fsType": "btrfs"},
 			want: classParameters{implied: true, Parameters: volume.Parameters{FSType: "btrfs"}}},
+		"one fstype is empty": {parameters: map[string]string{"csi.storage.k8s.io/fstype": "xfs", "fsType": ""},
+			want: classParameters{implied: true, Parameters: volume.Parameters{FSType: "xfs"}}},
 		"fstypes contradict":     {parameters: map[string]string{"csi.storage.k8s.io/fstype": "xfs", "fsType": "ext4"}, bad: "fsType"},
 		"unknown":                {parameters: map[string]string{"replicas": "1", "Replicas": "1"}, bad: `"Replicas"`},
 		"unknown of Kubernetes":  {parameters: map[string]string{"csi.storage.k8s.io/color": "red"}, bad: "color"},

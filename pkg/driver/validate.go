@@ -27,20 +27,6 @@ func required(field, value string) error {
 	return nil
 }
 
-// checkName returns volume.ErrInvalid unless name may name a volume or a snapshot: the specification bans control
-// characters other than tab, line feed and carriage return.
-func checkName(name string) error {
-	if err := required("name", name); err != nil {
-		return err
-	}
-	for _, r := range name {
-		if r < 0x20 && r != '\t' && r != '\n' && r != '\r' || r >= 0x7f && r <= 0x9f {
-			return fmt.Errorf("name has the control character %U: %w", r, volume.ErrInvalid)
-		}
-	}
-	return nil
-}
-
 // checkRange returns the two ends of a capacity range. Zero is not given; volume.ErrInvalid where they contradict
 // each other, volume.ErrOutOfRange where no volume can have such a size.
 func checkRange(r *csi.CapacityRange) (requiredBytes, limitBytes int64, err error) {

@@ -68,55 +68,6 @@ func apply(v *view, encoded []byte) command.Result {
 	return r
 }
 
-// replayed answers a command whose index was applied before: the kind of result that it had then, with the records as
-// they are now.
-func replayed(v *view, encoded []byte) command.Result {
-	c, err := command.Decode(encoded)
-	if err != nil {
-		return command.Refuse(err)
-	}
-	var id volume.ID
-	var snap volume.SnapshotID
-	switch c := c.(type) {
-	case command.CreateVolume:
-		id = volume.ID(v.read(volumeNames + c.Volume.Name))
-	case command.FinishCreate:
-		id = c.Volume
-	case command.BeginDelete:
-		id = c.Volume
-	case command.Attach:
-		id = c.Volume
-	case command.BeginDetach:
-		id = c.Volume
-	case command.FinishDetach:
-		id = c.Volume
-	case command.BeginExpand:
-		id = c.Volume
-	case command.FinishExpand:
-		id = c.Volume
-	case command.AbortExpand:
-		id = c.Volume
-	case command.ModifyQoS:
-		id = c.Volume
-	case command.SetFilesystem:
-		id = c.Volume
-	case command.BeginSnapshot:
-		snap = volume.SnapshotID(v.read(snapshotNames + c.Name))
-	case command.FinishSnapshot:
-		snap = c.Snapshot
-	case command.BeginDeleteSnapshot:
-		snap = c.Snapshot
-	default:
-		return command.Done{}
-	}
-	if snap != "" {
-		rec, _ := load[volume.Snapshot](v, snapshots+string(snap))
-		return command.Snapshot{Snapshot: rec}
-	}
-	rec, _ := load[volume.Volume](v, volumes+string(id))
-	return command.Volume{Volume: rec}
-}
-
 // reserve charges a tenant, where its quota allows.
 func reserve(v *view, tenant string, ask volume.Amounts) error {
 	limit, _ := load[volume.Amounts](v, limits+tenant)

@@ -15,6 +15,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
@@ -57,7 +58,9 @@ type Store struct {
 
 	mu      sync.Mutex // one writer at a time
 	applied uint64
-	fatal   error // set when a transaction failed: what is durable is unknown until the next Open
+	fatal   error // set when a transaction failed, what is durable is unknown until the next Open; and by Close
+
+	failed atomic.Pointer[error] // why a transaction failed
 
 	memTable int
 	written  int // bytes since compaction was last looked at
@@ -176,6 +179,14 @@ func (s *Store) Close() error {
 	return err
 }
 
+// Failed says why nothing can be changed until the state is opened again, or is nil. It wraps no sentinel.
+func (s *Store) Failed() error {
+	if f := s.failed.Load(); f != nil {
+		return *f
+	}
+	return nil
+}
+
 // Applied is the index of the last command that was applied.
 func (s *Store) Applied() uint64 {
 	s.mu.Lock()
@@ -184,8 +195,9 @@ func (s *Store) Applied() uint64 {
 }
 
 // Apply carries out the command of an index, which is durable when Apply returns. Indexes rise; they may have gaps. One
-// that was applied before changes nothing and is answered with the records as they are now. An error means that the
-// database failed and nothing more is applied; a refusal by the state is a command.Refused.
+// that was applied before changes nothing and is answered command.Done: whoever waited for its answer was in a process that
+// is gone. An error means that the database failed and nothing more is applied; a refusal by the state is a
+// command.Refused.
 func (s *Store) Apply(index uint64, encoded []byte) (command.Result, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -193,11 +205,7 @@ func (s *Store) Apply(index uint64, encoded []byte) (command.Result, error) {
 		return nil, s.fatal
 	}
 	if index <= s.applied {
-		txn := s.db.NewTransaction(false)
-		defer txn.Discard()
-		v := newView(txnBase{txn})
-		r := replayed(v, encoded)
-		return r, v.err
+		return command.Done{}, nil
 	}
 	rs, err := s.commit(index, [][]byte{encoded})
 	if err != nil {
@@ -213,7 +221,9 @@ func (s *Store) commit(index uint64, commands [][]byte) ([]command.Result, error
 	}
 	results, err := s.transact(index, commands)
 	if err != nil {
-		s.fatal = fmt.Errorf("the cluster's state cannot be written, restart to recover (%v): %w", err, volume.ErrUnavailable)
+		failed := fmt.Errorf("the cluster's state cannot be written, restart to recover: %v", err)
+		s.failed.Store(&failed)
+		s.fatal = fmt.Errorf("%v: %w", failed, volume.ErrUnavailable)
 		return nil, s.fatal
 	}
 	s.applied = index + uint64(len(results)) - 1

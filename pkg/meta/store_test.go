@@ -265,6 +265,9 @@ func TestACancelledProposalIsNotLostTrackOf(t *testing.T) {
 func TestAFailedTransactionStopsTheMachine(t *testing.T) {
 	s := open(t, t.TempDir())
 	propose(t, s, node("n1", "p1"))
+	if err := s.Failed(); err != nil {
+		t.Error(err)
+	}
 	err := s.db.Update(func(txn *badger.Txn) error { return txn.Set([]byte(volumes+"vol-x"), []byte("damaged")) })
 	if err != nil {
 		t.Fatal(err)
@@ -273,6 +276,9 @@ func TestAFailedTransactionStopsTheMachine(t *testing.T) {
 		if _, err := s.Propose(context.Background(), c); !errors.Is(err, volume.ErrUnavailable) {
 			t.Errorf("%T: %v", c, err)
 		}
+	}
+	if err := s.Failed(); err == nil || errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("a machine that needs a restart says %v", err)
 	}
 	if _, err := s.Volumes(context.Background(), "", 0); !errors.Is(err, volume.ErrDataLoss) {
 		t.Errorf("list with a damaged record: %v", err)

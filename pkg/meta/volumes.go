@@ -248,8 +248,10 @@ func beginExpand(v *view, c command.BeginExpand) (command.Result, error) {
 		if err := provision(v, rec.Replicas, more); err != nil {
 			return nil, err
 		}
+		fresh := rec.Target == 0
 		rec.Target = c.Target
 		putVolume(v, rec)
+		return command.Volume{Volume: rec, Created: fresh}, nil
 	}
 	return command.Volume{Volume: rec}, nil
 }

@@ -4,6 +4,7 @@ package rpcerr
 import (
 	"context"
 	"errors"
+	"strings"
 	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
@@ -77,6 +78,7 @@ func message(err error) string {
 	if s, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
 		m = s.GRPCStatus().Message()
 	}
+	m = strings.ToValidUTF8(m, string(utf8.RuneError))
 	if m == "" {
 		m = "internal error without a message"
 	}

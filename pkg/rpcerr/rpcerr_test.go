@@ -79,6 +79,9 @@ func TestError(t *testing.T) {
 	if got := status.Convert(Error(errors.New(""))).Message(); got == "" {
 		t.Error("an internal error has no message")
 	}
+	if got := status.Convert(Error(errors.New("path a\xff"))).Message(); !utf8.ValidString(got) {
+		t.Errorf("message %q is not UTF-8", got)
+	}
 	long := status.Convert(Error(errors.New(strings.Repeat("ü", maxMessage)))).Message()
 	if len(long) > maxMessage+4 || !utf8.ValidString(long) {
 		t.Errorf("message of %d bytes, valid %v", len(long), utf8.ValidString(long))

@@ -1,6 +1,9 @@
 package volume
 
-import "fmt"
+import (
+	"fmt"
+	"unicode/utf8"
+)
 
 // Ids are opaque strings that Ballast chose. A caller's id that no record has is "not found", never malformed.
 type (
@@ -47,8 +50,9 @@ const (
 	MaxAttached = 256
 )
 
-// CheckName returns ErrInvalid where a name from outside is empty, longer than MaxNameLen or carries control
-// characters. What names the thing in the message.
+// CheckName returns ErrInvalid where a name from outside is empty, longer than MaxNameLen, not UTF-8 or has a character
+// that the CSI specification bans (CreateVolumeRequest.name): control characters other than tab, line feed and carriage
+// return. What names the thing in the message.
 func CheckName(what, name string) error {
 	if name == "" {
 		return fmt.Errorf("%s is missing: %w", what, ErrInvalid)
@@ -56,9 +60,12 @@ func CheckName(what, name string) error {
 	if len(name) > MaxNameLen {
 		return fmt.Errorf("%s has %d bytes, the limit is %d: %w", what, len(name), MaxNameLen, ErrInvalid)
 	}
+	if !utf8.ValidString(name) {
+		return fmt.Errorf("%s is not UTF-8: %w", what, ErrInvalid)
+	}
 	for _, r := range name {
-		if r < 0x20 || r == 0x7f || r == 0xfffd {
-			return fmt.Errorf("%s has a control character or is not UTF-8: %w", what, ErrInvalid)
+		if r < 0x20 && r != '\t' && r != '\n' && r != '\r' || r >= 0x7f && r <= 0x9f {
+			return fmt.Errorf("%s has the control character %U: %w", what, r, ErrInvalid)
 		}
 	}
 	return nil
