@@ -53,6 +53,7 @@ type fake struct {
 	left  map[Action]error // what resuming answers; nil is done
 	calls []Action
 	block chan struct{}
+	deaf  map[Action]chan struct{} // what hangs, and until when
 }
 
 func (f *fake) Pending(context.Context) (p control.Pending, err error) {
@@ -72,6 +73,9 @@ func (f *fake) Pending(context.Context) (p control.Pending, err error) {
 }
 
 func (f *fake) resume(ctx context.Context, a Action) error {
+	if hung := f.deaf[a]; hung != nil {
+		<-hung
+	}
 	if f.block != nil {
 		<-ctx.Done()
 		return ctx.Err()
@@ -101,11 +105,13 @@ func (f *fake) ResumeQoS(ctx context.Context, id volume.ID) error {
 func TestPassesTakeUpWhatIsDue(t *testing.T) {
 	down, busy, ok := Action{Volume, "down"}, Action{Volume, "busy"}, Action{Snapshot, "ok"}
 	f := &fake{left: map[Action]error{down: volume.ErrUnavailable, busy: control.ErrUnderWay, ok: nil, {QoS, "q"}: nil}}
-	l := newLoop(f, Options{MinPause: time.Hour})
+	l := newLoop(f, Options{MinPause: time.Hour, Interval: 2})
 	for range 3 {
 		if err := l.pass(context.Background()); err != nil {
 			t.Fatal(err)
 		}
+		l.actions.Wait()
+		time.Sleep(time.Microsecond) // longer than the interval
 	}
 	n := map[Action]int{}
 	for _, a := range f.calls {
@@ -114,12 +120,36 @@ func TestPassesTakeUpWhatIsDue(t *testing.T) {
 	if n[down] != 1 || n[busy] != 3 || n[ok] != 1 || n[Action{QoS, "q"}] != 1 {
 		t.Errorf("calls: %v", n)
 	}
-	if len(l.tried) != 1 || l.tried[down].Failures != 1 {
+	if len(l.tried) != 2 || l.tried[down].Failures != 1 || l.tried[busy].Failures != 0 {
 		t.Errorf("remembered: %v", l.tried)
 	}
-	delete(f.left, down)
+	clear(f.left)
 	if err := l.pass(context.Background()); err != nil || len(l.tried) != 0 {
 		t.Errorf("remembered when nothing is left: %v %v", l.tried, err)
+	}
+}
+
+// What hangs, deaf to its context as a call into a dead kernel device is, holds up nothing else.
+func TestWhatHangsHoldsUpNothingElse(t *testing.T) {
+	hangs := Action{Volume, "0"}
+	f := &fake{left: map[Action]error{hangs: nil}, deaf: map[Action]chan struct{}{hangs: make(chan struct{})}}
+	for i := range 50 {
+		f.left[Action{Volume, fmt.Sprint(i)}] = nil
+	}
+	l := Start(f, Options{Interval: time.Hour, Parallel: 2}) // one pass, and those for which there was no room
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		p, err := f.Pending(context.Background())
+		if err == nil && len(p.Volumes) == 1 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Error("work waits for what hangs:", p)
+			break
+		}
+	}
+	close(f.deaf[hangs])
+	if err := l.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

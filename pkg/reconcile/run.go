@@ -8,8 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -26,13 +24,13 @@ type Cluster interface {
 // Options of the loop. Zero values are the defaults.
 type Options struct {
 	Logger *slog.Logger
-	// Interval between passes: 5 s.
+	// Interval between passes: 5 s. Half of it is the least between two attempts at one thing.
 	Interval time.Duration
 	// Timeout of one action: 1 minute.
 	Timeout time.Duration
 	// MinPause and MaxPause after failures: 5 s and 5 minutes.
 	MinPause, MaxPause time.Duration
-	// Parallel actions at most: 4.
+	// Parallel actions at most: 16. One that hangs keeps its place, and nothing else waits for it.
 	Parallel int
 }
 
@@ -42,12 +40,17 @@ type Loop struct {
 	o       Options
 	cancel  context.CancelFunc
 	done    chan struct{}
+	// room is told when an action ends for which others had to wait.
+	room    chan struct{}
+	actions sync.WaitGroup
 
-	mu    sync.Mutex
-	tried map[Action]Attempt
+	mu      sync.Mutex
+	tried   map[Action]Attempt
+	running map[Action]bool
+	waiting bool // some that are due found no room
 }
 
-// Start begins with a pass at once. It starts one goroutine, which Close ends.
+// Start begins with a pass at once. It starts a goroutine, and that one more for each action under way; Close ends them.
 func Start(c Cluster, o Options) *Loop {
 	l := newLoop(c, o)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -70,9 +73,12 @@ func newLoop(c Cluster, o Options) *Loop {
 	set(&o.MinPause, 5*time.Second)
 	set(&o.MaxPause, 5*time.Minute)
 	if o.Parallel == 0 {
-		o.Parallel = 4
+		o.Parallel = 16
 	}
-	return &Loop{cluster: c, o: o, done: make(chan struct{}), tried: map[Action]Attempt{}}
+	return &Loop{
+		cluster: c, o: o, done: make(chan struct{}), room: make(chan struct{}, 1),
+		tried: map[Action]Attempt{}, running: map[Action]bool{},
+	}
 }
 
 // Close cuts off what is under way and waits for it.
@@ -84,6 +90,7 @@ func (l *Loop) Close() error {
 
 func (l *Loop) run(ctx context.Context) {
 	defer close(l.done)
+	defer l.actions.Wait()
 	tick := time.NewTicker(l.o.Interval)
 	defer tick.Stop()
 	for {
@@ -94,31 +101,35 @@ func (l *Loop) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-l.room:
 		}
 	}
 }
 
-// pass takes up once what is pending and due.
+// pass begins what is pending, due and not under way yet, as much as there is room for.
 func (l *Loop) pass(ctx context.Context) error {
 	p, err := l.cluster.Pending(ctx)
 	if err != nil {
 		return err
 	}
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	for _, a := range Settled(p, l.tried) {
 		delete(l.tried, a)
 	}
-	due := Plan(p, l.tried, time.Now())
-	l.mu.Unlock()
-	var g errgroup.Group
-	g.SetLimit(l.o.Parallel)
-	for _, a := range due {
-		g.Go(func() error {
-			l.take(ctx, a)
-			return nil
-		})
+	l.waiting = false
+	for _, a := range Plan(p, l.tried, time.Now()) {
+		if l.running[a] {
+			continue
+		}
+		if len(l.running) >= l.o.Parallel {
+			l.waiting = true
+			break
+		}
+		l.running[a] = true
+		l.actions.Go(func() { l.take(ctx, a) })
 	}
-	return g.Wait()
+	return nil
 }
 
 func (l *Loop) take(ctx context.Context, a Action) {
@@ -135,16 +146,24 @@ func (l *Loop) take(ctx context.Context, a Action) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	delete(l.running, a)
+	if l.waiting {
+		select {
+		case l.room <- struct{}{}:
+		default:
+		}
+	}
+	t := l.tried[a]
+	pause := l.o.Interval / 2
 	switch {
 	case err == nil:
-		delete(l.tried, a)
-	case errors.Is(err, control.ErrUnderWay): // look again at the next pass
+		t.Failures = 0
+	case errors.Is(err, control.ErrUnderWay):
 	default:
-		t := l.tried[a]
 		t.Failures++
-		pause := Pause(t.Failures, l.o.MinPause, l.o.MaxPause, rand.Float64())
-		t.Next = time.Now().Add(pause)
-		l.tried[a] = t
+		pause = Pause(t.Failures, l.o.MinPause, l.o.MaxPause, rand.Float64())
 		l.o.Logger.Warn("unfinished work is put off", "what", a.Kind, "id", a.ID, "failures", t.Failures, "pause", pause, "error", err)
 	}
+	t.Next = time.Now().Add(pause)
+	l.tried[a] = t
 }
