@@ -52,10 +52,23 @@ func (n *Node) attachedHere(cv volume.Volume) error {
 	return nil
 }
 
-// attach opens the volume's replica and makes its kernel device, unless that is done already.
+// attach opens the volume's replica and makes its kernel device, unless that is done already. A device that died
+// meanwhile is replaced; its mounts are by whoever needs them.
 func (n *Node) attach(ctx context.Context, v *vol, cv volume.Volume, access volume.Access) error {
-	if v.eng != nil {
-		return nil
+	if e := v.eng; e != nil {
+		path, err := n.cfg.Frontend.Attach(ctx, string(v.id), e.dev, e.options)
+		if err == nil {
+			e.path = path
+			v.set(func(s *state) { s.device = path })
+			return nil
+		}
+		if !errors.Is(err, frontend.ErrBusy) {
+			return fmt.Errorf("attach device of volume %s: %w", cv.ID, err)
+		}
+		// An abort was broken off.
+		if err := n.abort(ctx, v); err != nil {
+			return err
+		}
 	}
 	e := &engine{options: frontend.Options{
 		BlockSize: cv.Parameters.BlockSize,
@@ -96,20 +109,15 @@ func busy(err error) error {
 	return err
 }
 
-// readOnlyDevice makes the second device.
-func (n *Node) readOnlyDevice(ctx context.Context, v *vol) (string, error) {
-	e := v.eng
-	if e.options.ReadOnly {
-		return e.path, nil
+// readOnlyDevice makes the second device, and returns its name and path.
+func (n *Node) readOnlyDevice(ctx context.Context, v *vol) (name, path string, err error) {
+	name = readOnlyName(v.id)
+	path, err = n.cfg.Frontend.Attach(ctx, name, v.eng.dev, frontend.Options{BlockSize: v.eng.options.BlockSize, ReadOnly: true})
+	if err != nil {
+		return "", "", fmt.Errorf("attach read-only device of volume %s: %w", v.id, busy(err))
 	}
-	if e.readOnlyPath == "" {
-		path, err := n.cfg.Frontend.Attach(ctx, readOnlyName(v.id), e.dev, frontend.Options{BlockSize: e.options.BlockSize, ReadOnly: true})
-		if err != nil {
-			return "", fmt.Errorf("attach read-only device of volume %s: %w", v.id, busy(err))
-		}
-		e.readOnlyPath = path
-	}
-	return e.readOnlyPath, nil
+	v.eng.readOnlyPath = path
+	return name, path, nil
 }
 
 func (n *Node) dropReadOnlyDevice(ctx context.Context, v *vol) error {

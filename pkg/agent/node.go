@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -124,6 +125,9 @@ func Open(cfg Config) (n *Node, err error) {
 		v := newVol(r.Volume)
 		v.rec = r
 		n.vols[r.Volume] = v
+		for _, d := range r.Devices {
+			cfg.Frontend.Reserve(d.Name, d.Path)
+		}
 		if r.live() {
 			v.set(func(s *state) { s.notRestored = "it is being brought back after a restart" })
 		}
@@ -264,12 +268,38 @@ func (n *Node) known(id volume.ID) (*vol, bool) {
 	return v, ok
 }
 
-// save makes changed the volume's record once it is durable.
+// save makes changed the volume's record once it is durable. Devices are given back with the last target.
 func (n *Node) save(v *vol, changed record) error {
+	if len(changed.Targets) == 0 {
+		changed.Devices = nil
+	}
 	if err := n.records.save(&changed); err != nil {
 		return err
 	}
+	if len(changed.Devices) == 0 {
+		for _, d := range v.rec.Devices {
+			n.cfg.Frontend.Release(d.Name)
+		}
+	}
 	v.rec = changed
+	return nil
+}
+
+// give records that a workload is about to be given a kernel device, and keeps it from becoming another volume's.
+//
+// The bind mount of a device's node holds a number and not the device, and so does the node that a container runtime
+// makes of it.
+func (n *Node) give(v *vol, name, path string) error {
+	d := given{name, path}
+	if slices.Contains(v.rec.Devices, d) {
+		return nil
+	}
+	rec := v.rec.clone()
+	rec.Devices = append(rec.Devices, d)
+	if err := n.save(v, rec); err != nil {
+		return err
+	}
+	n.cfg.Frontend.Reserve(name, path)
 	return nil
 }
 

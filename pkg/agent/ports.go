@@ -25,6 +25,11 @@ type Frontend interface {
 	// Clean removes what aborted devices and those of an earlier process left, once their mounts are gone. It returns
 	// frontend.ErrBusy while some are in use.
 	Clean(ctx context.Context) error
+	// Reserve keeps the kernel device at a path for a name until Release: no other name gets it, and the name gets it
+	// again where nobody else has it.
+	Reserve(name, path string)
+	// Release ends every reservation for a name.
+	Release(name string)
 }
 
 // Pool is what a node needs of a pool. The methods that control.Agents has too promise what is written there.

@@ -112,12 +112,15 @@ func (n *Node) show(ctx context.Context, c Cluster, v *vol, cv volume.Volume, s 
 		flags.ReadOnly = flags.ReadOnly || readOnly
 		return n.bind(v, s.Path, t.Path, flags)
 	}
-	device := v.eng.path
-	if readOnly {
+	name, device := string(v.id), v.eng.path
+	if readOnly && !v.eng.options.ReadOnly {
 		var err error
-		if device, err = n.readOnlyDevice(ctx, v); err != nil {
+		if name, device, err = n.readOnlyDevice(ctx, v); err != nil {
 			return err
 		}
+	}
+	if err := n.give(v, name, device); err != nil {
+		return err
 	}
 	_, mounted, err := mount.At(t.Path)
 	if err != nil {

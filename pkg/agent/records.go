@@ -29,6 +29,15 @@ type record struct {
 	Frozen  bool     `json:"frozen,omitempty"`
 	Stages  []stage  `json:"stages,omitempty"`
 	Targets []target `json:"targets,omitempty"`
+	// Devices are what targets show, or showed, as raw block devices. Whoever uses a target may know them by number.
+	Devices []given `json:"devices,omitempty"`
+}
+
+// given is a kernel device that a workload was given.
+type given struct {
+	// Name is the frontend's.
+	Name string `json:"name"`
+	Path string `json:"path"`
 }
 
 type stage struct {
@@ -95,7 +104,7 @@ func (r *record) paths() []string {
 
 func (r *record) clone() record {
 	c := *r
-	c.Stages, c.Targets = slices.Clone(r.Stages), slices.Clone(r.Targets)
+	c.Stages, c.Targets, c.Devices = slices.Clone(r.Stages), slices.Clone(r.Targets), slices.Clone(r.Devices)
 	return c
 }
 

@@ -58,7 +58,6 @@ func (f *Frontend) Detach(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("detach device %s: %w", name, err)
 	}
-	f.sweep()
 	f.log.Info("detached", "device", name)
 	return nil
 }
@@ -112,7 +111,6 @@ func (f *Frontend) Abort(ctx context.Context, name string) error {
 	}
 	err = f.tearDown(d)
 	f.remove(d)
-	f.sweep()
 	if err != nil {
 		return fmt.Errorf("abort device %s: %w", name, err)
 	}
@@ -142,7 +140,13 @@ func (f *Frontend) tearDown(d *device) error {
 	if d.path == "" {
 		return nil
 	}
-	defer f.disown(d.path)
+	left := false
+	defer func() {
+		f.disown(d.path)
+		if left {
+			f.setLeft()
+		}
+	}()
 	alone := true
 	if d.loop != nil {
 		alone, _ = d.loop.unbind()
@@ -159,7 +163,7 @@ func (f *Frontend) tearDown(d *device) error {
 		}
 		if err != nil && err != unix.EINVAL { // EINVAL: somebody has unmounted it
 			f.ctl.abort(d.server.conn, d.path)
-			f.setLeft()
+			left = true
 			return nil
 		}
 	}
@@ -169,27 +173,45 @@ func (f *Frontend) tearDown(d *device) error {
 	return nil
 }
 
-// sweep removes what tearDown had to leave, if its last user is gone by now.
-func (f *Frontend) sweep() {
-	f.mu.Lock()
-	left := f.left
-	f.left = false
-	f.mu.Unlock()
-	if !left {
-		return
-	}
-	if err := f.Clean(context.Background()); err != nil {
-		f.setLeft()
-		if !errors.Is(err, frontend.ErrBusy) {
-			f.log.Error("cannot remove what is left of devices", "error", err)
-		}
-	}
-}
+// sweepEvery is how often it is looked, at the least, whether what had to be left has lost its last user.
+const sweepEvery = 5 * time.Second
 
+// setLeft has sweep remove what had to be left in the run directory.
 func (f *Frontend) setLeft() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.left = true
+	f.lefts++
+	if !f.sweeping && !f.closed {
+		f.sweeping = true
+		f.tasks.Go(f.sweep)
+	}
+}
+
+// sweep removes what was left once its last user is gone. Nobody tells when that is.
+func (f *Frontend) sweep() {
+	for pause := 50 * time.Millisecond; ; pause = min(2*pause, sweepEvery) {
+		select {
+		case <-f.closing:
+			return
+		case <-time.After(pause):
+		}
+		f.mu.Lock()
+		seen := f.lefts
+		f.mu.Unlock()
+		if err := f.Clean(context.Background()); err != nil {
+			if !errors.Is(err, frontend.ErrBusy) {
+				f.log.Error("cannot remove what is left of devices; trying again", "error", err)
+			}
+			continue
+		}
+		f.mu.Lock()
+		f.sweeping = f.lefts != seen
+		again := f.sweeping
+		f.mu.Unlock()
+		if !again {
+			return
+		}
+	}
 }
 
 // unmount unmounts a file that the kernel has just let go of, or is about to.

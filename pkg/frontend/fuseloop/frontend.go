@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -33,10 +35,14 @@ type Frontend struct {
 	mu      sync.Mutex
 	devices map[string]*device
 	owned   map[string]bool // paths in dir that Clean must not touch
-	serial  uint64
-	closed  bool
-	left    bool           // Abort has left something in dir
-	tasks   sync.WaitGroup // of requests whose caller has left
+	// reserved are kernel devices that only the named one may have.
+	reserved map[string]string
+	serial   uint64
+	closed   bool
+	closing  chan struct{}  // closed with closed
+	sweeping bool           // sweep runs
+	lefts    uint64         // counts what was left in dir
+	tasks    sync.WaitGroup // sweep, and requests whose caller has left
 
 	cleaning sync.Mutex
 }
@@ -63,7 +69,10 @@ func New(ctx context.Context, o Options) (*Frontend, error) {
 		ctl.close()
 		return nil, err
 	}
-	f := &Frontend{dir: dir, lock: lock, ctl: ctl, log: o.Logger, devices: map[string]*device{}, owned: map[string]bool{}}
+	f := &Frontend{
+		dir: dir, lock: lock, ctl: ctl, log: o.Logger,
+		devices: map[string]*device{}, owned: map[string]bool{}, reserved: map[string]string{}, closing: make(chan struct{}),
+	}
 	if err := f.Clean(ctx); err != nil && !errors.Is(err, frontend.ErrBusy) {
 		ctl.close()
 		lock.Close()
@@ -129,8 +138,8 @@ func checkName(name string) error {
 	if err := volume.CheckName("device name", name); err != nil {
 		return err
 	}
-	if strings.Contains(name, "/") || strings.HasPrefix(name, ".") {
-		return fmt.Errorf("device name %q has a slash, or begins with a dot: %w", name, volume.ErrInvalid)
+	if strings.ContainsAny(name, "/\t\n\r") || strings.HasPrefix(name, ".") {
+		return fmt.Errorf("device name %q has a slash or white space, or begins with a dot: %w", name, volume.ErrInvalid)
 	}
 	return nil
 }
@@ -166,7 +175,6 @@ func (f *Frontend) Attach(ctx context.Context, name string, dev block.Device, o 
 		}
 		return d.loop.path, nil
 	}
-	f.sweep()
 	if err := f.attach(ctx, d, dev, o); err != nil {
 		f.tearDown(d)
 		f.remove(d)
@@ -189,7 +197,8 @@ func (f *Frontend) attach(ctx context.Context, d *device, dev block.Device, o fr
 	if err != nil {
 		return err
 	}
-	if d.loop, err = newLoop(ctx, path, o.BlockSize, o.ReadOnly); err != nil {
+	wanted, taken := f.reservations(d.name)
+	if d.loop, err = newLoop(ctx, path, o.BlockSize, o.ReadOnly, wanted, taken); err != nil {
 		return err
 	}
 	size, err := d.loop.size()
@@ -226,6 +235,39 @@ func (f *Frontend) disown(path string) {
 	delete(f.owned, path)
 }
 
+// Reserve keeps the kernel device at a path for a name until Release: no other name gets it, and the name gets it again
+// where nobody else has it. Whoever knows a device by its number, as by a node of a container, never meets another's.
+func (f *Frontend) Reserve(name, path string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.reserved[path] = name
+}
+
+// Release ends every reservation for a name.
+func (f *Frontend) Release(name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	maps.DeleteFunc(f.reserved, func(_, n string) bool { return n == name })
+}
+
+// reservations returns the paths that are reserved for a name, and what tells those of others.
+func (f *Frontend) reservations(name string) (own []string, taken func(path string) bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for path, n := range f.reserved {
+		if n == name {
+			own = append(own, path)
+		}
+	}
+	slices.Sort(own)
+	return own, func(path string) bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		n, ok := f.reserved[path]
+		return ok && n != name
+	}
+}
+
 // Resize implements frontend.Frontend.
 func (f *Frontend) Resize(ctx context.Context, name string) error {
 	d, err := f.acquire(ctx, name, false)
@@ -260,6 +302,7 @@ func (f *Frontend) Close() error {
 		return nil
 	}
 	f.closed = true
+	close(f.closing)
 	names := make([]string, 0, len(f.devices))
 	for name := range f.devices {
 		names = append(names, name)
@@ -270,7 +313,9 @@ func (f *Frontend) Close() error {
 		errs = append(errs, f.Abort(context.Background(), name))
 	}
 	f.tasks.Wait()
-	f.sweep()
+	if err := f.Clean(context.Background()); err != nil && !errors.Is(err, frontend.ErrBusy) {
+		errs = append(errs, err)
+	}
 	f.bufs.close()
 	f.ctl.close()
 	return errors.Join(append(errs, f.lock.Close())...)

@@ -33,8 +33,9 @@ type loop struct {
 	path   string // /dev/loopN
 }
 
-// newLoop binds a free loop device to the file at path.
-func newLoop(ctx context.Context, path string, blockSize int, readOnly bool) (*loop, error) {
+// newLoop binds a free loop device to the file at path: one of those at paths wanted, if any can be had, and else one
+// that is not taken.
+func newLoop(ctx context.Context, path string, blockSize int, readOnly bool, wanted []string, taken func(path string) bool) (*loop, error) {
 	access := unix.O_RDWR
 	cfg := unix.LoopConfig{Size: uint32(blockSize)}
 	cfg.Info.Flags = unix.LO_FLAGS_DIRECT_IO | unix.LO_FLAGS_AUTOCLEAR
@@ -52,16 +53,22 @@ func newLoop(ctx context.Context, path string, blockSize int, readOnly bool) (*l
 	if err != nil {
 		return nil, err
 	}
+	for _, device := range wanted {
+		l := &loop{thread: thread, path: device}
+		if add(control, l.path) == nil && l.bind(path, access, &cfg) == nil {
+			l.limitDiscard()
+			return l, nil
+		}
+	}
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
-		n, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
+		device, err := freeDevice(control, taken)
 		if err != nil {
 			thread.Stop()
 			return nil, fmt.Errorf("find a free loop device: %w", err)
 		}
-		l := &loop{thread: thread, path: "/dev/loop" + strconv.Itoa(n)}
+		l := &loop{thread: thread, path: device}
 		if err = l.bind(path, access, &cfg); err == nil {
-			// Where sysfs is read-only the limit stays at 4 GiB, which is correct too.
-			_ = os.WriteFile(filepath.Join(l.sysfs(), "queue/discard_max_bytes"), []byte(strconv.Itoa(maxDiscard)), 0)
+			l.limitDiscard()
 			return l, nil
 		}
 		// Another process took it, or removed it, in between.
@@ -76,6 +83,50 @@ func newLoop(ctx context.Context, path string, blockSize int, readOnly bool) (*l
 		case <-time.After(pause):
 		}
 	}
+}
+
+const devicePrefix = "/dev/loop"
+
+// freeDevice returns the path of a loop device that is bound to nothing and not taken. It makes one where there is none.
+func freeDevice(control int, taken func(path string) bool) (string, error) {
+	n, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
+	if err != nil {
+		return "", err
+	}
+	path := devicePrefix + strconv.Itoa(n)
+	if !taken(path) {
+		return path, nil
+	}
+	for {
+		n++
+		path = devicePrefix + strconv.Itoa(n)
+		if taken(path) {
+			continue
+		}
+		if err := add(control, path); err != nil {
+			return "", err
+		}
+		if _, err := os.Stat(filepath.Join((&loop{path: path}).sysfs(), "loop")); errors.Is(err, os.ErrNotExist) { // not bound
+			return path, nil
+		}
+	}
+}
+
+// add makes a loop device of that path, if there is none.
+func add(control int, path string) error {
+	n, err := strconv.ParseUint(strings.TrimPrefix(path, devicePrefix), 10, 20) // as many as there are minor numbers
+	if err != nil {
+		return fmt.Errorf("%s is no loop device: %w", path, err)
+	}
+	if err := unix.IoctlSetInt(control, unix.LOOP_CTL_ADD, int(n)); err != nil && err != unix.EEXIST {
+		return fmt.Errorf("make %s: %w", path, err)
+	}
+	return nil
+}
+
+// limitDiscard bounds a discard. Where sysfs is read-only the limit stays at 4 GiB, which is correct too.
+func (l *loop) limitDiscard() {
+	_ = os.WriteFile(filepath.Join(l.sysfs(), "queue/discard_max_bytes"), []byte(strconv.Itoa(maxDiscard)), 0)
 }
 
 // bind opens the device and binds it to the file at path.

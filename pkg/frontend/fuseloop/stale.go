@@ -109,7 +109,7 @@ func (f *Frontend) Stale(ctx context.Context) ([]StaleDevice, error) {
 }
 
 // Clean removes what an earlier process, or Abort, left in the run directory. It returns frontend.ErrBusy, naming the
-// devices, while some are still in use: unmount them and call it again.
+// devices, while some are still in use: it is tried again by itself, and need only be called to have it done at once.
 func (f *Frontend) Clean(ctx context.Context) error {
 	f.cleaning.Lock()
 	defer f.cleaning.Unlock()
@@ -129,6 +129,7 @@ func (f *Frontend) Clean(ctx context.Context) error {
 		errs = append(errs, f.clean(r))
 	}
 	if stale, err := f.Stale(ctx); err == nil && len(stale) > 0 {
+		f.setLeft()
 		var busy []string
 		for _, s := range stale {
 			busy = append(busy, fmt.Sprintf("%s on %s (mounted at %q)", s.Name, s.LoopPath, s.Mounts))
