@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 	kmount "k8s.io/mount-utils"
@@ -13,7 +12,6 @@ import (
 	"github.com/ballast-csi/ballast/pkg/agent"
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/extentstore"
-	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/frontend/fuseloop"
 	"github.com/ballast-csi/ballast/pkg/meta"
 	"github.com/ballast-csi/ballast/pkg/metrics"
@@ -63,7 +61,7 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 	}
 	parts.add(store.Close)
 
-	node, front, err := d.openNode(ctx)
+	node, err := d.openNode(ctx)
 	if err != nil {
 		return parts, err
 	}
@@ -71,7 +69,6 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 
 	service := control.New(store, node, control.Options{Logger: d.log, Audit: d.trail})
 	node.Start(service)
-	parts.add(background(func(ctx context.Context) { d.clearDevices(ctx, front, node) }))
 	loop := reconcile.Start(service, reconcile.Options{Logger: d.log})
 	parts.add(loop.Close)
 
@@ -89,7 +86,7 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 }
 
 // openNode opens the pools, at once since each of them reads its map, and what makes devices and mounts of them.
-func (d *daemon) openNode(ctx context.Context) (*agent.Node, *fuseloop.Frontend, error) {
+func (d *daemon) openNode(ctx context.Context) (*agent.Node, error) {
 	d.gate.set("opening its pools")
 	pools := make([]agent.Pool, len(d.cfg.pools))
 	closePools := func() (err error) {
@@ -115,57 +112,18 @@ func (d *daemon) openNode(ctx context.Context) (*agent.Node, *fuseloop.Frontend,
 		})
 	}
 	if err := group.Wait(); err != nil {
-		return nil, nil, errors.Join(err, closePools())
+		return nil, errors.Join(err, closePools())
 	}
 	d.gate.set("clearing away what an earlier process left")
 	front, err := fuseloop.New(ctx, fuseloop.Options{RunDir: d.cfg.runDir, Logger: d.log})
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("devices: %w", err), closePools())
+		return nil, errors.Join(fmt.Errorf("devices: %w", err), closePools())
 	}
 	// The node closes what it is given, also where it cannot be opened.
-	node, err := agent.Open(agent.Config{
+	return agent.Open(agent.Config{
 		ID: d.cfg.node, DataDir: filepath.Join(d.cfg.dataDir, "node"), RunDir: d.cfg.runDir,
 		Pools: pools, Frontend: front, Mounter: mount.New(kmount.NewWithoutSystemd(""), d.log), Logger: d.log,
 	})
-	return node, front, err
-}
-
-// background runs fn until the returned function is called, which waits for its end.
-func background(fn func(context.Context)) func() error {
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		fn(ctx)
-	}()
-	return func() error {
-		cancel()
-		<-done
-		return nil
-	}
-}
-
-// clearDevices takes away the dead devices of an earlier process that were mounted when this one started: the node
-// unmounts them when it brings its volumes back, workloads when they end. It looks again and again, less and less often,
-// and a last time when ctx ends.
-func (d *daemon) clearDevices(ctx context.Context, front *fuseloop.Frontend, node *agent.Node) {
-	for pause := 100 * time.Millisecond; ; pause = min(2*pause, time.Minute) {
-		select {
-		case <-ctx.Done():
-		case <-time.After(pause):
-			if node.Ready(ctx) != nil {
-				pause = 50 * time.Millisecond
-				continue
-			}
-		}
-		err := front.Clean(context.WithoutCancel(ctx))
-		if err != nil && !errors.Is(err, frontend.ErrBusy) {
-			d.log.Warn("devices of an earlier process are left", "error", err)
-		}
-		if err == nil || ctx.Err() != nil {
-			return
-		}
-	}
 }
 
 // look reads what the metrics show.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
 
+	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -302,6 +302,9 @@ func (s *settings) poolConfigs(dataDir string) ([]poolConfig, error) {
 	if len(pools) == 0 {
 		pools = []string{"default=" + filepath.Join(dataDir, "pools", "default")}
 	}
+	if len(pools) > command.MaxPools {
+		return nil, fmt.Errorf("pool: %d pools, the limit is %d", len(pools), command.MaxPools)
+	}
 	var out []poolConfig
 	names, paths := map[string]bool{}, map[string]bool{}
 	for _, text := range pools {
@@ -318,6 +321,9 @@ func (s *settings) poolConfigs(dataDir string) ([]poolConfig, error) {
 	return out, nil
 }
 
+// maxOverProvision is the controllers' limit.
+const maxOverProvision = 100
+
 func parsePool(text string, p poolConfig) (poolConfig, error) {
 	first, options, _ := strings.Cut(text, ",")
 	name, path, ok := strings.Cut(first, "=")
@@ -327,8 +333,8 @@ func parsePool(text string, p poolConfig) (poolConfig, error) {
 	if err := volume.CheckName("name", name); err != nil {
 		return p, err
 	}
-	if strings.ContainsAny(name, "/ ") {
-		return p, errors.New("a pool's name has neither slashes nor spaces")
+	if strings.ContainsAny(name, "/ \t\n\r") {
+		return p, errors.New("a pool's name has neither slashes nor white space")
 	}
 	p.name = name
 	var err error
@@ -362,8 +368,8 @@ func parsePool(text string, p poolConfig) (poolConfig, error) {
 	if p.wipe && p.device == "" {
 		return p, errors.New("wipe is for a pool with a device")
 	}
-	if !(p.overProvision >= 1 && p.overProvision <= 1000) {
-		return p, fmt.Errorf("over-provision %g is not between 1 and 1000", p.overProvision)
+	if !(p.overProvision >= 1 && p.overProvision <= maxOverProvision) {
+		return p, fmt.Errorf("over-provision %g is not between 1 and %d", p.overProvision, maxOverProvision)
 	}
 	return p, nil
 }
@@ -374,8 +380,8 @@ func sizeSetting(name, text string) (int64, error) {
 		return 0, nil
 	}
 	n, err := humanize.ParseBytes(text)
-	if err != nil || n > math.MaxInt64 {
-		return 0, fmt.Errorf("%s: %q is no size; write it like 100Gi", name, text)
+	if err != nil || n > 1<<56 { // the controllers' limit
+		return 0, fmt.Errorf("%s: %q is no size, or larger than 64 PiB; write it like 100Gi", name, text)
 	}
 	return int64(n), nil
 }
