@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
@@ -275,6 +276,65 @@ func strike(t *testing.T, u useCase, m mode, k int, after string) (reached bool)
 	}
 	w.check()
 	return reached
+}
+
+// Faults at many steps, of the calls and of what takes them up again. Final answers are true, and once the faults end
+// everything does.
+func TestStruckOften(t *testing.T) {
+	for _, u := range useCases() {
+		t.Run(u.name, func(t *testing.T) {
+			t.Parallel()
+			for seed := range uint64(60) {
+				rng := rand.New(rand.NewPCG(seed, 7))
+				w := newWorld(t)
+				arg := u.setup(w)
+				for range 3 {
+					ctx, cancel := context.WithCancel(context.Background())
+					w.f.arm(0, "", cancel)
+					w.f.often = func() mode {
+						if rng.IntN(3) > 0 {
+							return ""
+						}
+						return modes[rng.IntN(len(modes))]
+					}
+					err := u.run(w, ctx, arg)
+					cancel()
+					w.restart()
+					if final(err) {
+						w.check()
+					}
+					w.f.often = func() mode { return modes[rng.IntN(len(modes))] }
+					w.f.cutOff = func() {}
+					w.resume()
+					w.restart()
+					if t.Failed() {
+						t.Fatalf("seed %d: %v", seed, err)
+					}
+				}
+				w.reconcile()
+				w.check()
+				w.deleteAll()
+				w.check()
+				if t.Failed() {
+					t.Fatalf("seed %d", seed)
+				}
+			}
+		})
+	}
+}
+
+// resume takes up once what is unfinished, whatever comes of it.
+func (w *world) resume() {
+	p, err := w.Pending(context.Background())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, id := range p.Volumes {
+		_ = w.ResumeVolume(context.Background(), id)
+	}
+	for _, id := range p.Snapshots {
+		_ = w.ResumeSnapshot(context.Background(), id)
+	}
 }
 
 // final tells whether a caller reads an error as the end of the matter.

@@ -25,6 +25,8 @@ type faults struct {
 	cutOff func()
 	n      int
 	dead   error // what everything answers from now on
+	// often strikes at many steps; nil is at one.
+	often func() mode
 }
 
 type mode string
@@ -47,7 +49,7 @@ var refusals = map[mode]error{noSpace: volume.ErrNoSpace, notFound: volume.ErrNo
 func (f *faults) arm(at int, m mode, cutOff func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.at, f.mode, f.cutOff, f.n, f.dead = at, m, cutOff, 0, nil
+	f.at, f.mode, f.cutOff, f.n, f.dead, f.often = at, m, cutOff, 0, nil, nil
 }
 
 // steps is how many there were.
@@ -65,8 +67,12 @@ func (f *faults) step(ctx context.Context, agent bool, effect func() error) erro
 		return f.dead
 	}
 	f.n++
-	m := f.mode
-	now := f.at != 0 && f.n == f.at && (agent || refusals[m] == nil)
+	m, now := f.mode, f.at != 0 && f.n == f.at
+	if f.often != nil {
+		m = f.often()
+		now = m != ""
+	}
+	now = now && (agent || refusals[m] == nil)
 	if now && (m == crashBefore || m == crashAfter) {
 		f.dead = errCrash
 	}
