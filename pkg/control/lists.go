@@ -135,10 +135,10 @@ func (s *Service) Node(ctx context.Context, id volume.NodeID) (volume.Node, erro
 // Quotas lists the tenants that have limits or use anything, in order.
 func (s *Service) Quotas(ctx context.Context) ([]volume.Quota, error) { return s.store.Quotas(ctx) }
 
-// SetQuota sets a tenant's limits; zero is none. What is in use already stays, more is refused.
+// SetQuota sets a tenant's limits; zero is no limit. What is in use already stays, more is refused.
 func (s *Service) SetQuota(ctx context.Context, tenant string, limit volume.Amounts) error {
 	err := s.propose(ctx, command.SetQuota{Tenant: tenant, Limit: limit})
-	s.record(ctx, "quota.set", tenant, fmt.Sprintf("logical %d bytes, physical %d bytes, volumes %d, snapshots %d (0: none)",
+	s.record(ctx, "quota.set", tenant, fmt.Sprintf("logical %d bytes, physical %d bytes, volumes %d, snapshots %d (0: no limit)",
 		limit.LogicalBytes, limit.PhysicalBytes, limit.Volumes, limit.Snapshots), err)
 	return err
 }
