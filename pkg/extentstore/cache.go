@@ -80,7 +80,7 @@ type page struct {
 	// dirty: changed since it was last copied for a commit. inflight counts commits under way.
 	dirty    bool
 	inflight int
-	// pins counts writes that have reserved a slot and not yet marked its blocks valid.
+	// pins counts writes and merges that will change the page: it stays in memory, with the slots reserved in it.
 	pins int
 	// freed slots are owned by what is stored until the next commit of this page.
 	freed []layer.Slot

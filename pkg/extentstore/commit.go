@@ -123,11 +123,12 @@ func (p *Pool) copyDirty(l *chain, b *batch) {
 	dirty := l.dirty
 	l.dirty = nil
 	l.dirtyMu.Unlock()
-	merging := l.merging.Load()
 	for _, pg := range dirty {
 		st := p.stripe(pg.idx)
 		st.Lock()
 		unit := p.copyPage(l, pg, b)
+		// Looked up under the lock of the page: a merge may begin while others are copied.
+		merging := l.merging.Load()
 		// A page that entries are being moved out of is stored together with the page that they move into: a slot has one
 		// owner at every moment.
 		if merging != nil {

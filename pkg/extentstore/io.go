@@ -112,9 +112,8 @@ func clip(first, count int, o int64, n int) (from, to int) {
 // target is an extent that a write goes to.
 type target struct {
 	slot layer.Slot
-	// bits are the blocks to mark valid once they are written.
-	bits   layer.Mask
-	pinned bool
+	// bits are the blocks to mark valid once they are written. Where there are any, the page is pinned.
+	bits layer.Mask
 }
 
 // write stores b at off. It waits while the pool is full, with no lock held, and goes on where it stopped.
@@ -175,25 +174,24 @@ const maxWrite = 4 << 20
 
 // writeSome writes a prefix of b and returns its length. With errFull or disk.ErrNoSpace the rest found no room.
 func (r *replica) writeSome(b []byte, off int64, hand *[]layer.Slot) (n int, err error) {
-	b = b[:min(len(b), maxWrite)]
+	b = b[:min(int64(len(b)), maxWrite-off%layer.BlockSize)]
 	r.gate.RLock()
 	defer r.gate.RUnlock()
-	n, err = r.writeLocked(b, off, hand)
-	if err != nil && !errors.Is(err, errFull) {
-		r.reclaim(off, int64(len(b)))
-	}
+	s := scratchPool.Get().(*scratch)
+	defer scratchPool.Put(s)
+	s.extents = s.extents[:0]
+	n, err = r.writeLocked(s, b, off, hand)
+	r.abandon(s.extents, off)
 	return n, err
 }
 
-func (r *replica) writeLocked(b []byte, off int64, hand *[]layer.Slot) (n int, err error) {
+// writeLocked leaves the extents that were not published in s.
+func (r *replica) writeLocked(s *scratch, b []byte, off int64, hand *[]layer.Slot) (n int, err error) {
 	p, head := r.p, r.head.Load()
 	lk := r.ranges.lock(blockDown(off), blockUp(off+int64(len(b))), false)
 	defer r.ranges.unlock(lk)
 	defer p.grace.exit(p.grace.enter())
-	s := scratchPool.Get().(*scratch)
-	defer scratchPool.Put(s)
 
-	s.extents = s.extents[:0]
 	var short error
 	for n < len(b) {
 		o := off + int64(n)
@@ -209,14 +207,11 @@ func (r *replica) writeLocked(b []byte, off int64, hand *[]layer.Slot) (n int, e
 	if n == 0 {
 		return 0, short
 	}
-	b = b[:n]
-	err = r.writeData(s, head, b, off)
-	if perr := p.publish(head, s.extents, off, err == nil); err == nil {
-		err = perr
-	}
-	if err != nil {
+	if err := r.writeData(s, head, b[:n], off); err != nil {
 		return 0, err
 	}
+	p.publish(head, s.extents, off)
+	s.extents = s.extents[:0]
 	return n, short
 }
 
@@ -225,13 +220,13 @@ func (p *Pool) target(head *chain, off int64, bits layer.Mask, want int, hand *[
 	idx, i := place(off)
 	st := p.stripe(idx)
 	st.RLock()
-	if pg := st.pages[pageID{head.id, idx}]; pg != nil && pg.e[i].Slot != 0 {
-		e := pg.e[i]
+	if pg := st.pages[pageID{head.id, idx}]; pg != nil && pg.e[i].Data&bits == bits {
+		s := pg.e[i].Slot
 		if !pg.ref.Load() {
 			pg.ref.Store(true)
 		}
 		st.RUnlock()
-		return target{slot: e.Slot, bits: bits &^ e.Data}, nil
+		return target{slot: s}, nil
 	}
 	st.RUnlock()
 	for {
@@ -242,9 +237,12 @@ func (p *Pool) target(head *chain, off int64, bits layer.Mask, want int, hand *[
 			return target{}, err
 		}
 		if pg != nil && pg.e[i].Slot != 0 {
-			e := pg.e[i]
+			t := target{slot: pg.e[i].Slot, bits: bits &^ pg.e[i].Data}
+			if t.bits != 0 {
+				pg.pins++
+			}
 			st.Unlock()
-			return target{slot: e.Slot, bits: bits &^ e.Data}, nil
+			return t, nil
 		}
 		if k := len(*hand); k > 0 {
 			if pg == nil {
@@ -254,7 +252,7 @@ func (p *Pool) target(head *chain, off int64, bits layer.Mask, want int, hand *[
 					return target{}, err
 				}
 			}
-			t := target{slot: (*hand)[0], bits: bits, pinned: true}
+			t := target{slot: (*hand)[0], bits: bits}
 			*hand = (*hand)[1:]
 			pg.e[i].Slot = t.slot
 			pg.pins++
@@ -323,8 +321,33 @@ func (r *replica) writeEdge(s *scratch, head *chain, b []byte, off int64, which 
 	return r.p.file.WriteAt(buf, t.slot.Offset()+blockDown(off)-base)
 }
 
-// publish marks written blocks valid and lets the reservations go. Not ok: nothing was written that counts.
-func (p *Pool) publish(head *chain, extents []target, off int64, ok bool) error {
+// publish marks written blocks valid.
+func (p *Pool) publish(head *chain, extents []target, off int64) {
+	p.changePinned(head, extents, off, func(pg *page, i int, t target) { pg.e[i] = pg.e[i].Write(t.bits) })
+}
+
+// abandon lets go of what a failed write has pinned, and frees the slots that it reserved and nobody else has used
+// since. The gate is held.
+func (r *replica) abandon(extents []target, off int64) {
+	if len(extents) == 0 {
+		return
+	}
+	from := extentDown(off)
+	// Whole extents are locked: another write to the same slot may be under way.
+	lk := r.ranges.lock(from, from+int64(len(extents))*layer.ExtentSize, false)
+	defer r.ranges.unlock(lk)
+	head := r.head.Load()
+	r.p.changePinned(head, extents, off, func(pg *page, i int, _ target) {
+		if pg.e[i].Slot != 0 && pg.e[i].Data == 0 {
+			r.p.freeSlot(head, pg, pg.e[i].Slot)
+			pg.e[i].Slot = 0
+		}
+	})
+}
+
+// changePinned changes the pages of a write and lets them go. They are dirty then: one that was stored meanwhile may be empty,
+// and is forgotten by its next commit only.
+func (p *Pool) changePinned(head *chain, extents []target, off int64, change func(pg *page, i int, t target)) {
 	off = extentDown(off)
 	for k, t := range extents {
 		if t.bits == 0 {
@@ -333,40 +356,10 @@ func (p *Pool) publish(head *chain, extents []target, off int64, ok bool) error 
 		idx, i := place(off + int64(k)*layer.ExtentSize)
 		st := p.stripe(idx)
 		st.Lock()
-		pg, err := p.load(st, head, idx)
-		if err != nil {
-			st.Unlock()
-			return err
-		}
-		if t.pinned {
-			pg.pins--
-		}
-		if ok {
-			pg.e[i] = pg.e[i].Write(t.bits)
-		}
-		if ok || t.pinned {
-			p.markDirty(head, pg)
-		}
-		st.Unlock()
-	}
-	return nil
-}
-
-// reclaim frees the slots that a failed write reserved and nobody else has used since. The gate is held.
-func (r *replica) reclaim(off, n int64) {
-	from, to := extentDown(off), extentUp(off+n)
-	lk := r.ranges.lock(from, to, false)
-	defer r.ranges.unlock(lk)
-	head := r.head.Load()
-	for o := from; o < to; o += layer.ExtentSize {
-		idx, i := place(o)
-		st := r.p.stripe(idx)
-		st.Lock()
-		if pg := st.pages[pageID{head.id, idx}]; pg != nil && pg.e[i].Slot != 0 && pg.e[i].Data == 0 {
-			r.p.freeSlot(head, pg, pg.e[i].Slot)
-			pg.e[i].Slot = 0
-			r.p.markDirty(head, pg)
-		}
+		pg := st.pages[pageID{head.id, idx}]
+		change(pg, i, t)
+		pg.pins--
+		p.markDirty(head, pg)
 		st.Unlock()
 	}
 }

@@ -214,19 +214,21 @@ func (p *Pool) stepMerge(j *job) (bytes int64, err error) {
 		c.merging.Store(l)
 	}
 	idx := uint32(0)
+	var failed error
 	for range stepPages {
 		var ok bool
 		if idx, ok = l.pages.next(idx); !ok || bytes >= stepBytes {
 			break
 		}
 		n, err := p.mergePage(l, c, idx)
-		if err != nil {
-			return bytes, err
+		if bytes += n; err != nil {
+			failed = err
+			break
 		}
-		bytes += n
 		idx++
 	}
-	if err := p.flush(c); err != nil {
+	// What was moved is stored also after an error: another merge may be of the child, and would store its page alone.
+	if err := errors.Join(failed, p.flush(c)); err != nil {
 		return bytes, err
 	}
 	if _, ok := l.pages.next(0); ok {
