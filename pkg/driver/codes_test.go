@@ -1,13 +1,17 @@
 package driver
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/ballast-csi/ballast/pkg/keylock"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -273,6 +277,35 @@ func TestPoint02_CodeTable(t *testing.T) {
 				t.Errorf("Point05: a failed call changed the state from\n%s\nto\n%s", before, after)
 			}
 		})
+	}
+}
+
+// unfenced is a cluster in which something that a call needs is not found.
+type unfenced struct{ Cluster }
+
+func (unfenced) Detach(context.Context, volume.ID, volume.NodeID) error { return volume.ErrNotFound }
+func (unfenced) DeleteVolume(context.Context, volume.ID) error          { return volume.ErrNotFound }
+func (unfenced) DeleteSnapshot(context.Context, volume.SnapshotID) error {
+	return volume.ErrNotFound
+}
+
+// TestNotFoundIsNotGone: only the cluster knows what is gone; an error of it is never success.
+func TestNotFoundIsNotGone(t *testing.T) {
+	w := newWorld(t)
+	locks := keylock.New(time.Minute)
+	defer func() {
+		if err := locks.Close(w.ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	c := NewController(unfenced{w.gate}, locks)
+	_, detach := c.ControllerUnpublishVolume(w.ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: "v", NodeId: "n1"})
+	_, remove := c.DeleteVolume(w.ctx, &csi.DeleteVolumeRequest{VolumeId: "v"})
+	_, drop := c.DeleteSnapshot(w.ctx, &csi.DeleteSnapshotRequest{SnapshotId: "s"})
+	for _, err := range []error{detach, remove, drop} {
+		if !errors.Is(err, volume.ErrNotFound) {
+			t.Errorf("got %v", err)
+		}
 	}
 }
 
