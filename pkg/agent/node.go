@@ -307,6 +307,9 @@ func (n *Node) anchors() string { return filepath.Join(n.cfg.RunDir, "mounts") }
 
 func (n *Node) anchor(id volume.ID) string { return filepath.Join(n.anchors(), string(id)) }
 
+// scratch is a path for mounts that are being made.
+func (n *Node) scratch(id volume.ID) string { return n.anchor(id) + ".new" }
+
 func (n *Node) clearAnchors() error {
 	if err := os.MkdirAll(n.anchors(), 0o700); err != nil {
 		return fmt.Errorf("open run directory: %w", err)

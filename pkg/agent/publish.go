@@ -82,7 +82,7 @@ func (n *Node) Publish(ctx context.Context, q Publish) error {
 	if len(rec.Targets) >= maxPaths {
 		return fmt.Errorf("volume %s is published at %d paths: %w", v.id, len(rec.Targets), volume.ErrInUse)
 	}
-	if err := n.free(q.Path); err != nil {
+	if err := n.free(q.Path, q.Capability.Access == volume.AccessMount); err != nil {
 		return err
 	}
 	rec.Targets = append(rec.Targets, t)
@@ -129,13 +129,7 @@ func (n *Node) show(ctx context.Context, c Cluster, v *vol, cv volume.Volume, s 
 	if mounted && mount.IsDevice(t.Path, device) {
 		return nil
 	}
-	if mounted {
-		if err := mount.Drop(t.Path); err != nil {
-			return err
-		}
-		defer n.clean(ctx)
-	}
-	return n.cfg.Mounter.Bind(device, t.Path, mount.Flags{})
+	return n.cfg.Mounter.Replace(device, t.Path, n.scratch(v.id), mount.Flags{})
 }
 
 // Unpublish undoes Publish and removes the path. A path at which the volume is not published is nil, and so is a volume

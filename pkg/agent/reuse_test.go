@@ -2,8 +2,12 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -93,11 +97,19 @@ func TestStageMendsDeadDevice(t *testing.T) {
 	if err != nil || len(mounts) != 1 {
 		t.Fatalf("mounts of the device: %v %v", mounts, err)
 	}
-	_ = unix.Unmount(mounts[0], unix.MNT_FORCE) // it is busy; its connection is aborted
-	for mount.Sync(h.w("s")) == nil {           // until that is noticed
-		time.Sleep(10 * time.Millisecond)
+	_ = unix.Unmount(mounts[0], unix.MNT_FORCE)                                        // it is busy; its connection is aborted
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) { // until that is noticed
+		h.stage("vol-a", h.w("s"), rw)
+		if err = os.WriteFile(h.w("s", "probe"), nil, 0o600); err == nil {
+			err = mount.Sync(h.w("s"))
+		}
+		if err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the device is still dead: %v", err)
+		}
 	}
-	h.stage("vol-a", h.w("s"), rw)
 	wantContent(t, h.w("s", "file"), "kept")
 	write(t, h.w("s", "more"), "new")
 
@@ -114,4 +126,117 @@ func cancelled(t *testing.T) context.Context {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	return ctx
+}
+
+// TestRestoreUncoversNothing: while paths are brought back after a crash, a workload that goes on writing gets errors or
+// the volume, and never the host's disk.
+func TestRestoreUncoversNothing(t *testing.T) {
+	h := newHost(t)
+	rw := fsCap("ext4")
+	h.create("vol-a", 64*mib)
+	h.stage("vol-a", h.w("s"), rw)
+	h.publish("vol-a", h.w("s"), h.w("t"), rw)
+	h.crash()
+
+	stop := make(chan struct{})
+	var writers sync.WaitGroup
+	for _, dir := range []string{h.w("s"), h.w("t")} {
+		writers.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+					_ = os.WriteFile(filepath.Join(dir, fmt.Sprint("file", i%8)), nil, 0o600)
+				}
+			}
+		})
+	}
+	h.start()
+	time.Sleep(50 * time.Millisecond)
+	close(stop)
+	writers.Wait()
+	wantContent(t, h.w("t", "file0"), "")
+	h.unpublish("vol-a", h.w("t")) // fails where there are files beneath
+	h.unstage("vol-a", h.w("s"))
+	if left, err := os.ReadDir(h.w("s")); err == nil && len(left) > 0 {
+		t.Errorf("written to the host's disk: %v", left)
+	}
+}
+
+// TestForeignMountStays: what somebody else mounted at a recorded path, while the node was away, is not taken away.
+func TestForeignMountStays(t *testing.T) {
+	h := newHost(t)
+	rw := fsCap("ext4")
+	h.create("vol-a", 64*mib)
+	h.stage("vol-a", h.w("s"), rw)
+	h.crash()
+	if err := mount.Drop(h.w("s")); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("foreign", h.w("s"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	if e, mounted, err := mount.At(h.w("s")); err != nil || !mounted || e.Source != "foreign" {
+		t.Errorf("the foreign mount is gone: %+v %v %v", e, mounted, err)
+	}
+	wantErr(t, "stage", h.node.Stage(t.Context(), Stage{Volume: "vol-a", Path: h.w("s"), Capability: rw}), volume.ErrExists)
+	if err := unix.Unmount(h.w("s"), 0); err != nil {
+		t.Fatal(err)
+	}
+	h.stage("vol-a", h.w("s"), rw)
+	h.unstage("vol-a", h.w("s"))
+}
+
+// TestPathsInTheWay: a call that is refused leaves alone what it found at its path.
+func TestPathsInTheWay(t *testing.T) {
+	h := newHost(t)
+	h.create("vol-a", 64*mib)
+	h.create("vol-b", 64*mib)
+	fs, raw := fsCap("ext4"), blockCap(volume.SingleNodeWriter)
+	h.stage("vol-a", h.w("sa"), fs)
+	h.stage("vol-b", h.w("sb"), raw)
+	if err := errors.Join(
+		os.WriteFile(h.w("file"), []byte("mine"), 0o600), os.WriteFile(h.w("empty"), nil, 0o600),
+		os.Mkdir(h.w("dir"), 0o700), os.Symlink(h.w("dir"), h.w("link")),
+	); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		id      volume.ID
+		staging string
+		at      string
+		c       volume.Capability
+		want    error
+	}{
+		{"vol-a", "sa", h.w("file"), fs, volume.ErrExists},
+		{"vol-a", "sa", h.w("empty"), fs, volume.ErrExists},
+		{"vol-a", "sa", h.w("link"), fs, volume.ErrExists},
+		{"vol-a", "sa", h.w("sa"), fs, volume.ErrExists},
+		{"vol-a", "sa", h.w("file", "below"), fs, volume.ErrExists},
+		{"vol-a", "sa", h.w(strings.Repeat("n", 256)), fs, volume.ErrInvalid},
+		{"vol-b", "sb", h.w("file"), raw, volume.ErrExists},
+		{"vol-b", "sb", h.w("dir"), raw, volume.ErrExists},
+		{"vol-b", "sb", h.w("sb"), raw, volume.ErrExists},
+		{"vol-b", "sb", h.w("link"), raw, volume.ErrExists},
+		{"vol-b", "sb", h.w(strings.Repeat("n", 256)), raw, volume.ErrInvalid},
+	} {
+		err := h.node.Publish(t.Context(), Publish{Volume: c.id, Staging: h.w(c.staging), Path: c.at, Capability: c.c})
+		wantErr(t, string(c.id)+" at "+c.at, err, c.want)
+		if _, err := os.Lstat(h.w("sb")); err != nil {
+			t.Errorf("%s at %s: the staging directory is gone", c.id, c.at)
+		}
+	}
+	wantErr(t, "stage at a file", h.node.Stage(t.Context(), Stage{Volume: "vol-a", Path: h.w("file"), Capability: fs}), volume.ErrExists)
+	wantErr(t, "stage at a long name", h.node.Stage(t.Context(), Stage{Volume: "vol-a", Path: h.w(strings.Repeat("n", 256)), Capability: fs}), volume.ErrInvalid)
+	wantContent(t, h.w("file"), "mine")
+	wantContent(t, h.w("empty"), "")
+	for _, at := range []string{"dir", "link"} {
+		if _, err := os.Lstat(h.w(at)); err != nil {
+			t.Error(err)
+		}
+	}
+	h.unstage("vol-a", h.w("sa"))
+	h.unstage("vol-b", h.w("sb"))
 }

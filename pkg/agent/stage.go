@@ -88,7 +88,7 @@ func (n *Node) Stage(ctx context.Context, q Stage) error {
 	if len(rec.Stages) >= maxPaths {
 		return fmt.Errorf("volume %s is staged at %d paths: %w", v.id, len(rec.Stages), volume.ErrInUse)
 	}
-	if err := n.free(q.Path); err != nil {
+	if err := n.free(q.Path, true); err != nil {
 		return err
 	}
 	_, err = os.Lstat(q.Path)
@@ -130,8 +130,8 @@ func (n *Node) open(ctx context.Context, id volume.ID) (Cluster, *vol, volume.Vo
 	return c, v, cv, nil
 }
 
-// free returns volume.ErrExists where something that is not the volume's is mounted at a path.
-func (n *Node) free(path string) error {
+// free returns volume.ErrExists where something that is not the volume's is in the way of a directory, or else a file.
+func (n *Node) free(path string, dir bool) error {
 	e, mounted, err := mount.At(path)
 	if err != nil {
 		return err
@@ -139,7 +139,7 @@ func (n *Node) free(path string) error {
 	if mounted {
 		return fmt.Errorf("%s is a mount of %s already; unmount that first: %w", path, e.Source, volume.ErrExists)
 	}
-	return nil
+	return mount.Fits(path, dir)
 }
 
 // bringUp makes a recorded staging path live. The volume is attached.
@@ -158,8 +158,8 @@ func (n *Node) bringUp(ctx context.Context, c Cluster, v *vol, cv volume.Volume,
 	return n.bind(v, n.anchor(v.id), s.Path, flags)
 }
 
-// bind puts a live mount of the volume's filesystem at a path in place of a dead one. The dead one goes at the last
-// moment: until then it keeps a workload from writing to the directory beneath.
+// bind makes the volume's filesystem live at a path. A dead mount of it keeps a workload from writing to the directory
+// beneath until the live one has its place.
 func (n *Node) bind(v *vol, source, path string, flags mount.Flags) error {
 	e, mounted, err := mount.At(path)
 	if err != nil {
@@ -169,12 +169,9 @@ func (n *Node) bind(v *vol, source, path string, flags mount.Flags) error {
 		return nil
 	}
 	if mounted {
-		if err := mount.Drop(path); err != nil {
-			return err
-		}
 		defer n.clean(n.ctx)
 	}
-	return n.cfg.Mounter.Bind(source, path, flags)
+	return n.cfg.Mounter.Replace(source, path, n.scratch(v.id), flags)
 }
 
 // Unstage undoes Stage. With the last staging path of a volume its device goes. A path at which the volume is not staged

@@ -99,24 +99,50 @@ func (m *Mounter) Bind(source, target string, flags Flags) error {
 	return nil
 }
 
+// Fits returns nil where a directory, or else a file, may be made at path and removed again: nothing is there, or an
+// empty file or a directory. Anything else in the way is volume.ErrExists, a name that is too long volume.ErrInvalid.
+func Fits(path string, dir bool) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("check path: %w", pathError(err))
+	case dir && info.IsDir(), !dir && info.Mode().IsRegular() && info.Size() == 0:
+		return nil
+	}
+	return fmt.Errorf("%s is in the way: it is there, with mode %s and %d bytes: %w", path, info.Mode(), info.Size(), volume.ErrExists)
+}
+
+// pathError gives the error of a path from outside its sentinel.
+func pathError(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOTDIR), errors.Is(err, fs.ErrExist):
+		return fmt.Errorf("%w: %w", err, volume.ErrExists)
+	case errors.Is(err, unix.ENAMETOOLONG), errors.Is(err, unix.ELOOP):
+		return fmt.Errorf("%w: %w", err, volume.ErrInvalid)
+	}
+	return err
+}
+
 // MakeDir creates a directory and its missing parents. A link or a file in its place is volume.ErrExists.
 func MakeDir(path string) error {
 	if err := os.MkdirAll(path, 0o750); err != nil && !kmount.IsCorruptedMnt(err) {
-		return fmt.Errorf("create directory: %w: %w", err, volume.ErrExists)
+		return fmt.Errorf("create directory: %w", pathError(err))
 	}
 	return check(path, fs.ModeDir)
 }
 
 func makeFile(path string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return fmt.Errorf("create directory: %w", err)
+		return fmt.Errorf("create directory: %w", pathError(err))
 	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
 	if errors.Is(err, fs.ErrExist) {
 		return check(path, 0)
 	}
 	if err != nil {
-		return fmt.Errorf("create file: %w", err)
+		return fmt.Errorf("create file: %w", pathError(err))
 	}
 	return f.Close()
 }
@@ -178,9 +204,13 @@ func Drop(path string) error {
 	return fmt.Errorf("unmount %s: mounts keep appearing: %w", path, volume.ErrBusy)
 }
 
-// Remove removes an unmounted target, file or empty directory. What was written beneath a mount is never deleted.
+// Remove removes an unmounted target, empty file or empty directory. What was written beneath a mount is never deleted.
 func Remove(path string) error {
-	err := os.Remove(path)
+	info, err := os.Lstat(path)
+	if err == nil && info.Mode().IsRegular() && info.Size() > 0 {
+		return fmt.Errorf("%s has %d bytes that are not the volume's; move it away: %w", path, info.Size(), volume.ErrInUse)
+	}
+	err = os.Remove(path)
 	switch {
 	case err == nil, errors.Is(err, fs.ErrNotExist):
 		return nil

@@ -43,7 +43,7 @@ func At(path string) (Entry, bool, error) {
 		return Entry{}, false, nil
 	}
 	if err != nil {
-		return Entry{}, false, fmt.Errorf("look up mount %s: %w", path, err)
+		return Entry{}, false, fmt.Errorf("look up mount %s: %w", path, pathError(err))
 	}
 	infos, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) { return i.Mountpoint != real, false })
 	if err != nil {
