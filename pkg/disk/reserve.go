@@ -37,7 +37,8 @@ type DirSpace struct {
 
 const reserveName = "reserve"
 
-// NewDirSpace returns the space of dir with a reserve of that many bytes; one that an earlier process left is held.
+// NewDirSpace returns the space of dir with a reserve of that many bytes; one that an earlier process left is held, if it
+// has as many.
 func NewDirSpace(dir string, reserve int64) *DirSpace {
 	s := &DirSpace{dir: dir, bytes: reserve}
 	var st unix.Stat_t

@@ -58,14 +58,28 @@ func (s *presence) next(idx uint32) (_ uint32, ok bool) {
 }
 
 // nextInChain is the first page that any layer from head down to, not including, end has.
-func nextInChain(head, end *chain, idx uint32) (_ uint32, ok bool) {
-	var first uint32
-	for l := head; l != nil && l != end; l = l.parent.Load() {
-		if i, has := l.pages.next(idx); has && (!ok || i < first) {
-			first, ok = i, true
+func (p *Pool) nextInChain(head, end *chain, idx uint32) (_ uint32, ok bool) {
+	for {
+		var first uint32
+		ok = false
+		gone := p.gone.Load()
+		for l := head; l != nil && l != end; l = l.parent.Load() {
+			if i, has := l.pages.next(idx); has && (!ok || i < first) {
+				first, ok = i, true
+			}
+		}
+		// A page that a merge moved up from a layer not yet looked at into one looked at already would be missed.
+		if p.gone.Load() == gone {
+			return first, ok
 		}
 	}
-	return first, ok
+}
+
+// forget drops a page of which nothing is left, or that is in another layer now. The stripe is locked for writing.
+func (p *Pool) forget(st *stripe, l *chain, idx uint32) {
+	delete(st.pages, pageID{l.id, idx})
+	p.gone.Add(1)
+	l.pages.remove(idx)
 }
 
 type pageID struct {

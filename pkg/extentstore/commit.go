@@ -81,7 +81,7 @@ func (p *Pool) prepare(r *round, b *batch) error {
 	if err := p.failure(); err != nil {
 		return err
 	}
-	if err := p.waitRoom(); err != nil {
+	if err := p.waitRoom(p.ctx); err != nil {
 		return err
 	}
 	if p.opts.broken.syncBeforeSnapshot {
@@ -162,8 +162,7 @@ func (p *Pool) committed(b *batch) {
 		st.Lock()
 		c.pg.inflight--
 		if c.pg.evictable() && c.pg.e.Empty() {
-			delete(st.pages, c.pg.pageID)
-			c.l.pages.remove(c.pg.idx)
+			p.forget(st, c.l, c.pg.idx)
 		}
 		st.Unlock()
 	}

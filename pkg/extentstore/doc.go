@@ -51,6 +51,8 @@ type Options struct {
 
 	// broken switches rules off, for tests of the tests.
 	broken rules
+	// maxDirty replaces maxDirtyPages.
+	maxDirty int64
 	// manual leaves all background work to Pool.step, for tests that decide what happens when.
 	manual bool
 }
@@ -70,6 +72,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.MergeRate <= 0 {
 		o.MergeRate = 64 << 20
+	}
+	if o.maxDirty == 0 {
+		o.maxDirty = maxDirtyPages
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

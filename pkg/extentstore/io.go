@@ -127,6 +127,9 @@ func (h *handle) write(ctx context.Context, b []byte, off int64) error {
 		if err := errors.Join(ctx.Err(), h.r.p.failure()); err != nil {
 			return err
 		}
+		if err := h.r.bound(2 * h.r.p.opts.maxDirty); err != nil {
+			return err
+		}
 		n, err := h.r.writeSome(b, off, &hand)
 		if err != nil && !isNoSpace(err) && !errors.Is(err, errFull) {
 			return err
@@ -167,6 +170,15 @@ func (h *handle) starve(ctx context.Context) error {
 	case <-p.ctx.Done():
 	}
 	return block.ErrClosed
+}
+
+// bound flushes where so many pages are dirty that their number would grow for ever, were they not waited for.
+func (r *replica) bound(pages int64) error {
+	if r.p.dirtyPages.Load() < pages {
+		return nil
+	}
+	r.p.flushSoon() // other replicas' pages as well
+	return r.p.flush(r.head.Load())
 }
 
 // maxWrite bounds what is written under one lock, in bytes.
@@ -372,6 +384,7 @@ func (p *Pool) freeSlot(l *chain, pg *page, s layer.Slot) {
 
 // zero makes a range read as zeros: whole blocks by the map alone, parts of blocks by writing.
 func (h *handle) zero(ctx context.Context, off, n int64) error {
+	p := h.r.p
 	end := off + n
 	first, last := blockUp(off), blockDown(end)
 	if first > last {
@@ -388,12 +401,15 @@ func (h *handle) zero(ctx context.Context, off, n int64) error {
 		}
 	}
 	for off := first; off < last; {
-		if err := errors.Join(ctx.Err(), h.r.p.failure()); err != nil {
+		if h.isClosed() {
+			return block.ErrClosed
+		}
+		if err := errors.Join(ctx.Err(), p.failure()); err != nil {
 			return err
 		}
 		next := min(last, (off/layer.PageSpan+1)*layer.PageSpan)
 		idx, _ := place(off)
-		if has, ok := nextInChain(h.r.head.Load(), nil, idx); !ok {
+		if has, ok := p.nextInChain(h.r.head.Load(), nil, idx); !ok {
 			return nil
 		} else if has > idx {
 			off = int64(has) * layer.PageSpan
@@ -403,10 +419,8 @@ func (h *handle) zero(ctx context.Context, off, n int64) error {
 			return err
 		}
 		off = next
-		if h.r.p.dirtyPages.Load() >= maxDirtyPages {
-			if err := h.r.p.flush(h.r.head.Load()); err != nil {
-				return err
-			}
+		if err := h.r.bound(p.opts.maxDirty); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -150,13 +150,9 @@ func (p *Pool) commitOps(ops []op) error {
 	if err := p.failure(); err != nil {
 		return err
 	}
-	err := p.kv.Commit(ops)
-	if err != nil && isNoSpace(err) {
-		if p.space.Release() == nil {
-			err = p.kv.Commit(ops)
-		}
-	}
-	if err != nil {
+	// Not even a full filesystem is a reason to try again: what the kernel could not write back it takes for written, and
+	// what comes after such a gap in the database's log is not found after a crash.
+	if err := p.kv.Commit(ops); err != nil {
 		return p.fail(err)
 	}
 	return nil

@@ -85,6 +85,9 @@ func (d *deps) open(dir string, fixed, existing bool) error {
 	if err := disk.SyncDir(dir); err != nil {
 		return err
 	}
+	if err := roomToOpen(dir); err != nil {
+		return err
+	}
 	file, err := disk.OpenFile(filepath.Join(dir, dataName), disk.Options{Fixed: fixed})
 	if err != nil {
 		return err
@@ -95,6 +98,17 @@ func (d *deps) open(dir string, fixed, existing bool) error {
 	}
 	d.file, d.kv, d.space = file, kv, disk.NewDirSpace(dir, 0)
 	return nil
+}
+
+// roomToOpen gives the reserve up where the filesystem is full: the database writes when it opens, through a memory map,
+// where that is fatal.
+func roomToOpen(dir string) error {
+	s := disk.NewDirSpace(dir, 0)
+	free, err := s.Free()
+	if err != nil || free >= commitFloor {
+		return err
+	}
+	return s.Release()
 }
 
 func lockPool(dir string) (unlock func() error, err error) {

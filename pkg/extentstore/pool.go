@@ -20,7 +20,8 @@ const (
 	// flushEvery and flushBytes bound what a crash can take that nobody asked to be flushed.
 	flushEvery = 5 * time.Second
 	flushBytes = 256 << 20
-	// maxDirtyPages bounds the map pages that wait for a commit: about 1.2 KiB each.
+	// maxDirtyPages is how many map pages wait for a commit before one is made; at twice as many, writes wait for it. A
+	// page is about 1.2 KiB.
 	maxDirtyPages = 16 << 10
 )
 
@@ -39,6 +40,7 @@ type Pool struct {
 	stripes     [stripeCount]stripe
 	stripePages int
 	dirtyPages  atomic.Int64
+	gone        atomic.Uint64 // counts pages that layers had
 	grace       grace
 	alloc       allocator
 	commits     committer
@@ -248,6 +250,7 @@ func (p *Pool) Close() error {
 		}
 		p.mu.Unlock()
 		errs = append(errs, p.flush(all...))
+		p.reuse(p.freed.slots) // the filesystem gets the space back: the recycler has ended
 	}
 	p.users.Lock()
 	defer p.users.Unlock()
@@ -289,9 +292,18 @@ func (p *Pool) runFlusher() error {
 					p.log.Info("the pool's reserve is back")
 				}
 			}
+			p.keepRoom() // also while nobody commits: the database compacts by itself
 		case <-p.flushMe:
 		}
 		p.selfFlush()
+	}
+}
+
+// flushSoon wakes the flusher.
+func (p *Pool) flushSoon() {
+	select {
+	case p.flushMe <- struct{}{}:
+	default:
 	}
 }
 

@@ -5,9 +5,12 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"time"
 
+	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/layer"
+	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
 // Races that need two things to happen in a certain order: the tests hold a lock, or a step of the file, to get it.
@@ -183,4 +186,121 @@ func TestFailedMerge(t *testing.T) {
 	if !bytes.Equal(got, one) {
 		t.Fatal("bytes are lost")
 	}
+}
+
+// TestPageMovesWhileItIsLookedFor moves a page from layer to layer, as a merge does, while the chain is walked.
+func TestPageMovesWhileItIsLookedFor(t *testing.T) {
+	m := newMachine()
+	p, _ := openGate(t, m, Options{Capacity: 64 * mib, manual: true})
+	defer p.Close()
+	parent, child := &chain{id: 1}, &chain{id: 2}
+	child.parent.Store(parent)
+	parent.pages.add(7)
+	stop := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for from, to := parent, child; ; from, to = to, from {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			st := p.stripe(7)
+			st.Lock()
+			to.pages.add(7)
+			p.forget(st, from, 7)
+			st.Unlock()
+		}
+	}()
+	for range 200_000 {
+		if _, ok := p.nextInChain(child, nil, 0); !ok {
+			t.Fatal("the page was in neither layer")
+		}
+	}
+	close(stop)
+	<-done
+}
+
+// slowKV lets a test hold up commits.
+type slowKV struct {
+	*memKV
+	before func()
+}
+
+func (k slowKV) Commit(ops []op) error { k.before(); return k.memKV.Commit(ops) }
+
+// TestWritesWaitForFlushes is a database that does not keep up with the pages that writes make dirty.
+func TestWritesWaitForFlushes(t *testing.T) {
+	m := newMachine()
+	slow := make(chan struct{})
+	stuck := false
+	before := func() {
+		if stuck {
+			<-slow
+		}
+	}
+	const most = 50
+	p, err := start("/memory", deps{file: m.file, kv: slowKV{m.kv, before}, space: m.space}, Options{Capacity: 64 * mib, maxDirty: most})
+	must(t, err)
+	defer p.Close()
+	d := newReplica(t, p, "r", 8<<30, "")
+	stuck = true
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		for i := int64(0); i < 10*most && err == nil; i++ {
+			err = d.WriteAt(context.Background(), make([]byte, layer.BlockSize), i*layer.PageSpan)
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		t.Fatalf("nothing waited: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	// Those of the flush under way, of the next, and of the bound.
+	if n := p.dirtyPages.Load(); n > 4*most {
+		t.Fatalf("%d pages are dirty", n)
+	}
+	close(slow)
+	must(t, <-done)
+}
+
+// TestCommitIsNotRepeated is a database that finds no space: what it had written before may be lost though it goes on.
+func TestCommitIsNotRepeated(t *testing.T) {
+	m := newMachine()
+	p, _ := openGate(t, m, Options{Capacity: 64 * mib, manual: true})
+	defer p.Close()
+	d := newReplica(t, p, "r", mib, "")
+	must(t, d.WriteAt(t.Context(), make([]byte, layer.BlockSize), 0))
+	m.kv.fail = disk.ErrNoSpace
+	for range 2 {
+		if err := d.Flush(t.Context()); !errors.Is(err, volume.ErrUnavailable) {
+			t.Fatalf("flush: %v", err)
+		}
+	}
+}
+
+// TestCloseEndsLongZero closes a device while a large range is zeroed.
+func TestCloseEndsLongZero(t *testing.T) {
+	m := newMachine()
+	p, _ := openGate(t, m, Options{Capacity: 64 * mib, manual: true})
+	defer p.Close()
+	d := newReplica(t, p, "r", 8<<30, "")
+	for i := range int64(200) {
+		must(t, d.WriteAt(t.Context(), make([]byte, layer.BlockSize), i*layer.PageSpan))
+	}
+	st := p.stripe(0)
+	st.Lock()
+	zeroed, closed := make(chan error, 1), make(chan error, 1)
+	go func() { zeroed <- d.Zero(context.Background(), 0, 8<<30) }()
+	time.Sleep(5 * time.Millisecond)
+	go func() { closed <- d.Close() }()
+	eventually(t, "the close", d.(*handle).isClosed)
+	st.Unlock()
+	if err := <-zeroed; !errors.Is(err, block.ErrClosed) {
+		t.Fatalf("zero: %v", err)
+	}
+	must(t, <-closed)
 }

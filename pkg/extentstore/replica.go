@@ -62,14 +62,11 @@ func (r *replica) flush() error {
 // wrote counts a change before it is answered, and has it flushed when much has gathered.
 func (r *replica) wrote(n int64) {
 	r.writes.Add(1)
-	if r.unflushed.Add(n) < flushBytes && r.p.dirtyPages.Load() < maxDirtyPages {
+	if r.unflushed.Add(n) < flushBytes && r.p.dirtyPages.Load() < r.p.opts.maxDirty {
 		return
 	}
 	r.unflushed.Store(0)
-	select {
-	case r.p.flushMe <- struct{}{}:
-	default:
-	}
+	r.p.flushSoon()
 }
 
 // handle is an open replica.
@@ -151,6 +148,10 @@ func (h *handle) Flush(ctx context.Context) error {
 	}
 	defer h.life.RUnlock()
 	if err := ctx.Err(); err != nil {
+		return err
+	}
+	// Waited for here, where the wait can be ended: a round that others joined cannot.
+	if err := h.r.p.waitRoom(ctx); err != nil {
 		return err
 	}
 	return h.r.flush()

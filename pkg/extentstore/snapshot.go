@@ -138,7 +138,7 @@ func (p *Pool) walk(ctx context.Context, head, end *chain, size, offset int64, f
 	idx, _ := place(offset)
 	var masks [layer.ExtentsPerPage]layer.Mask
 	for {
-		next, ok := nextInChain(head, end, idx)
+		next, ok := p.nextInChain(head, end, idx)
 		if !ok || int64(next)*layer.PageSpan >= size {
 			return runs.Flush()
 		}

@@ -140,7 +140,7 @@ func (p *Pool) keepRoom() bool {
 }
 
 // waitRoom waits until the database has room. Without it, somebody else has filled the filesystem and the reserve too.
-func (p *Pool) waitRoom() error {
+func (p *Pool) waitRoom(ctx context.Context) error {
 	for first := true; !p.keepRoom(); first = false {
 		if first {
 			p.log.Error("the filesystem of the pool is full to the last; flushes wait until something else on it is deleted")
@@ -149,6 +149,8 @@ func (p *Pool) waitRoom() error {
 		}
 		select {
 		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
 		case <-p.ctx.Done():
 			return disk.ErrNoSpace
 		}

@@ -2,6 +2,7 @@ package extentstore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/ballast-csi/ballast/pkg/layer"
@@ -169,10 +170,7 @@ func (p *Pool) Cut(ctx context.Context, id volume.ReplicaID, snap volume.Snapsho
 		return err
 	}
 	// Most of what is dirty goes out before the barrier.
-	if err := p.flush(r.head.Load()); err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
+	if err := p.flushBeforeCut(ctx, r); err != nil {
 		return err
 	}
 	if !p.opts.broken.cutWithoutBarrier {
@@ -185,6 +183,26 @@ func (p *Pool) Cut(ctx context.Context, id volume.ReplicaID, snap volume.Snapsho
 		}
 	}
 	return p.seal(r, snap)
+}
+
+// flushBeforeCut flushes until little is left to be flushed while writes are kept out, or writes come as fast as that.
+func (p *Pool) flushBeforeCut(ctx context.Context, r *replica) error {
+	for range 5 {
+		if err := errors.Join(ctx.Err(), p.waitRoom(ctx)); err != nil {
+			return err
+		}
+		l := r.head.Load()
+		if err := p.flush(l); err != nil {
+			return err
+		}
+		l.dirtyMu.Lock()
+		left := len(l.dirty)
+		l.dirtyMu.Unlock()
+		if left < 100 {
+			break
+		}
+	}
+	return nil
 }
 
 // cutState tells whether the snapshot is there already.

@@ -78,7 +78,7 @@ func (p *Pool) step() (more bool, err error) {
 func (p *Pool) stepBytes() (more bool, bytes int64, err error) {
 	p.worker.Lock()
 	defer p.worker.Unlock()
-	if err := errors.Join(p.failure(), p.waitRoom()); err != nil {
+	if err := errors.Join(p.failure(), p.waitRoom(p.ctx)); err != nil {
 		return false, 0, err
 	}
 	j := p.pick()
@@ -93,7 +93,7 @@ func (p *Pool) stepBytes() (more bool, bytes int64, err error) {
 	default:
 		bytes, err = p.stepSum(j)
 	}
-	if err != nil && j.task != taskFree {
+	if err != nil && !isNoSpace(err) {
 		// Other layers are not kept waiting for one that cannot be read.
 		p.mu.Lock()
 		j.l.bad, p.job = err, nil
@@ -117,10 +117,10 @@ func (p *Pool) pick() *job {
 	p.job, p.urgent = nil, false
 	for _, l := range p.layers {
 		switch {
+		case l.bad != nil:
 		case l.dead():
 			p.job = &job{task: taskFree, l: l}
 			return p.job
-		case l.bad != nil:
 		case l.mergeable() && (p.job == nil || p.job.task == taskSum):
 			p.job = &job{task: taskMerge, l: l}
 		case l.unsummed() && p.job == nil:
@@ -170,8 +170,7 @@ func (p *Pool) stepFree(j *job) error {
 				freed = append(freed, e.Slot)
 			}
 		}
-		delete(st.pages, pg.pageID)
-		l.pages.remove(idx)
+		p.forget(st, l, idx)
 		st.Unlock()
 		ops = append(ops, op{key: pageKey(keyPage, l.id, idx)}, op{key: pageKey(keySums, l.id, idx)})
 	}
