@@ -74,30 +74,34 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 	if err != nil {
 		return ignoreNotFound(err)
 	}
-	action, err := s.resumeVolume(ctx, v)
-	if action != "" {
-		s.record(ctx, action, string(id), "unfinished work was taken up", err)
-	}
-	return err
-}
-
-func (s *Service) resumeVolume(ctx context.Context, v volume.Volume) (action string, err error) {
 	switch {
 	case v.State == volume.Deleting:
-		return "volume.free", s.completeDelete(ctx, v)
+		return s.resumed(ctx, "volume.free", string(id), s.completeDelete(ctx, v))
 	case v.State == volume.Creating:
 		_, err := s.completeCreate(ctx, v.ID, map[volume.PoolID]string{})
-		if startOver(err) || definite(err) {
-			err = nil // undone: whoever asked asks again
+		if startOver(err) || definite(err) { // undone: whoever asked asks again
+			s.record(ctx, "volume.create", string(id), takenUp, err)
+			return nil
 		}
-		return "volume.create", err
+		return s.resumed(ctx, "volume.create", string(id), err)
 	case v.Attachment != nil && v.Attachment.Detaching:
-		return "volume.detach", s.completeDetach(ctx, v)
+		return s.resumed(ctx, "volume.detach", string(id), s.completeDetach(ctx, v))
 	case v.Target != 0:
 		_, err := s.completeExpand(ctx, v, false)
-		return "volume.expand", err
+		return s.resumed(ctx, "volume.expand", string(id), err)
 	}
-	return "", nil
+	return nil
+}
+
+const takenUp = "unfinished work was taken up"
+
+// resumed records work that has ended. An attempt that failed is none: what a node that is away makes fail again and
+// again would drive everything else out of the log.
+func (s *Service) resumed(ctx context.Context, action, object string, err error) error {
+	if err == nil {
+		s.record(ctx, action, object, takenUp, nil)
+	}
+	return err
 }
 
 // ResumeSnapshot frees a snapshot that is deleted or that was left unfinished: nobody was told of it. It returns
@@ -114,13 +118,11 @@ func (s *Service) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	}
 	switch x.State {
 	case volume.Deleting:
-		err = s.completeDeleteSnapshot(ctx, x)
-		s.record(ctx, "snapshot.free", string(id), "unfinished work was taken up", err)
+		return s.resumed(ctx, "snapshot.free", string(id), s.completeDeleteSnapshot(ctx, x))
 	case volume.Creating:
-		err = s.abandonSnapshot(ctx, id, errors.New("the call that began it was cut off"))
-		s.record(ctx, "snapshot.drop", string(id), "the call that began it was cut off", err)
+		return s.resumed(ctx, "snapshot.drop", string(id), s.abandonSnapshot(ctx, id, errors.New("the call that began it was cut off")))
 	}
-	return err
+	return nil
 }
 
 // ResumeQoS tells the node of an attached volume its limits again. It returns ErrUnderWay, and does nothing, while a call

@@ -549,4 +549,21 @@ func TestEveryChangeIsAudited(t *testing.T) {
 	if got := strings.Join(log, ", "); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
+	log = nil
+	v = w.mustCreate(create("v"))
+	w.agents.script("DeleteReplica", volume.ErrUnavailable)
+	_ = w.DeleteVolume(ctx, v.ID)
+	for range 3 {
+		w.agents.script("DeleteReplica", volume.ErrUnavailable)
+		_ = w.ResumeVolume(ctx, v.ID)
+	}
+	w.reconcile()
+	w.agents.script("CreateReplica", volume.ErrUnavailable)
+	_, _ = w.CreateVolume(ctx, create("w"))
+	w.agents.script("CreateReplica", volume.ErrNoSpace)
+	w.reconcile() // undoes it
+	want = "volume.create true, volume.delete true, volume.free true, volume.create false, volume.create false"
+	if got := strings.Join(log, ", "); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
 }
