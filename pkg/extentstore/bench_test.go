@@ -167,3 +167,27 @@ func BenchmarkMillionExtents(b *testing.B) {
 		}
 	})
 }
+
+// BenchmarkDeepChain reads through a thousand snapshots, each with a block of the same page: one that the head has, and
+// one that only the first has.
+func BenchmarkDeepChain(b *testing.B) {
+	m := newMachine()
+	p, err := m.open(Options{Capacity: 1 << 30, manual: true})
+	must(b, err)
+	defer func() { must(b, p.Close()) }()
+	d := newReplica(b, p, "r", 64*mib, "")
+	buf := make([]byte, block.Size)
+	for i := range int64(1000) {
+		must(b, d.WriteAt(b.Context(), buf, 0))
+		must(b, d.WriteAt(b.Context(), buf, (1+i)*block.Size))
+		must(b, p.Cut(b.Context(), "r", volume.SnapshotID(fmt.Sprintf("s%d", i))))
+	}
+	must(b, d.WriteAt(b.Context(), buf, 0))
+	for name, off := range map[string]int64{"head": 0, "bottom": block.Size} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				must(b, d.ReadAt(b.Context(), buf, off))
+			}
+		})
+	}
+}

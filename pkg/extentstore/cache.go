@@ -77,7 +77,7 @@ func (p *Pool) nextInChain(head, end *chain, idx uint32) (_ uint32, ok bool) {
 
 // forget drops a page of which nothing is left, or that is in another layer now. The stripe is locked for writing.
 func (p *Pool) forget(st *stripe, l *chain, idx uint32) {
-	delete(st.pages, pageID{l.id, idx})
+	p.drop(st, pageID{l.id, idx})
 	p.gone.Add(1)
 	l.pages.remove(idx)
 }
@@ -148,38 +148,98 @@ func (p *Pool) create(st *stripe, l *chain, idx uint32) (*page, error) {
 	return pg, nil
 }
 
-// insert makes room first: pages that were not used since they were last passed by go.
+// insert makes room where there are too many pages.
 func (p *Pool) insert(st *stripe, pg *page) {
-	if len(st.pages) >= p.stripePages {
-		for id, old := range st.pages {
-			if old.evictable() && !old.ref.Swap(false) {
-				delete(st.pages, id)
-				if len(st.pages) < p.stripePages {
-					break
-				}
+	pg.ref.Store(true)
+	st.pages[pg.pageID] = pg
+	p.cached.Add(1)
+	// The stripes take turns: one that a deep chain fills may be larger than others. One that is in use is passed by.
+	for tries := 0; p.cached.Load() > p.cachePages && tries < 8; tries++ {
+		victim := &p.stripes[p.victim.Add(1)%stripeCount]
+		if victim == st {
+			p.evict(st)
+		} else if victim.TryLock() {
+			p.evict(victim)
+			victim.Unlock()
+		}
+	}
+}
+
+// evict lets pages go that were not used since they were last passed by, until there are few enough. The stripe is
+// locked for writing.
+func (p *Pool) evict(st *stripe) {
+	for _, pg := range st.pages {
+		if pg.evictable() && !pg.ref.Swap(false) {
+			p.drop(st, pg.pageID)
+			if p.cached.Load() <= p.cachePages {
+				return
 			}
 		}
 	}
-	pg.ref.Store(true)
-	st.pages[pg.pageID] = pg
+}
+
+func (p *Pool) drop(st *stripe, id pageID) {
+	if _, ok := st.pages[id]; ok {
+		delete(st.pages, id)
+		p.cached.Add(-1)
+	}
+}
+
+// need are the blocks of a page that a lookup has not found yet, per extent.
+type need struct {
+	want        [layer.ExtentsPerPage]layer.Mask
+	first, last int
+}
+
+// set begins the lookup of a range that lies in one page.
+func (n *need) set(off, length int64) {
+	_, n.first = place(off)
+	_, n.last = place(off + length - 1)
+	for i := n.first; i <= n.last; i++ {
+		n.want[i] = layer.AllBlocks
+	}
+	n.want[n.first] &= blocksOf(off, min(length, layer.ExtentSize-off%layer.ExtentSize))
+	end := off + length
+	n.want[n.last] &= blocksOf(max(off, extentDown(end-1)), end-max(off, extentDown(end-1)))
+}
+
+// met takes what a page has, and tells whether nothing is left to be found further down.
+func (n *need) met(pg *page) bool {
+	var left layer.Mask
+	for i := n.first; i <= n.last; i++ {
+		n.want[i] &^= pg.e[i].Covers()
+		left |= n.want[i]
+	}
+	return left == 0
 }
 
 // lockChain locks the stripe of a page and returns the pages that the layers from head down to, not including, end have
-// of it, head first. The caller unlocks with unlock(exclusive).
-func (p *Pool) lockChain(head, end *chain, idx uint32, buf []*page) (st *stripe, pages []*page, exclusive bool, err error) {
+// of it, head first. With a length it leaves out those that the blocks of [off, off+length) do not need. The caller
+// unlocks with unlock(exclusive).
+func (p *Pool) lockChain(head, end *chain, off, length int64, buf []*page) (st *stripe, pages []*page, exclusive bool, err error) {
+	idx, _ := place(off)
+	var n need
+	if length > 0 {
+		n.set(off, length)
+	}
+	met := func(pg *page) bool { return length > 0 && n.met(pg) }
 	st = p.stripe(idx)
 	st.RLock()
 	pages, complete := buf[:0], true
-	for l := head; l != nil && l != end && complete; l = l.parent.Load() {
+	for l := head; l != nil && l != end; l = l.parent.Load() {
 		if !l.pages.has(idx) {
 			continue
 		}
 		pg := st.pages[pageID{l.id, idx}]
-		if complete = pg != nil; complete {
-			if !pg.ref.Load() {
-				pg.ref.Store(true)
-			}
-			pages = append(pages, pg)
+		if pg == nil {
+			complete = false
+			break
+		}
+		if !pg.ref.Load() {
+			pg.ref.Store(true)
+		}
+		if pages = append(pages, pg); met(pg) {
+			break
 		}
 	}
 	if complete {
@@ -187,15 +247,20 @@ func (p *Pool) lockChain(head, end *chain, idx uint32, buf []*page) (st *stripe,
 	}
 	st.RUnlock()
 	st.Lock()
-	pages = pages[:0]
+	if pages = pages[:0]; length > 0 {
+		n.set(off, length)
+	}
 	for l := head; l != nil && l != end; l = l.parent.Load() {
 		pg, err := p.load(st, l, idx)
 		if err != nil {
 			st.Unlock()
 			return nil, nil, false, err
 		}
-		if pg != nil {
-			pages = append(pages, pg)
+		if pg == nil {
+			continue
+		}
+		if pages = append(pages, pg); met(pg) {
+			break
 		}
 	}
 	return st, pages, true, nil

@@ -63,8 +63,7 @@ func (p *Pool) read(head *chain, b []byte, off int64) error {
 // resolve looks up what lies in one page: segments for what has data, zeros at once for the rest. At is where b begins
 // in the request's buffer.
 func (p *Pool) resolve(s *scratch, head *chain, b []byte, off int64, at int) error {
-	idx, _ := place(off)
-	st, pages, exclusive, err := p.lockChain(head, nil, idx, s.pages[:])
+	st, pages, exclusive, err := p.lockChain(head, nil, off, int64(len(b)), s.pages[:])
 	if err != nil {
 		return err
 	}

@@ -37,14 +37,16 @@ type Pool struct {
 	kind  volume.PoolKind
 	thin  bool // freed slots are punched
 
-	stripes     [stripeCount]stripe
-	stripePages int
-	dirtyPages  atomic.Int64
-	gone        atomic.Uint64 // counts pages that layers had
-	grace       grace
-	alloc       allocator
-	commits     committer
-	freed       struct {
+	stripes    [stripeCount]stripe
+	cachePages int64
+	cached     atomic.Int64 // pages in memory
+	victim     atomic.Uint32
+	dirtyPages atomic.Int64
+	gone       atomic.Uint64 // counts pages that layers had
+	grace      grace
+	alloc      allocator
+	commits    committer
+	freed      struct {
 		mu    sync.Mutex
 		slots []layer.Slot
 		some  chan struct{}
@@ -130,7 +132,7 @@ func start(dir string, d deps, o Options) (_ *Pool, err error) {
 	}
 	p.freed.some = make(chan struct{}, 1)
 	p.copyBuf = disk.Aligned(layer.ExtentSize)
-	p.stripePages = max(4, int(o.CacheBytes/stripeCount/1200))
+	p.cachePages = max(8, o.CacheBytes/1200)
 	for i := range p.stripes {
 		p.stripes[i].pages = map[pageID]*page{}
 	}

@@ -184,7 +184,7 @@ func (p *Pool) masks(ctx context.Context, head, end *chain, idx uint32, out *[la
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	st, pages, exclusive, err := p.lockChain(head, end, idx, nil)
+	st, pages, exclusive, err := p.lockChain(head, end, int64(idx)*layer.PageSpan, 0, nil)
 	if err != nil {
 		return err
 	}
