@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -62,10 +63,16 @@ func TestKilledAndStartedAgain(t *testing.T) {
 	if err := d.Stop(); err != nil {
 		t.Fatal(err)
 	}
+	starts := strings.Count(readLog(t, d), startingLine)
 	if err := d.Launch(); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(30 * time.Millisecond) // it has taken over its signals by then, and is opening its databases
+	// Once it says so it has taken over its signals, and is opening its databases.
+	for end := time.Now().Add(30 * time.Second); strings.Count(readLog(t, d), startingLine) == starts; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("it does not start:\n%s", d.LogTail(30))
+		}
+	}
 	if err := d.Stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -75,6 +82,17 @@ func TestKilledAndStartedAgain(t *testing.T) {
 	if trouble := d.LogTrouble(); trouble != "" {
 		t.Error(trouble)
 	}
+}
+
+const startingLine = "ballastd is starting"
+
+func readLog(t *testing.T, d *harness.Daemon) string {
+	t.Helper()
+	b, err := os.ReadFile(d.LogPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }
 
 func writeSynced(path, text string) error {
