@@ -101,10 +101,13 @@ func (n *Node) attach(ctx context.Context, v *vol, cv volume.Volume, access volu
 	return nil
 }
 
-// busy gives a frontend's error the sentinel of the outer layers.
+// busy gives a frontend's error the sentinel of the outer layers. That a device is not there says nothing of its volume.
 func busy(err error) error {
-	if errors.Is(err, frontend.ErrBusy) {
+	switch {
+	case errors.Is(err, frontend.ErrBusy):
 		return fmt.Errorf("%w: %w", err, volume.ErrBusy)
+	case errors.Is(err, volume.ErrNotFound):
+		return fmt.Errorf("%w: %w", err, volume.ErrUnavailable)
 	}
 	return err
 }

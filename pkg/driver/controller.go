@@ -157,11 +157,3 @@ func volumeKey(id volume.ID) string { return "volume " + string(id) }
 
 // nothing is the result of calls that have none.
 type nothing struct{}
-
-// gone turns "not found" into success, for calls that make things go away.
-func gone(err error) (nothing, error) {
-	if errors.Is(err, volume.ErrNotFound) {
-		err = nil
-	}
-	return nothing{}, err
-}

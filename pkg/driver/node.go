@@ -110,7 +110,7 @@ func (n *Node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolume
 		return nil, err
 	}
 	_, err := keylock.Do(ctx, n.locks, pathKey(id, path), "unstage",
-		func(ctx context.Context) (nothing, error) { return gone(n.host.Unstage(ctx, volume.ID(id), path)) })
+		func(ctx context.Context) (nothing, error) { return nothing{}, n.host.Unstage(ctx, volume.ID(id), path) })
 	return &csi.NodeUnstageVolumeResponse{}, err
 }
 
@@ -139,7 +139,7 @@ func (n *Node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 		return nil, err
 	}
 	_, err := keylock.Do(ctx, n.locks, pathKey(id, path), "unpublish",
-		func(ctx context.Context) (nothing, error) { return gone(n.host.Unpublish(ctx, volume.ID(id), path)) })
+		func(ctx context.Context) (nothing, error) { return nothing{}, n.host.Unpublish(ctx, volume.ID(id), path) })
 	return &csi.NodeUnpublishVolumeResponse{}, err
 }
 

@@ -144,12 +144,8 @@ func TestPoint02_NodeCodes(t *testing.T) {
 			h.err = fmt.Errorf("because: %w", sentinel)
 		}
 		for name, call := range nodeCalls(t.Context(), n) {
-			want := code
-			if sentinel == volume.ErrNotFound && (name == "unstage" || name == "unpublish") {
-				want = codes.OK
-			}
-			if got := status.Code(call()); got != want {
-				t.Errorf("%s, host says %v: %v, want %v", name, sentinel, got, want)
+			if got := status.Code(call()); got != code {
+				t.Errorf("%s, host says %v: %v, want %v", name, sentinel, got, code)
 			}
 		}
 	}
