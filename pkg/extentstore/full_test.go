@@ -286,3 +286,22 @@ func TestRealFullFilesystem(t *testing.T) {
 	must(t, d.Flush(t.Context()))
 	eventually(t, "the reserve's return", p.space.Held)
 }
+
+// TestReserveIsNotForData: what was given up for the database must not be filled with data.
+func TestReserveIsNotForData(t *testing.T) {
+	m := newMachine()
+	m.space.bytes = 100 * mib
+	p := openMem(t, m, Options{Capacity: 1 << 30, Reserve: 100 * mib, manual: true})
+	defer p.Close()
+	d := newReplica(t, p, "r", 64*mib, "")
+	m.space.set(mib)
+	must(t, p.CreateReplica(t.Context(), ReplicaSpec{ID: "q", Volume: "v", Size: mib}))
+	if free, _ := m.space.Free(); m.space.Held() || free != 101*mib {
+		t.Fatalf("the reserve is held, %d bytes are free", free)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := d.WriteAt(ctx, make([]byte, layer.BlockSize), 0); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("data went into the reserve: %v", err)
+	}
+}

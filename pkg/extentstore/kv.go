@@ -24,10 +24,26 @@ type kv interface {
 	Scan(prefix []byte, fn func(key, val []byte) error) error
 	// Commit applies all or nothing; it is durable when it returns nil. After an error the outcome is unknown.
 	Commit(ops []op) error
+	// Backlog is how many bytes Compact has to merge, 0 where there is too little to be worth it.
+	Backlog() int64
+	// Compact merges what was written lately into what is there, beside all else. It takes about as much space as the
+	// backlog while it runs, and seconds per GiB of the database.
+	Compact() error
 	Close() error
 }
 
 type badgerKV struct{ db *badger.DB }
+
+const (
+	memTable = 8 << 20
+	// The database is compacted once new tables have compactShare of its size, within these numbers of full tables: what
+	// is rewritten stays in proportion to what was written, and a lookup asks few tables. Small tables are from restarts.
+	compactShare        = 8
+	fewTables           = 4
+	manyTables          = 32
+	compactEvery  int64 = memTable / 2 // bytes after which to look
+	compactMargin int64 = 32 << 20     // bytes that a compaction takes beside the backlog
+)
 
 // openBadger opens the database. It is small: a pool has a few MiB of pages that are hot, cached above it.
 func openBadger(dir string) (*badgerKV, error) {
@@ -38,11 +54,11 @@ func openBadger(dir string) (*badgerKV, error) {
 		WithMetricsEnabled(false).
 		WithCompression(options.None).
 		WithBlockCacheSize(0).
-		WithMemTableSize(8 << 20).
+		WithMemTableSize(memTable).
 		WithNumMemtables(2).
-		WithNumCompactors(2).
-		WithNumLevelZeroTables(4).
-		WithNumLevelZeroTablesStall(10).
+		WithNumCompactors(0). // they poll; Compact does it by need
+		WithNumLevelZeroTables(fewTables).
+		WithNumLevelZeroTablesStall(100 * manyTables).
 		WithValueThreshold(64 << 10).
 		WithValueLogFileSize(4 << 20).
 		WithNumGoroutines(2)
@@ -107,6 +123,27 @@ func (b *badgerKV) Commit(ops []op) error {
 	return nil
 }
 
+func (b *badgerKV) Backlog() int64 {
+	levels := b.db.Levels()
+	var total int64
+	for _, l := range levels {
+		total += l.Size
+	}
+	tables, size := levels[0].NumTables, levels[0].Size
+	worth := min(max(total/compactShare, fewTables*memTable/2), manyTables*memTable)
+	if tables <= fewTables || size < worth && tables < 2*manyTables {
+		return 0
+	}
+	return size
+}
+
+func (b *badgerKV) Compact() error {
+	if err := b.db.Flatten(1); err != nil {
+		return fmt.Errorf("compact the pool's database: %w", err)
+	}
+	return nil
+}
+
 func (b *badgerKV) Close() error { return b.db.Close() }
 
 // store commits ops, units together: one unit is never split. The order of units is kept.
@@ -155,5 +192,43 @@ func (p *Pool) commitOps(ops []op) error {
 	if err := p.kv.Commit(ops); err != nil {
 		return p.fail(err)
 	}
+	n := 0
+	for _, o := range ops {
+		n += o.size()
+	}
+	if p.uncompacted.Add(int64(n)) >= compactEvery {
+		p.uncompacted.Store(0)
+		p.compactSoon()
+	}
 	return nil
+}
+
+func (p *Pool) compactSoon() {
+	select {
+	case p.compactMe <- struct{}{}:
+	default:
+	}
+}
+
+// runCompactor compacts the database when enough was written. It is not begun without room: the database writes through
+// a memory map, where a full filesystem is fatal.
+func (p *Pool) runCompactor() error {
+	for {
+		select {
+		case <-p.ctx.Done():
+			return nil
+		case <-p.compactMe:
+		}
+		n := p.kv.Backlog()
+		if n == 0 {
+			continue
+		}
+		if !p.makeRoom(n + compactMargin + commitFloor) {
+			p.log.Warn("the filesystem of the pool has no room to compact its database", "bytes", n)
+			continue
+		}
+		if err := p.kv.Compact(); err != nil {
+			p.log.Warn("compaction", "error", err)
+		}
+	}
 }

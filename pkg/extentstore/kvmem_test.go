@@ -120,6 +120,9 @@ func (k *memKV) Commit(ops []op) error {
 	return err
 }
 
+func (k *memKV) Backlog() int64 { return 0 }
+func (k *memKV) Compact() error { return nil }
+
 func (k *memKV) Close() error { k.mu.Lock(); k.closed = true; k.mu.Unlock(); return nil }
 
 func (k *memKV) clone() *memKV {

@@ -69,6 +69,9 @@ type Pool struct {
 	kicked  chan struct{} // work for the worker
 	flushMe chan struct{} // work for the flusher
 
+	uncompacted atomic.Int64 // bytes committed since compactMe
+	compactMe   chan struct{}
+
 	ctx     context.Context
 	cancel  context.CancelFunc
 	group   errgroup.Group
@@ -128,7 +131,7 @@ func start(dir string, d deps, o Options) (_ *Pool, err error) {
 		dir: dir, opts: o, log: o.Logger, file: d.file, kv: d.kv, space: d.space, release: d.release,
 		thin:   o.Kind == volume.PoolDir,
 		layers: map[uint64]*chain{}, replicas: map[volume.ReplicaID]*replica{}, snapshots: map[volume.SnapshotID]*snapshot{},
-		kicked: make(chan struct{}, 1), flushMe: make(chan struct{}, 1),
+		kicked: make(chan struct{}, 1), flushMe: make(chan struct{}, 1), compactMe: make(chan struct{}, 1),
 	}
 	p.freed.some = make(chan struct{}, 1)
 	p.copyBuf = disk.Aligned(layer.ExtentSize)
@@ -148,7 +151,9 @@ func start(dir string, d deps, o Options) (_ *Pool, err error) {
 		p.group.Go(p.runWorker)
 		p.group.Go(p.runFlusher)
 		p.group.Go(p.runRecycler)
+		p.group.Go(p.runCompactor)
 		p.kick()
+		p.compactSoon()
 	}
 	return p, nil
 }
@@ -288,7 +293,7 @@ func (p *Pool) runFlusher() error {
 			return nil
 		case <-tick.C:
 			if !p.space.Held() {
-				if held, err := p.space.Hold(2 * growFloor); err != nil {
+				if held, err := p.space.Hold(growFloor); err != nil {
 					p.log.Warn("cannot take the reserve back", "error", err)
 				} else if held {
 					p.log.Info("the pool's reserve is back")

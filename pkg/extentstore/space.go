@@ -110,11 +110,15 @@ func (p *Pool) extend() error {
 	return err
 }
 
-// roomFor refuses what would leave the filesystem of a thin pool without room for the database.
+// roomFor refuses what would leave the filesystem of a thin pool without room for the database. A reserve that was given
+// up is not for data either.
 func (p *Pool) roomFor(n int64) error {
 	free, err := p.space.Free()
 	if err != nil {
 		return err
+	}
+	if !p.space.Held() {
+		n += p.opts.Reserve
 	}
 	if free < n+growFloor {
 		return disk.ErrNoSpace
@@ -124,8 +128,13 @@ func (p *Pool) roomFor(n int64) error {
 
 // keepRoom gives the reserve up before the database would meet a full filesystem, and tells whether there is room then.
 func (p *Pool) keepRoom() bool {
+	return p.makeRoom(commitFloor) || p.makeRoom(lastFloor)
+}
+
+// makeRoom tells whether so many bytes are free, and gives the reserve up for them.
+func (p *Pool) makeRoom(n int64) bool {
 	free, err := p.space.Free()
-	if err != nil || free >= commitFloor {
+	if err != nil || free >= n {
 		return true
 	}
 	if p.space.Held() {
@@ -136,7 +145,7 @@ func (p *Pool) keepRoom() bool {
 		}
 		free, err = p.space.Free()
 	}
-	return err != nil || free >= lastFloor
+	return err != nil || free >= n
 }
 
 // waitRoom waits until the database has room. Without it, somebody else has filled the filesystem and the reserve too.
