@@ -175,8 +175,8 @@ func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) err
 	cancel()
 	if err != nil && ctx.Err() == nil && errors.Is(err, volume.ErrBusy) {
 		// What holds the volume may wait for I/O that never ends. A detach must.
-		if err := n.cfg.Frontend.Abort(ctx, string(id)); err != nil {
-			return fmt.Errorf("abort device of volume %s: %w", id, err)
+		if err := n.abortDevices(ctx, id); err != nil {
+			return err
 		}
 		v, err = n.acquire(ctx, id, false)
 	}

@@ -10,6 +10,6 @@
 // kernel devices die with the process; at start the records say what to bring back. A path keeps its dead mount, which
 // fails all I/O, until a live one takes its place: a workload never writes beneath it onto the host's disk.
 //
-// Close, the clean stop, writes out the mounted filesystems and then lets the devices die like a crash does: unmounting
+// Close, the clean stop, writes out filesystems and raw devices and then lets the devices die like a crash does: unmounting
 // under a running workload would make it write onto the host's disk. The records stay, so the next start restores.
 package agent

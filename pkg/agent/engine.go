@@ -170,15 +170,21 @@ func (n *Node) abort(ctx context.Context, v *vol) error {
 	if v.eng == nil {
 		return nil
 	}
-	err := errors.Join(n.cfg.Frontend.Abort(ctx, string(v.id)), n.cfg.Frontend.Abort(ctx, readOnlyName(v.id)))
-	if err != nil {
-		return fmt.Errorf("abort device of volume %s: %w", v.id, err)
+	if err := n.abortDevices(ctx, v.id); err != nil {
+		return err
 	}
 	at := n.anchor(v.id)
 	if err := errors.Join(mount.Drop(at), mount.Remove(at)); err != nil {
 		n.log.Warn("anchor of a dead filesystem stays", "volume", v.id, "err", err)
 	}
 	return n.closeEngine(v)
+}
+
+func (n *Node) abortDevices(ctx context.Context, id volume.ID) error {
+	if err := errors.Join(n.cfg.Frontend.Abort(ctx, string(id)), n.cfg.Frontend.Abort(ctx, readOnlyName(id))); err != nil {
+		return fmt.Errorf("abort devices of volume %s: %w", id, err)
+	}
+	return nil
 }
 
 // clean frees what dead devices held, after a dead mount went away.
@@ -235,6 +241,9 @@ func (n *Node) mountAnchor(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 	want := capability.FSType
 	if want == "" && cv.Filesystem.Phase != volume.Formatted {
 		want = cv.Parameters.FSType
+	}
+	if used, _ := v.eng.pool.Usage(); cv.Filesystem.Phase == volume.Blank && used[v.eng.at.ID] > 0 {
+		found.Blank = false // both ends read as zeros, yet something was written
 	}
 	plan, err := mount.Decide(cv.Filesystem, want, found, readOnly)
 	if err != nil {

@@ -327,10 +327,10 @@ func (n *Node) clearAnchors() error {
 	return nil
 }
 
-// syncLimit bounds how long a clean stop waits for filesystems to be written out.
+// syncLimit bounds how long a clean stop waits for volumes to be written out.
 const syncLimit = 10 * time.Second
 
-// Close stops the node cleanly: calls under way end, filesystems are written out, as far as they can be within seconds,
+// Close stops the node cleanly: calls under way end, volumes are written out, as far as they can be within seconds,
 // devices die, replicas and pools are closed. What is mounted stays mounted, dead.
 func (n *Node) Close() error {
 	n.mu.Lock()
@@ -344,20 +344,28 @@ func (n *Node) Close() error {
 
 	var syncs sync.WaitGroup
 	for _, v := range n.all() {
-		if at := v.get().anchor; at != "" {
-			syncs.Go(func() {
-				if err := mount.Sync(at); err != nil {
-					n.log.Warn("filesystem not written out", "volume", v.id, "err", err)
-				}
-			})
+		s := v.get()
+		if s.device == "" {
+			continue
 		}
+		syncs.Go(func() {
+			var err error
+			if s.anchor != "" {
+				err = mount.Sync(s.anchor)
+			} else {
+				err = mount.SyncDevice(s.device)
+			}
+			if err != nil {
+				n.log.Warn("volume not written out", "volume", v.id, "err", err)
+			}
+		})
 	}
 	synced := make(chan struct{})
 	n.wg.Go(func() { syncs.Wait(); close(synced) })
 	select {
 	case <-synced:
 	case <-time.After(syncLimit):
-		n.log.Warn("filesystems not written out in time; what was not synced by its workload may be lost")
+		n.log.Warn("volumes not written out in time; what was not synced by its workload may be lost")
 	}
 	// Whatever still waits for a device fails now.
 	err := n.cfg.Frontend.Close()

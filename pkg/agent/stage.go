@@ -145,6 +145,12 @@ func (n *Node) free(path string, dir bool) error {
 // bringUp makes a recorded staging path live. The volume is attached.
 func (n *Node) bringUp(ctx context.Context, c Cluster, v *vol, cv volume.Volume, s stage) error {
 	if s.Capability.Access == volume.AccessBlock {
+		if fs := cv.Filesystem; fs.Phase == volume.Formatting {
+			// An mkfs was cut off and may be run again, which must not be once somebody has the raw device.
+			if err := c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatted, Type: fs.Type}); err != nil {
+				return err
+			}
+		}
 		return mount.MakeDir(s.Path)
 	}
 	if err := n.mountAnchor(ctx, c, v, cv, s.Capability); err != nil {

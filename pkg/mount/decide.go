@@ -50,7 +50,7 @@ func Decide(rec volume.Filesystem, want string, found Found, readOnly bool) (Pla
 		return existing(want, found)
 	} else if !found.Blank {
 		return Plan{}, fmt.Errorf("the volume carries data that is not a filesystem, and is not formatted over it; use it as a raw "+
-			"block device, or clear its first and last MiB to have it formatted: %w", volume.ErrInUse)
+			"block device, or discard all of it (blkdiscard) to have it formatted: %w", volume.ErrInUse)
 	}
 	want = orElse(want, orElse(rec.Type, DefaultType))
 	if readOnly {

@@ -228,6 +228,14 @@ func Sync(path string) error {
 	return nil
 }
 
+// SyncDevice writes out what the page cache holds of a raw device.
+func SyncDevice(device string) error {
+	if err := withOpen(device, unix.O_RDONLY, unix.Fsync); err != nil {
+		return fmt.Errorf("sync %s: %w", device, err)
+	}
+	return nil
+}
+
 // Usage of a filesystem. Inodes are 0 where the filesystem has no fixed number of them.
 type Usage struct {
 	Total, Used, Available                   int64

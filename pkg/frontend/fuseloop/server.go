@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
+	"github.com/ballast-csi/ballast/pkg/apart"
 	"github.com/ballast-csi/ballast/pkg/block"
 )
 
@@ -74,7 +75,8 @@ func newServer(path string, dev block.Device, readOnly bool, bufs *buffers, log 
 		close(s.stopped)
 	}()
 	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil { // answered by the readers: the protocol is up
+	err = apart.Do(func() error { return unix.Stat(path, &st) }) // answered by the readers: the protocol is up
+	if err != nil {
 		return s, fmt.Errorf("stat %s: %w", path, err)
 	}
 	s.conn = unix.Minor(st.Dev)
