@@ -15,16 +15,22 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// bar shows work of unknown length on a terminal, and nothing elsewhere.
-func (c *cli) bar(what string) *progressbar.ProgressBar {
+// bar shows on a terminal how far work has come, and nothing elsewhere. Finish is called when it has ended.
+func (c *cli) bar(what string) (progress extentstore.Progress, finish func() error) {
 	w := c.err
 	if !isTerminal(w) {
 		w = io.Discard
 	}
-	return progressbar.NewOptions64(-1,
+	bar := progressbar.NewOptions64(-1,
 		progressbar.OptionSetWriter(w), progressbar.OptionSetDescription(what), progressbar.OptionShowBytes(true),
 		// An interval would have the bar draw itself from a goroutine that nobody ends.
 		progressbar.OptionSpinnerType(14), progressbar.OptionSetSpinnerChangeInterval(0), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish())
+	return func(done, total int64) {
+		if bar.GetMax64() != total {
+			bar.ChangeMax64(total)
+		}
+		_ = bar.Set64(done) // a bar that cannot be drawn is no reason to stop
+	}, bar.Finish
 }
 
 // checkView is what `pool check -o json` shows.
@@ -61,25 +67,9 @@ DIRECTORY is the pool's, by default /var/lib/ballast/pools/default. The exit cod
 		Example: "  systemctl stop ballastd\n  ballastctl pool check /var/lib/ballast/pools/default",
 		Args:    arguments("DIRECTORY"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			bar := c.bar("examining the pool")
-			stop := make(chan struct{})
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				for tick := time.NewTicker(100 * time.Millisecond); ; {
-					select {
-					case <-stop:
-						tick.Stop()
-						return
-					case <-tick.C:
-						_ = bar.Add(0) // a bar that cannot be drawn is no reason to stop
-					}
-				}
-			}()
-			r, err := extentstore.Check(cmd.Context(), args[0])
-			close(stop)
-			<-done
-			if err := errors.Join(offline(args[0], err), bar.Finish()); err != nil {
+			progress, finish := c.bar("examining the pool")
+			r, err := extentstore.Check(cmd.Context(), args[0], progress)
+			if err := errors.Join(offline(args[0], err), finish()); err != nil {
 				return err
 			}
 			if err := c.showReport(r); err != nil {
@@ -127,19 +117,64 @@ func (c *cli) showReport(r extentstore.Report) error {
 	return c.describe(fs)
 }
 
-// image is a file that counts what is written to it.
-type image struct {
-	*os.File
-	bar     *progressbar.ProgressBar
-	written int64
+// contentView is a line of what `pool show` shows: a volume, or one of its snapshots.
+type contentView struct {
+	Volume        string `json:"volume"`
+	Snapshot      string `json:"snapshot,omitempty"`
+	Replica       string `json:"replica,omitempty"`
+	Tenant        string `json:"tenant,omitempty"`
+	SizeBytes     int64  `json:"sizeBytes"`
+	PhysicalBytes int64  `json:"physicalBytes"`
 }
 
-// WriteAt implements io.WriterAt.
-func (i *image) WriteAt(p []byte, off int64) (int, error) {
-	n, err := i.File.WriteAt(p, off)
-	i.written += int64(n)
-	_ = i.bar.Add(n) // a bar that cannot be drawn is no reason to stop
-	return n, err
+// ref is what `pool export` takes.
+func (v contentView) ref() string {
+	if v.Snapshot != "" {
+		return v.Volume + "@" + v.Snapshot
+	}
+	return v.Volume
+}
+
+func poolShow(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use:   "show DIRECTORY",
+		Short: "List the volumes and snapshots in a pool offline",
+		Long: `List what a pool holds of which no ballastd is running, by the ids that ` + "`pool export`" + ` takes. Of a damaged pool it
+lists what can be read. A line is a volume (VOLUME), or one of its snapshots (VOLUME@SNAPSHOT); only those are listed of a
+volume that was deleted. ON DISK is what each alone occupies.
+
+DIRECTORY is the pool's, by default /var/lib/ballast/pools/default.`,
+		Example: "  systemctl stop ballastd\n  ballastctl pool show /var/lib/ballast/pools/default",
+		Args:    arguments("DIRECTORY"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			list, err := extentstore.List(cmd.Context(), args[0])
+			if err != nil {
+				return offline(args[0], err)
+			}
+			views := []contentView{}
+			for _, v := range list {
+				if v.Replica != "" {
+					views = append(views, contentView{string(v.ID), "", string(v.Replica), v.Tenant, v.Size, v.Physical})
+				}
+				for _, s := range v.Snapshots {
+					views = append(views, contentView{string(v.ID), string(s.ID), "", v.Tenant, s.Size, s.Physical})
+				}
+			}
+			if !c.forPeople() {
+				return c.data(views)
+			}
+			if len(views) == 0 {
+				_, err := fmt.Fprintln(c.err, "The pool holds nothing.")
+				return err
+			}
+			t := &table{head: []string{"VOLUME[@SNAPSHOT]", "TENANT", "SIZE", "ON DISK"}}
+			for _, v := range views {
+				t.add([]cell{plain(v.ref()), orDash(v.Tenant), sizeCell(v.SizeBytes), sizeCell(v.PhysicalBytes)})
+			}
+			return t.print(c.out)
+		},
+		ValidArgsFunction: completeDirectory,
+	}
 }
 
 func poolExport(c *cli) *cobra.Command {
@@ -150,7 +185,8 @@ func poolExport(c *cli) *cobra.Command {
 data when nothing else works. It needs the pool's directory and nothing else. The image is sparse; mount it with
 ` + "`mount -o loop`" + `.
 
-VOLUME and SNAPSHOT are ids (vol-..., snap-...): names are the cluster's, the pool does not have them. FILE must not exist.`,
+VOLUME and SNAPSHOT are ids (vol-..., snap-...), as ` + "`pool show`" + ` lists them: names are the cluster's, the pool does not
+have them. FILE must not exist.`,
 		Example: `  systemctl stop ballastd
   ballastctl pool export /var/lib/ballast/pools/default vol-0123456789abcdef0123 /backup/db.img
   ballastctl pool export /mnt/rescued vol-0123456789abcdef0123@snap-89abcdef0123456789ab /backup/db-monday.img`,
@@ -172,12 +208,14 @@ VOLUME and SNAPSHOT are ids (vol-..., snap-...): names are the cluster's, the po
 					err = errors.Join(err, os.Remove(args[2])) // half an image is worse than none
 				}
 			}()
-			img := &image{File: f, bar: c.bar("exporting " + safe(args[1]))}
-			err = offline(args[0], extentstore.Export(cmd.Context(), args[0], volume.ID(vol), volume.SnapshotID(snap), img))
+			draw, finish := c.bar("exporting " + safe(args[1]))
+			var written int64
+			progress := func(done, total int64) { written = done; draw(done, total) }
+			err = offline(args[0], extentstore.Export(cmd.Context(), args[0], volume.ID(vol), volume.SnapshotID(snap), f, progress))
 			if err == nil {
 				err = f.Sync()
 			}
-			if err = errors.Join(err, f.Close(), img.bar.Finish()); err != nil {
+			if err = errors.Join(err, f.Close(), finish()); err != nil {
 				return err
 			}
 			info, err := os.Stat(args[2])
@@ -189,9 +227,9 @@ VOLUME and SNAPSHOT are ids (vol-..., snap-...): names are the cluster's, the po
 					File      string `json:"file"`
 					SizeBytes int64  `json:"sizeBytes"`
 					DataBytes int64  `json:"dataBytes"`
-				}{args[2], info.Size(), img.written})
+				}{args[2], info.Size(), written})
 			}
-			return c.say("%s: %s, %s of it data.", args[2], sizeText(info.Size()), sizeText(img.written))
+			return c.say("%s: %s, %s of it data.", args[2], sizeText(info.Size()), sizeText(written))
 		},
 		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
 			switch len(args) {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -41,7 +42,7 @@ func TestPoolOffline(t *testing.T) {
 	if err := dev.WriteAt(ctx, tuesday, 1<<20); err != nil {
 		t.Fatal(err)
 	}
-	for _, args := range [][]string{{"pool", "check", dir}, {"pool", "export", dir, "vol-1", filepath.Join(t.TempDir(), "x")}} {
+	for _, args := range [][]string{{"pool", "check", dir}, {"pool", "show", dir}, {"pool", "export", dir, "vol-1", filepath.Join(t.TempDir(), "x")}} {
 		if r := ctl("", args...); r.code != exitFailed || !strings.Contains(r.err, "stop it first") {
 			t.Errorf("%v of a pool in use: exit %d: %s", args, r.code, r.err)
 		}
@@ -57,6 +58,15 @@ func TestPoolOffline(t *testing.T) {
 		t.Errorf("exit %d %v: %s%s", r.code, err, r.out, r.err)
 	}
 	if r := ctl("", "pool", "check", dir); r.code != exitOK || !strings.Contains(r.out, "sound") || r.err != "" {
+		t.Errorf("exit %d: %s%s", r.code, r.out, r.err)
+	}
+	r = ctl("", "pool", "show", dir, "-o", "json")
+	var shown []contentView
+	want := []contentView{{Volume: "vol-1", Replica: "rep-1", Tenant: "t", SizeBytes: 8 << 20, PhysicalBytes: 64 << 10}, {Volume: "vol-1", Snapshot: "snap-1", Tenant: "t", SizeBytes: 8 << 20, PhysicalBytes: 64 << 10}}
+	if err := json.Unmarshal([]byte(r.out), &shown); err != nil || r.code != exitOK || !slices.Equal(shown, want) {
+		t.Errorf("exit %d %v: %s%s", r.code, err, r.out, r.err)
+	}
+	if r := ctl("", "pool", "show", dir); r.code != exitOK || !strings.Contains(r.out, "vol-1@snap-1") || r.err != "" {
 		t.Errorf("exit %d: %s%s", r.code, r.out, r.err)
 	}
 	for ref, want := range map[string][]byte{"vol-1": tuesday, "vol-1@snap-1": monday} {

@@ -77,11 +77,11 @@ func pools(node *string) resource[poolView] {
 func poolCommand(c *cli) *cobra.Command {
 	var node string
 	r := pools(&node)
-	cmd := group("pool", "Pools: list, get, watch, why; check and export offline", "pools")
+	cmd := group("pool", "Pools: list, get, watch, why; show, check and export offline", "pools")
 	cmds := r.commands(c)
 	must(cmds[0].RegisterFlagCompletionFunc("node", c.completeFlag(completeNodes)))
 	cmd.AddCommand(cmds...)
-	cmd.AddCommand(poolStrays(c), poolCheck(c), poolExport(c))
+	cmd.AddCommand(poolStrays(c), poolShow(c), poolCheck(c), poolExport(c))
 	return cmd
 }
 

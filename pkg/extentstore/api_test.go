@@ -154,56 +154,58 @@ func TestDamageIsFound(t *testing.T) {
 		change  func(t *testing.T, d *deps)
 		problem string
 		opens   bool
+		// exports tells what can be exported even so: "r" the replica, "s" the snapshot.
+		exports string
 	}{
-		"nothing": {func(*testing.T, *deps) {}, "", true},
+		"nothing": {func(*testing.T, *deps) {}, "", true, "rs"},
 		"two owners": {func(t *testing.T, d *deps) {
 			rewrite(t, d, 1, func(pg *layer.Page) { pg[3].Slot = pg[1].Slot })
-		}, "slot 2 is of layer 1", false},
+		}, "slot 2 is of layer 1", false, "rs"},
 		"owners in two layers": {func(t *testing.T, d *deps) {
 			rewrite(t, d, 2, func(pg *layer.Page) { pg[0].Slot = 3 })
-		}, "slot 3 is of layer 2", false},
+		}, "and of layer 2", false, "rs"},
 		"slot outside": {func(t *testing.T, d *deps) {
 			rewrite(t, d, 1, func(pg *layer.Page) { pg[3].Slot = 1 << 30 })
-		}, "beyond the data file", false},
+		}, "beyond the data file", false, ""},
 		"block outside": {func(t *testing.T, d *deps) {
 			var pg layer.Page
 			pg[5] = layer.Entry{Zero: 1}
 			must(t, d.kv.Commit([]op{{pageKey(keyPage, 1, 2), pg.Append(nil)}}))
-		}, "beyond the end", true},
+		}, "beyond the end", true, "rs"},
 		"flipped bit": {func(t *testing.T, d *deps) {
 			b := make([]byte, layer.BlockSize)
 			off := 2*layer.ExtentSize + 5*int64(layer.BlockSize)
 			must(t, d.file.ReadAt(b, off))
 			b[17] ^= 4
 			must(t, d.file.WriteAt(b, off))
-		}, "the bytes in slot 2 have checksum", true},
+		}, "the bytes in slot 2 have checksum", true, "rs"},
 		"lost checksums": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{key: pageKey(keySums, 1, 0)}}))
-		}, "lost its checksums", true},
+		}, "lost its checksums", true, "rs"},
 		"lost layer": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{key: layerKey(1)}}))
-		}, "refers to layer 1", false},
+		}, "refers to layer 1", false, ""},
 		"circle": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{layerKey(1), layerRecord{parent: 2}.encode()}}))
-		}, "missing or younger", false},
+		}, "missing or younger", false, ""},
 		"broken page": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{pageKey(keyPage, 1, 0), []byte{1, 2, 3}}}))
-		}, "page 0 of layer 1", false},
+		}, "page 0 of layer 1", false, ""},
 		"another pool's file": {func(t *testing.T, d *deps) {
 			b := make([]byte, layer.BlockSize)
 			copy(b, encodeSuper(poolRecord{formatVersion, "other", volume.PoolDir}))
 			must(t, d.file.WriteAt(b, 0))
-		}, "of pool other", false},
+		}, "of pool other", false, ""},
 		"lost database": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{key: []byte{keyPool}}}))
-		}, "no record", false},
+		}, "no record", false, "rs"},
 		"future": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{[]byte{keyPool}, poolRecord{9, "p", volume.PoolDir}.encode()}}))
-		}, "format 9", false},
+		}, "format 9", false, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := damaged(t, c.change)
-			r, err := Check(t.Context(), dir)
+			r, err := Check(t.Context(), dir, nil)
 			must(t, err)
 			all := strings.Join(r.Problems, "\n")
 			if c.problem == "" && all != "" || !strings.Contains(all, c.problem) {
@@ -211,6 +213,15 @@ func TestDamageIsFound(t *testing.T) {
 			}
 			if c.problem == "" && (r.Verified != 4 || r.Stale != 1) {
 				t.Errorf("%+v", r)
+			}
+			for what, snap := range map[string]volume.SnapshotID{"r": "", "s": "s"} {
+				f, err := os.Create(filepath.Join(t.TempDir(), "image"))
+				must(t, err)
+				err = Export(t.Context(), dir, "vol-r", snap, f, nil)
+				if (err == nil) != strings.Contains(c.exports, what) {
+					t.Errorf("export of %s: %v", what, err)
+				}
+				must(t, f.Close())
 			}
 			p, err := Open(t.Context(), dir, Options{Reserve: mib, Capacity: 64 * mib})
 			if (err == nil) != c.opens {

@@ -5,6 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
 
 	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/layer"
@@ -35,14 +38,14 @@ func (r *Report) problem(format string, a ...any) {
 }
 
 // Check examines a pool that no process has open: records, chains, pages, owners of slots and checksums. It changes
-// nothing. The error is of the examination itself; what is wrong with the pool is in the report.
-func Check(ctx context.Context, dir string) (_ Report, err error) {
+// nothing. The error is of the examination itself; what is wrong with the pool is in the report. Progress may be nil.
+func Check(ctx context.Context, dir string, progress Progress) (_ Report, err error) {
 	var d deps
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.open(dir, true, true); err != nil {
 		return Report{}, err
 	}
-	return check(ctx, d.file, d.kv)
+	return check(ctx, d.file, d.kv, progress)
 }
 
 func (d *deps) close() error {
@@ -62,13 +65,14 @@ type checker struct {
 	file   disk.File
 	layers map[uint64]layerRecord
 	sizes  map[uint64]int64 // of the largest that sees the layer
-	owner  map[layer.Slot]pageID
+	owned  *layer.FreeMap
+	twice  map[layer.Slot][]string // who owns what several do
 	buf    []byte
 }
 
-func check(ctx context.Context, f disk.File, db kv) (Report, error) {
-	c := &checker{file: f, layers: map[uint64]layerRecord{}, sizes: map[uint64]int64{}, owner: map[layer.Slot]pageID{},
-		buf: disk.Aligned(layer.ExtentSize)}
+func check(ctx context.Context, f disk.File, db kv, progress Progress) (Report, error) {
+	c := &checker{file: f, layers: map[uint64]layerRecord{}, sizes: map[uint64]int64{}, owned: layer.NewFreeMap(int(f.Size() / layer.ExtentSize)),
+		twice: map[layer.Slot][]string{}, buf: disk.Aligned(layer.ExtentSize)}
 	if err := c.identity(db); err != nil {
 		return c.Report, err
 	}
@@ -76,7 +80,25 @@ func check(ctx context.Context, f disk.File, db kv) (Report, error) {
 		return c.Report, err
 	}
 	err := db.Scan([]byte{keyPage}, func(k, v []byte) error {
-		c.page(db, k, v)
+		c.page(k, v)
+		return ctx.Err()
+	})
+	if err == nil {
+		err = c.owners(ctx, db)
+	}
+	if err != nil {
+		return c.Report, err
+	}
+	var done int64
+	err = db.Scan([]byte{keyPage}, func(k, v []byte) error {
+		var pg layer.Page
+		id, idx, ok := parsePageKey(k)
+		if _, known := c.layers[id]; ok && known && pg.Decode(v) == nil {
+			c.sums(db, id, idx, &pg, v)
+			if done += int64(pg.Slots()) * layer.ExtentSize; progress != nil {
+				progress(done, c.Extents*layer.ExtentSize)
+			}
+		}
 		return ctx.Err()
 	})
 	if err != nil {
@@ -206,7 +228,8 @@ func (c *checker) refer(who string, id uint64, size int64, taken map[uint64]stri
 	}
 }
 
-func (c *checker) page(db kv, k, v []byte) {
+// page checks everything about a page but the bytes that it refers to.
+func (c *checker) page(k, v []byte) {
 	c.Pages++
 	id, idx, ok := parsePageKey(k)
 	if _, known := c.layers[id]; !ok || !known || idx >= maxPages {
@@ -233,13 +256,34 @@ func (c *checker) page(db kv, k, v []byte) {
 		c.Extents++
 		if e.Slot.Offset()+layer.ExtentSize > c.file.Size() {
 			c.problem("layer %d at %d has slot %d, beyond the data file", id, off, e.Slot)
+		} else if !c.owned.Add(e.Slot) && len(c.twice) < maxProblems {
+			c.twice[e.Slot] = nil
 		}
-		if other, twice := c.owner[e.Slot]; twice {
-			c.problem("slot %d is of layer %d page %d and of layer %d page %d", e.Slot, id, idx, other.layer, other.idx)
-		}
-		c.owner[e.Slot] = pageID{id, idx}
 	}
-	c.sums(db, id, idx, &pg, v)
+}
+
+// owners names all owners of slots that have several.
+func (c *checker) owners(ctx context.Context, db kv) error {
+	if len(c.twice) == 0 {
+		return nil
+	}
+	err := db.Scan([]byte{keyPage}, func(k, v []byte) error {
+		var pg layer.Page
+		id, idx, ok := parsePageKey(k)
+		if !ok || pg.Decode(v) != nil {
+			return ctx.Err()
+		}
+		for i, e := range pg {
+			if who, twice := c.twice[e.Slot]; twice {
+				c.twice[e.Slot] = append(who, fmt.Sprintf("layer %d at %d", id, int64(idx)*layer.PageSpan+int64(i)*layer.ExtentSize))
+			}
+		}
+		return ctx.Err()
+	})
+	for _, s := range slices.Sorted(maps.Keys(c.twice)) {
+		c.problem("slot %d is of %s", s, strings.Join(c.twice[s], " and of "))
+	}
+	return err
 }
 
 func highest(m layer.Mask) int {

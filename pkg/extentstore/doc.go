@@ -51,6 +51,8 @@ type Options struct {
 
 	// broken switches rules off, for tests of the tests.
 	broken rules
+	// salvage is for reading a pool that may be damaged: nothing is written, and what is bad is passed by.
+	salvage bool
 	// maxDirty replaces maxDirtyPages.
 	maxDirty int64
 	// manual leaves all background work to Pool.step, for tests that decide what happens when.

@@ -180,7 +180,7 @@ func (w *world) quiet() error {
 			return err
 		}
 	}
-	r, err := check(context.Background(), w.m.file, w.m.kv)
+	r, err := check(context.Background(), w.m.file, w.m.kv, nil)
 	if err != nil || len(r.Problems) > 0 {
 		return fmt.Errorf("check: %v %v", r.Problems, err)
 	}

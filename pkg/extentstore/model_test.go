@@ -395,7 +395,7 @@ func (w *world) crash(steps int) error {
 func (w *world) restart(m *machine, steps int) error {
 	w.m = m
 	maybeVol, maybeSnap := w.maybeVol, w.maybeSnap
-	if r, err := check(context.Background(), w.m.file, w.m.kv); w.m.kv.m[string(rune(keyPool))] != nil && (err != nil || len(r.Problems) > 0) {
+	if r, err := check(context.Background(), w.m.file, w.m.kv, nil); w.m.kv.m[string(rune(keyPool))] != nil && (err != nil || len(r.Problems) > 0) {
 		return fmt.Errorf("check after the crash: %v %v", r.Problems, err)
 	}
 	// What was under way happened or did not.

@@ -249,7 +249,7 @@ func (p *Pool) Close() error {
 		errs = append(errs, h.Close())
 	}
 	errs = append(errs, p.group.Wait())
-	if p.failure() == nil {
+	if p.failure() == nil && !p.opts.salvage {
 		p.mu.Lock()
 		all := make([]*chain, 0, len(p.layers))
 		for _, l := range p.layers {

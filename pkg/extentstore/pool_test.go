@@ -8,8 +8,11 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/block/blocktest"
+	"github.com/ballast-csi/ballast/pkg/layer"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -102,7 +105,7 @@ func TestReopen(t *testing.T) {
 	if _, err := Open(t.Context(), dir, Options{}); !errors.Is(err, volume.ErrInUse) {
 		t.Fatalf("second opener: %v", err)
 	}
-	if _, err := Check(t.Context(), dir); !errors.Is(err, volume.ErrInUse) {
+	if _, err := Check(t.Context(), dir, nil); !errors.Is(err, volume.ErrInUse) {
 		t.Fatalf("check of an open pool: %v", err)
 	}
 	s, err := p.OpenSnapshot(t.Context(), "s")
@@ -121,15 +124,27 @@ func TestReopen(t *testing.T) {
 	}
 	must(t, p.Close())
 
-	r, err := Check(t.Context(), dir)
+	var progress []int64
+	r, err := Check(t.Context(), dir, func(done, total int64) { progress = append(progress, done, total) })
 	must(t, err)
+	if n := len(progress); n == 0 || progress[n-2] != progress[n-1] {
+		t.Errorf("progress of the check: %v", progress)
+	}
+	progress = nil
+	list, err := List(t.Context(), dir)
+	must(t, err)
+	contents := []VolumeContents{{ID: "vol-r", Replica: "r", Tenant: "t", Size: 64 * mib, Physical: layer.ExtentSize,
+		Snapshots: []SnapshotContents{{ID: "s", Size: 64 * mib, Physical: 3 * layer.ExtentSize}}}}
+	if diff := cmp.Diff(contents, list); diff != "" {
+		t.Errorf("list: %s", diff)
+	}
 	if len(r.Problems) > 0 || r.Replicas != 1 || r.Snapshots != 1 || r.Layers != 2 {
 		t.Fatalf("check: %+v", r)
 	}
 	for snap, first := range map[volume.SnapshotID]string{"": "after", "s": "balla"} {
 		f, err := os.Create(filepath.Join(t.TempDir(), "image"))
 		must(t, err)
-		must(t, Export(context.Background(), dir, "vol-r", snap, f))
+		must(t, Export(context.Background(), dir, "vol-r", snap, f, func(done, total int64) { progress = append(progress, done, total) }))
 		must(t, f.Close())
 		b, err := os.ReadFile(f.Name())
 		must(t, err)
@@ -140,10 +155,13 @@ func TestReopen(t *testing.T) {
 			t.Errorf("export of %q differs", snap)
 		}
 	}
-	if err := Export(t.Context(), dir, "vol-x", "", nil); !errors.Is(err, volume.ErrNotFound) {
+	if n := len(progress); n == 0 || progress[n-2] != progress[n-1] {
+		t.Errorf("progress of the export: %v", progress)
+	}
+	if err := Export(t.Context(), dir, "vol-x", "", nil, nil); !errors.Is(err, volume.ErrNotFound) {
 		t.Errorf("export of an unknown volume: %v", err)
 	}
-	if _, err := Check(t.Context(), t.TempDir()); !errors.Is(err, volume.ErrNotFound) {
+	if _, err := Check(t.Context(), t.TempDir(), nil); !errors.Is(err, volume.ErrNotFound) {
 		t.Errorf("check of nothing: %v", err)
 	}
 }

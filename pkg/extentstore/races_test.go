@@ -40,7 +40,7 @@ func openGate(t *testing.T, m *machine, o Options) (*Pool, *gateFile) {
 
 func sound(t *testing.T, m *machine) {
 	t.Helper()
-	r, err := check(context.Background(), m.file, m.kv)
+	r, err := check(context.Background(), m.file, m.kv, nil)
 	must(t, err)
 	if len(r.Problems) > 0 {
 		t.Fatalf("check: %v", r.Problems)

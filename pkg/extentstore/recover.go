@@ -16,6 +16,9 @@ var errUnknownPool = errors.New("the data file belongs to a pool whose database 
 
 // recover reads all of the database: records, then pages, from which it makes the map of free slots.
 func (p *Pool) recover() error {
+	if p.opts.salvage {
+		return errors.Join(p.recognise(), p.readRecords(), p.salvagePages())
+	}
 	if err := p.identify(); err != nil {
 		return err
 	}
@@ -23,6 +26,14 @@ func (p *Pool) recover() error {
 		return err
 	}
 	return p.readPages()
+}
+
+// damaged is what is wrong with a record: the end of it, but for one who takes what there is.
+func (p *Pool) damaged(err error) error {
+	if p.opts.salvage {
+		return nil
+	}
+	return err
 }
 
 // identify makes the pool where there is none. The record comes before the superblock, which a later open repeats if a
@@ -79,6 +90,27 @@ func (p *Pool) identify() error {
 	return p.file.Sync()
 }
 
+// recognise refuses a format that is not ours, and the data file of another pool.
+func (p *Pool) recognise() error {
+	b, err := p.kv.Get([]byte{keyPool})
+	if err != nil {
+		return err
+	}
+	rec, err := decodePool(b)
+	if errors.Is(err, layer.ErrCorrupt) {
+		return nil
+	}
+	block := make([]byte, layer.BlockSize)
+	if err = errors.Join(err, p.file.ReadAt(block, 0)); err != nil {
+		return err
+	}
+	p.id, p.kind = rec.id, rec.kind
+	if super, none, err := decodeSuper(block); err == nil && !none && super.id != rec.id {
+		return fmt.Errorf("the data file is of pool %s, the database beside it of pool %s: put the right one back", super.id, rec.id)
+	}
+	return nil
+}
+
 func newPoolID() volume.PoolID {
 	var b [10]byte
 	_, _ = rand.Read(b[:]) // never fails: crypto/rand
@@ -90,7 +122,7 @@ func (p *Pool) readRecords() error {
 	err := p.kv.Scan([]byte{keyLayer}, func(k, v []byte) error {
 		r, err := decodeLayer(v)
 		if err != nil || len(k) != 9 {
-			return errors.Join(err, fmt.Errorf("layer record %x", k))
+			return p.damaged(errors.Join(err, fmt.Errorf("layer record %x", k)))
 		}
 		id := binary.BigEndian.Uint64(k[1:])
 		p.layers[id] = &chain{id: id, tenant: r.tenant, summed: r.summed}
@@ -108,7 +140,11 @@ func (p *Pool) readRecords() error {
 		// Ids grow: a layer is younger than its parent, so a chain has no circle.
 		above := p.layers[parent]
 		if above == nil || parent >= id {
-			return fmt.Errorf("layer %d has parent %d, which is not there: %w", id, parent, layer.ErrCorrupt)
+			if err := p.damaged(fmt.Errorf("layer %d has parent %d, which is not there: %w", id, parent, layer.ErrCorrupt)); err != nil {
+				return err
+			}
+			p.layers[id].bad = layer.ErrCorrupt
+			continue
 		}
 		p.layers[id].parent.Store(above)
 		above.children++
@@ -116,11 +152,11 @@ func (p *Pool) readRecords() error {
 	err = p.kv.Scan([]byte{keySnapshot}, func(k, v []byte) error {
 		r, err := decodeSnapshot(v)
 		if err != nil {
-			return fmt.Errorf("%s: %w", k[1:], err)
+			return p.damaged(fmt.Errorf("%s: %w", k[1:], err))
 		}
 		l := p.layers[r.layer]
 		if l == nil || l.snap != nil {
-			return fmt.Errorf("snapshot %s has layer %d, which is missing or another's: %w", k[1:], r.layer, layer.ErrCorrupt)
+			return p.damaged(fmt.Errorf("snapshot %s has layer %d, which is missing or another's: %w", k[1:], r.layer, layer.ErrCorrupt))
 		}
 		s := &snapshot{id: volume.SnapshotID(k[1:]), layer: l, size: r.size, volume: volume.ID(r.volume), tenant: r.tenant,
 			replica: volume.ReplicaID(r.replica)}
@@ -133,11 +169,11 @@ func (p *Pool) readRecords() error {
 	return p.kv.Scan([]byte{keyReplica}, func(k, v []byte) error {
 		r, err := decodeReplica(v)
 		if err != nil {
-			return fmt.Errorf("%s: %w", k[1:], err)
+			return p.damaged(fmt.Errorf("%s: %w", k[1:], err))
 		}
 		l := p.layers[r.head]
 		if l == nil || l.head != nil || l.snap != nil || l.children != 0 {
-			return fmt.Errorf("replica %s has layer %d, which is missing or not its own: %w", k[1:], r.head, layer.ErrCorrupt)
+			return p.damaged(fmt.Errorf("replica %s has layer %d, which is missing or not its own: %w", k[1:], r.head, layer.ErrCorrupt))
 		}
 		n := &replica{p: p, id: volume.ReplicaID(k[1:]), volume: volume.ID(r.volume), tenant: r.tenant}
 		n.size.Store(r.size)
@@ -205,6 +241,20 @@ func (p *Pool) readPages() error {
 		}
 	}
 	return p.file.Grow(int64(total) * layer.ExtentSize)
+}
+
+// salvagePages notes which pages there are: a bad one fails those who read it.
+func (p *Pool) salvagePages() error {
+	return p.kv.Scan([]byte{keyPage}, func(k, v []byte) error {
+		id, idx, ok := parsePageKey(k)
+		if l := p.layers[id]; ok && l != nil && idx < maxPages {
+			var pg layer.Page
+			_ = pg.Decode(v) // its slots are not counted then
+			l.slots.Add(int64(pg.Slots()))
+			l.pages.add(idx)
+		}
+		return nil
+	})
 }
 
 // measure is the pool's capacity in bytes; where none was given for a thin pool, what is free beside what it occupies.
