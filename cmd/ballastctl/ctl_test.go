@@ -137,6 +137,7 @@ func TestChanges(t *testing.T) {
 		{"volume delete copy -y", "Volume copy is deleted."},
 		{"quota set team --logical 100Gi --snapshots 5", "100 GiB"},
 		{"quota set team --volumes 7", "0 / 7"},
+		{"quota set team --snapshots none", "0 / ∞"},
 		{"quota delete team", "The quota of team is deleted."},
 	} {
 		r := ctl(socket, strings.Fields(step.args)...)
@@ -198,11 +199,13 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		{socket, "volume list -o xml", exitUsage, []string{"table, wide, json, yaml"}},
 		{socket, "volume list --nope", exitUsage, []string{"--nope"}},
 		{socket, "quota set shop", exitUsage, []string{"logical"}},
-		{socket, "quota set shop --volumes -1", exitUsage, []string{"negative"}},
+		{socket, "quota set shop --volumes -1", exitUsage, []string{"at least 1"}},
+		{socket, "quota set shop --volumes 0", exitUsage, []string{"at least 1", "none"}},
+		{socket, "quota set shop --logical 0", exitUsage, []string{"at least 1", "none"}},
+		{socket, "quota set shop --volumes many", exitUsage, []string{"no number"}},
 		{socket, "bogus", exitUsage, []string{"bogus"}},
 		{socket, "pool check " + filepath.Join(dir, "nothing"), exitNotFound, []string{"no pool in"}},
 		{socket, "pool export " + dir + " @ " + filepath.Join(dir, "x"), exitUsage, []string{"VOLUME@SNAPSHOT"}},
-		{busy, "status", exitOK, nil},
 	} {
 		r := ctl(c.socket, strings.Fields(c.args)...)
 		if r.code != c.code {
@@ -217,8 +220,8 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 			t.Errorf("%s: stdout %q, stderr %q", c.args, r.out, r.err)
 		}
 	}
-	if r := ctl(busy, "status"); !strings.Contains(r.out, "not ready: ballastd is opening its pools") {
-		t.Errorf("status: %s", r.out)
+	if r := ctl(busy, "status"); r.code != exitUnreachable || !strings.Contains(r.out, "not ready: ballastd is opening its pools") {
+		t.Errorf("status: exit %d, %s", r.code, r.out)
 	}
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -90,13 +91,35 @@ func quotaCommand(c *cli) *cobra.Command {
 	return cmd
 }
 
+// noLimit is what removes a limit.
+const noLimit = "none"
+
+// parseLimit reads a limit. A limit of 0 is refused: in the API it stands for none, the opposite of what it looks like.
+func parseLimit(text string, parse func(string) (int64, error)) (int64, error) {
+	if text == noLimit {
+		return 0, nil
+	}
+	n, err := parse(text)
+	if err == nil && n <= 0 {
+		err = usage(fmt.Errorf("a limit is at least 1; write %s to remove it", noLimit))
+	}
+	return n, err
+}
+
+func parseCount(s string) (int64, error) {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil {
+		return 0, usage(fmt.Errorf("%q is no number", s))
+	}
+	return n, nil
+}
+
 func quotaSet(c *cli, r resource[quotaView]) *cobra.Command {
-	var logical, physical string
-	var volumes, snapshots int64
+	var logical, physical, volumes, snapshots string
 	cmd := &cobra.Command{
 		Use:   "set TENANT",
 		Short: "Limit what a tenant may use",
-		Long: `Limit what a tenant may use. What is not given stays as it is; 0 removes a limit.
+		Long: `Limit what a tenant may use. What is not given stays as it is; none removes a limit.
 
   --logical    sum of the sizes of the tenant's volumes
   --physical   what its volumes and snapshots occupy on pools
@@ -105,29 +128,27 @@ func quotaSet(c *cli, r resource[quotaView]) *cobra.Command {
 In Kubernetes the tenant is the claim's namespace, unless the StorageClass has a parameter tenant. A limit below what is
 used already is allowed: nothing is taken away, and nothing new is given. A create, a clone, an expand or a snapshot that
 would pass a limit is refused with RESOURCE_EXHAUSTED.`,
-		Example: "  ballastctl quota set team-a --logical 100Gi --volumes 20\n  ballastctl quota set team-a --snapshots 0",
+		Example: "  ballastctl quota set team-a --logical 100Gi --volumes 20\n  ballastctl quota set team-a --snapshots none",
 		Args:    arguments("TENANT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &adminpb.SetQuotaRequest{Tenant: args[0]}
 			for _, f := range []struct {
-				name string
-				in   string
-				out  **int64
-			}{{"logical", logical, &req.LogicalBytes}, {"physical", physical, &req.PhysicalBytes}} {
+				name  string
+				in    string
+				out   **int64
+				parse func(string) (int64, error)
+			}{
+				{"logical", logical, &req.LogicalBytes, parseSize}, {"physical", physical, &req.PhysicalBytes, parseSize},
+				{"volumes", volumes, &req.Volumes, parseCount}, {"snapshots", snapshots, &req.Snapshots, parseCount},
+			} {
 				if !cmd.Flags().Changed(f.name) {
 					continue
 				}
-				n, err := parseSize(f.in)
+				n, err := parseLimit(f.in, f.parse)
 				if err != nil {
 					return fmt.Errorf("--%s: %w", f.name, err)
 				}
 				*f.out = &n
-			}
-			if cmd.Flags().Changed("volumes") {
-				req.Volumes = &volumes
-			}
-			if cmd.Flags().Changed("snapshots") {
-				req.Snapshots = &snapshots
 			}
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
 				q, err := a.SetQuota(ctx, req)
@@ -140,10 +161,10 @@ would pass a limit is refused with RESOURCE_EXHAUSTED.`,
 		ValidArgsFunction: c.completeFirst(completeTenants),
 	}
 	f := cmd.Flags()
-	f.StringVar(&logical, "logical", "", "`size`, like 100Gi")
-	f.StringVar(&physical, "physical", "", "`size`, like 100Gi")
-	f.Int64Var(&volumes, "volumes", 0, "`number` of volumes")
-	f.Int64Var(&snapshots, "snapshots", 0, "`number` of snapshots")
+	f.StringVar(&logical, "logical", "", "`size`, like 100Gi, or none")
+	f.StringVar(&physical, "physical", "", "`size`, like 100Gi, or none")
+	f.StringVar(&volumes, "volumes", "", "`number` of volumes, or none")
+	f.StringVar(&snapshots, "snapshots", "", "`number` of snapshots, or none")
 	cmd.MarkFlagsOneRequired("logical", "physical", "volumes", "snapshots")
 	return cmd
 }

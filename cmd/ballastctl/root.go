@@ -87,7 +87,7 @@ Exit codes:
   1    failed
   2    the command line is wrong
   3    what was named does not exist
-  4    the daemon does not answer
+  4    the daemon does not answer, or is not ready
   5    refused as things are: in use, already there, out of space, over quota
   130  interrupted`,
 		Example: `  ballastctl status

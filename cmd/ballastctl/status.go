@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"time"
@@ -85,7 +86,8 @@ func statusCommand(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
 		Short: "Say in a few lines how the cluster is",
-		Long:  "Say in a few lines how the cluster is: whether the daemon is ready, what is stored, and which volumes are not well.",
+		Long: `Say in a few lines how the cluster is: whether the daemon is ready, what is stored, and which volumes are not well. The
+exit code is 4 while the daemon is not ready.`,
 		Args:  arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
@@ -93,8 +95,12 @@ func statusCommand(c *cli) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				var notReady error
+				if !s.Ready {
+					notReady = unreachableError{fmt.Errorf("the daemon is not ready: %s", s.Message)}
+				}
 				if !c.forPeople() {
-					return c.data(s)
+					return errors.Join(c.data(s), notReady)
 				}
 				ready := cell{"ready", styleGood}
 				if !s.Ready {
@@ -116,7 +122,7 @@ func statusCommand(c *cli) *cobra.Command {
 				for _, h := range s.Unhealthy {
 					fs = append(fs, field{"Unhealthy", cell{h.Volume + ": " + healthCell(h.Conditions).text, healthCell(h.Conditions).style}})
 				}
-				return c.describe(fs)
+				return errors.Join(c.describe(fs), notReady)
 			})
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
