@@ -27,8 +27,8 @@ type engine struct {
 // readOnlyName is the frontend's name for the second, read-only device of a volume.
 //
 // A bind mount of a device node cannot be made to refuse writes, and the first device may have a writer. The second
-// device has a page cache of its own: its buffered readers may see what a writer on the same node wrote only after
-// they reopen it. Readers with direct I/O see it at once.
+// device has a page cache of its own, which lives as long as the device: a buffered reader goes on seeing what was read
+// once, whatever a writer on the same node writes, also after it reopens. Readers with direct I/O see every write.
 func readOnlyName(id volume.ID) string { return string(id) + ".ro" }
 
 func (e *engine) closeReplica() error {

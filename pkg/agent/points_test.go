@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -569,6 +570,11 @@ func TestReadOnlyBesideWriter(t *testing.T) {
 	writeDevice(t, rw, "hello")
 	if got := readDevice(t, ro, 5); got != "hello" {
 		t.Errorf("read %q", got)
+	}
+	writeDevice(t, rw, "world")
+	out, err := exec.Command("dd", "if="+ro, "iflag=direct", "bs=4096", "count=1", "status=none").Output()
+	if err != nil || string(out[:5]) != "world" {
+		t.Errorf("direct read: %q, %v", out[:5], err)
 	}
 	if f, err := os.OpenFile(ro, os.O_WRONLY, 0); err == nil {
 		if _, err := f.WriteAt([]byte("x"), 0); err == nil {

@@ -49,7 +49,6 @@ func TestIsolation(t *testing.T) {
 	defer cancel()
 	for _, args := range [][]string{
 		{"dd", "if=/dev/zero", "of=" + good, "bs=1M", "count=64", "conv=fsync,notrunc", "status=none"},
-		{"mkfs.btrfs", "-f", "-q", good},
 		{"mkfs.xfs", "-f", "-q", good},
 		{"mkfs.ext4", "-F", "-q", good},
 		{"e2fsck", "-fn", good},
