@@ -6,34 +6,43 @@ import (
 	"testing"
 )
 
-var seeds = flag.Int("seeds", 40, "random worlds of TestModel")
+var seeds = flag.Int("seeds", 30, "random worlds of TestModel")
 
 // TestModel runs random operations against the model, with crashes.
 func TestModel(t *testing.T) {
-	for seed := range uint64(*seeds) {
-		w, err := newWorld(seed, rules{})
-		if err == nil {
-			err = w.run(6, 60, 150)
-		}
-		if err != nil {
-			t.Fatal(w.report(err))
-		}
+	const parts = 4
+	for part := range uint64(parts) {
+		t.Run("", func(t *testing.T) {
+			t.Parallel()
+			for seed := part; seed < uint64(*seeds); seed += parts {
+				w, err := newWorld(seed, rules{})
+				if err == nil {
+					err = w.run(6, 60, 150)
+				}
+				if err != nil {
+					t.Fatal(w.report(err))
+				}
+			}
+		})
 	}
 }
 
 // TestCrashAtEveryStep repeats the same operations with the power failing at each of their durable steps in turn.
 func TestCrashAtEveryStep(t *testing.T) {
 	for _, seed := range []uint64{1001, 1002} {
-		for steps := 0; ; steps++ {
-			done, err := crashAt(seed, steps)
-			if err != nil {
-				t.Fatalf("crash after %d steps: %v", steps, err)
+		t.Run("", func(t *testing.T) {
+			t.Parallel()
+			for steps := 0; ; steps++ {
+				done, err := crashAt(seed, steps)
+				if err != nil {
+					t.Fatalf("crash after %d steps: %v", steps, err)
+				}
+				if done {
+					t.Logf("seed %d has %d durable steps", seed, steps)
+					break
+				}
 			}
-			if done {
-				t.Logf("seed %d has %d durable steps", seed, steps)
-				break
-			}
-		}
+		})
 	}
 }
 

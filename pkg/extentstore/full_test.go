@@ -104,6 +104,7 @@ func TestFullPoolWaits(t *testing.T) {
 }
 
 func TestFullFilesystemWaits(t *testing.T) {
+	t.Parallel()
 	m := newMachine()
 	m.space.bytes = 100 * mib
 	p := openMem(t, m, Options{Capacity: 1 << 30})
@@ -244,6 +245,7 @@ func TestFailedCommitStopsThePool(t *testing.T) {
 
 // TestRealFullFilesystem fills a small filesystem under a pool from outside.
 func TestRealFullFilesystem(t *testing.T) {
+	t.Parallel()
 	device := loopDevice(t, 400*mib)
 	must(t, run(t.Context(), "mkfs.ext4", "-q", "-m", "0", device))
 	dir := t.TempDir()

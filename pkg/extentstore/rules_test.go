@@ -8,10 +8,10 @@ func TestRules(t *testing.T) {
 		broken rules
 		from   uint64 // a seed that finds it, at the time of writing
 	}{
-		"commitBeforeSync":    {rules{commitBeforeSync: true}, 8},
-		"syncBeforeSnapshot":  {rules{syncBeforeSnapshot: true}, 22},
+		"commitBeforeSync":    {rules{commitBeforeSync: true}, 13},
+		"syncBeforeSnapshot":  {rules{syncBeforeSnapshot: true}, 26},
 		"ackBeforeCommit":     {rules{ackBeforeCommit: true}, 0},
-		"reuseBeforeCommit":   {rules{reuseBeforeCommit: true}, 13},
+		"reuseBeforeCommit":   {rules{reuseBeforeCommit: true}, 24},
 		"splitPairs":          {rules{splitPairs: true}, 13},
 		"cutWithoutFlush":     {rules{cutWithoutFlush: true}, 0},
 		"discardForgetsBelow": {rules{discardForgetsBelow: true}, 0},
@@ -20,6 +20,7 @@ func TestRules(t *testing.T) {
 		"resizeInMemory":      {rules{resizeInMemory: true}, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			for seed := c.from; seed < c.from+500; seed++ {
 				w, err := newWorld(seed, c.broken)
 				if err == nil {

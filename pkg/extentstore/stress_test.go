@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -74,6 +75,7 @@ func stress(broken rules, d time.Duration, seed uint64) (err error) {
 	}
 	g.Go(func() error { return stressSnapshots(ctx, p, rand.New(rand.NewPCG(seed, 99))) })
 	g.Go(func() error { return stressClones(ctx, p, rand.New(rand.NewPCG(seed, 98))) })
+	g.Go(func() error { return stressCheck(ctx, m) })
 	g.Go(func() error {
 		for ctx.Err() == nil {
 			if err := dev.Flush(context.Background()); err != nil {
@@ -152,6 +154,29 @@ func snapshotSum(p *Pool, id volume.SnapshotID) (uint32, error) {
 		sum = crc32.Update(sum, layer.Castagnoli, b)
 	}
 	return sum, nil
+}
+
+// stressCheck sees that what a crash would find is whole at any moment. Checksums are left out: the data file is newer.
+func stressCheck(ctx context.Context, m *machine) error {
+	for ctx.Err() == nil {
+		kv := m.kv.clone()
+		for k := range kv.m {
+			if k[0] == keySums {
+				delete(kv.m, k)
+			}
+		}
+		r, err := check(context.Background(), m.file, kv, nil)
+		if err != nil {
+			return err
+		}
+		for _, p := range r.Problems {
+			if !strings.HasSuffix(p, "lost its checksums") {
+				return fmt.Errorf("check: %s", p)
+			}
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return nil
 }
 
 // stressSnapshots cuts and deletes, and sees that no snapshot ever changes.
