@@ -11,11 +11,15 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
+
+// resizePatience bounds how long the kernel is asked for a device's new size.
+const resizePatience = 10 * time.Second
 
 // Options of a Frontend.
 type Options struct {
@@ -281,17 +285,28 @@ func (f *Frontend) Resize(ctx context.Context, name string) error {
 		return fmt.Errorf("device %s is not attached: %w", name, volume.ErrNotFound)
 	}
 	want := d.dev.Size()
-	if err := d.loop.refresh(d.server.path); err != nil {
-		return fmt.Errorf("resize device %s: %w", name, err)
+	// Older loop drivers take the size that the inode has, and a write that ends while FUSE asks for the size makes the
+	// kernel distrust the answer. So it is asked for again.
+	for deadline := time.Now().Add(resizePatience); ; {
+		if err := d.loop.refresh(d.server.path); err != nil {
+			return fmt.Errorf("resize device %s: %w", name, err)
+		}
+		got, err := d.loop.size()
+		if err != nil {
+			return err
+		}
+		if got >= want { // the device may have grown once more
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("resize device %s: the kernel sees %d bytes, not %d; try again", name, got, want)
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("resize device %s: %w", name, ctx.Err())
+		}
 	}
-	got, err := d.loop.size()
-	if err != nil {
-		return err
-	}
-	if got < want { // the device may have grown once more
-		return fmt.Errorf("resize device %s: the kernel sees %d bytes, not %d", name, got, want)
-	}
-	return nil
 }
 
 // Close implements frontend.Frontend.
