@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -93,6 +95,7 @@ type chain struct {
 	snap     *snapshot
 	summed   bool  // each page has its checksums
 	bad      error // what keeps the worker from merging or summing it
+	stuck    bool  // it cannot be freed either
 
 	dirtyMu sync.Mutex
 	dirty   []*page
@@ -152,6 +155,7 @@ func start(dir string, d deps, o Options) (_ *Pool, err error) {
 		p.group.Go(p.runFlusher)
 		p.group.Go(p.runRecycler)
 		p.group.Go(p.runCompactor)
+		p.group.Go(p.runScrubber)
 		p.kick()
 		p.compactSoon()
 	}
@@ -201,7 +205,7 @@ func (p *Pool) cancelWaits() {
 }
 
 // Conditions reports what is wrong with a replica here, or with the whole pool for "". None is healthy.
-func (p *Pool) Conditions(volume.ReplicaID) []volume.Condition {
+func (p *Pool) Conditions(id volume.ReplicaID) []volume.Condition {
 	var c []volume.Condition
 	if err := p.failure(); err != nil {
 		c = append(c, volume.Condition{Severity: volume.Inaccessible, Reason: "PoolFailed", Message: err.Error()})
@@ -212,13 +216,33 @@ func (p *Pool) Conditions(volume.ReplicaID) []volume.Condition {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, l := range p.layers {
-		if l.bad != nil {
-			c = append(c, volume.Condition{Severity: volume.DataLoss, Reason: "ExtentUnreadable", Message: fmt.Sprintf(
-				"pool %s cannot read a layer of %s: %v; run \"ballastctl pool check\" and restore what it names", p.id, l.owner(), l.bad)})
+	for l := range p.layersOf(id) {
+		if l.bad == nil {
+			continue
 		}
+		reason := "ExtentUnreadable"
+		if errors.Is(l.bad, layer.ErrCorrupt) {
+			reason = "ExtentCorrupt"
+		}
+		c = append(c, volume.Condition{Severity: volume.DataLoss, Reason: reason, Message: fmt.Sprintf(
+			"pool %s has damage in a layer of %s: %v; run \"ballastctl pool check\" and restore what it names", p.id, l.owner(), l.bad)})
 	}
 	return c
+}
+
+// layersOf are the layers that a replica's bytes are in, or all for "". Pool.mu is held.
+func (p *Pool) layersOf(id volume.ReplicaID) iter.Seq[*chain] {
+	if id == "" {
+		return maps.Values(p.layers)
+	}
+	return func(yield func(*chain) bool) {
+		r := p.replicas[id]
+		if r == nil {
+			return
+		}
+		for l := r.head.Load(); l != nil && yield(l); l = l.parent.Load() {
+		}
+	}
 }
 
 // owner says whose bytes a layer holds. Pool.mu is held.

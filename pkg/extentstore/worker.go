@@ -3,10 +3,8 @@ package extentstore
 import (
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"time"
 
-	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/layer"
 )
 
@@ -96,7 +94,7 @@ func (p *Pool) stepBytes() (more bool, bytes int64, err error) {
 	if err != nil && !isNoSpace(err) {
 		// Other layers are not kept waiting for one that cannot be read.
 		p.mu.Lock()
-		j.l.bad, p.job = err, nil
+		j.l.bad, j.l.stuck, p.job = err, j.task == taskFree, nil
 		p.mu.Unlock()
 	}
 	return true, bytes, err
@@ -117,10 +115,11 @@ func (p *Pool) pick() *job {
 	p.job, p.urgent = nil, false
 	for _, l := range p.layers {
 		switch {
-		case l.bad != nil:
+		case l.stuck:
 		case l.dead():
 			p.job = &job{task: taskFree, l: l}
 			return p.job
+		case l.bad != nil:
 		case l.mergeable() && (p.job == nil || p.job.task == taskSum):
 			p.job = &job{task: taskMerge, l: l}
 		case l.unsummed() && p.job == nil:
@@ -213,11 +212,21 @@ func (p *Pool) stepMerge(j *job) (bytes int64, err error) {
 		c.merging.Store(l)
 	}
 	idx := uint32(0)
+	p.mu.Lock()
+	sealed := c.head == nil
+	p.mu.Unlock()
 	var failed error
+	sums, pages := carry{}, []uint32(nil)
 	for range stepPages {
 		var ok bool
 		if idx, ok = l.pages.next(idx); !ok || bytes >= stepBytes {
 			break
+		}
+		if sealed { // a head's slots are written in place
+			if failed = errors.Join(sums.add(p, l, idx), sums.add(p, c, idx)); failed != nil {
+				break
+			}
+			pages = append(pages, idx)
 		}
 		n, err := p.mergePage(l, c, idx)
 		if bytes += n; err != nil {
@@ -227,7 +236,7 @@ func (p *Pool) stepMerge(j *job) (bytes int64, err error) {
 		idx++
 	}
 	// What was moved is stored also after an error: another merge may be of the child, and would store its page alone.
-	if err := errors.Join(failed, p.flush(c)); err != nil {
+	if err := errors.Join(failed, p.flush(c), p.carrySums(c, pages, sums)); err != nil {
 		return bytes, err
 	}
 	if _, ok := l.pages.next(0); ok {
@@ -362,74 +371,4 @@ func (p *Pool) copyBlocks(src, dst layer.Slot, blocks layer.Mask) error {
 		}
 	}
 	return nil
-}
-
-// stepSum makes the checksums of some pages of a sealed layer.
-func (p *Pool) stepSum(j *job) (bytes int64, err error) {
-	for bytes < stepBytes {
-		idx, ok := j.l.pages.next(j.next)
-		if !ok {
-			p.mu.Lock()
-			p.job = nil
-			p.mu.Unlock()
-			return bytes, p.setSummed(j.l, true)
-		}
-		n, err := p.sumPage(j.l, idx)
-		if err != nil {
-			return bytes, err
-		}
-		bytes += n
-		j.next = idx + 1
-	}
-	return bytes, nil
-}
-
-func (p *Pool) sumPage(l *chain, idx uint32) (bytes int64, err error) {
-	defer p.grace.exit(p.grace.enter())
-	st := p.stripe(idx)
-	st.Lock()
-	pg, err := p.load(st, l, idx)
-	if err != nil || pg == nil {
-		st.Unlock()
-		return 0, err
-	}
-	e := pg.e
-	st.Unlock()
-	s := sums{page: layer.PageSum(e.Append(nil))}
-	for _, x := range e {
-		if x.Data == 0 {
-			continue
-		}
-		c, err := extentSum(p.file, x, p.copyBuf[:])
-		if err != nil {
-			return bytes, err
-		}
-		s.crcs = append(s.crcs, c)
-		bytes += layer.ExtentSize
-	}
-	return bytes, p.commitOps([]op{{pageKey(keySums, l.id, idx), s.encode()}})
-}
-
-// extentSum is the CRC-32C of an extent's valid blocks, in order.
-func extentSum(f disk.File, e layer.Entry, buf []byte) (c uint32, err error) {
-	for m := e.Data; m != 0; {
-		var first, n int
-		first, n, m = m.Run()
-		b := buf[:n*layer.BlockSize]
-		if err := f.ReadAt(b, e.Slot.Offset()+int64(first)*layer.BlockSize); err != nil {
-			return 0, err
-		}
-		c = crc32.Update(c, layer.Castagnoli, b)
-	}
-	return c, nil
-}
-
-func (p *Pool) setSummed(l *chain, summed bool) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if l.summed == summed || p.layers[l.id] != l {
-		return nil
-	}
-	l.summed = summed
-	return p.commitOps([]op{{layerKey(l.id), l.record().encode()}})
 }
