@@ -105,7 +105,7 @@ func TestPoint06_IdenticalConcurrentCreates(t *testing.T) {
 // identical one joins, and nobody works twice.
 func TestPoint06_ConflictingConcurrentCall(t *testing.T) {
 	w := newWorld(t)
-	entered, release := make(chan struct{}), make(chan struct{})
+	entered, release := make(chan struct{}, 2), make(chan struct{})
 	w.gate.disturb(func(context.Context, string) error { entered <- struct{}{}; <-release; return nil }, nil)
 	results := make(chan error, 2)
 	go func() { _, err := w.CreateVolume(w.ctx, create("v")); results <- err }()
