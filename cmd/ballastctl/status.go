@@ -88,7 +88,7 @@ func statusCommand(c *cli) *cobra.Command {
 		Short: "Say in a few lines how the cluster is",
 		Long: `Say in a few lines how the cluster is: whether the daemon is ready, what is stored, and which volumes are not well. The
 exit code is 4 while the daemon is not ready.`,
-		Args:  arguments(),
+		Args: arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
 				s, err := clusterStatus(ctx, a)

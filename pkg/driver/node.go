@@ -139,7 +139,9 @@ func (n *Node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 		return nil, err
 	}
 	_, err := keylock.Do(ctx, n.locks, pathKey(id, path), "unpublish",
-		func(ctx context.Context) (nothing, error) { return nothing{}, n.host.Unpublish(ctx, volume.ID(id), path) })
+		func(ctx context.Context) (nothing, error) {
+			return nothing{}, n.host.Unpublish(ctx, volume.ID(id), path)
+		})
 	return &csi.NodeUnpublishVolumeResponse{}, err
 }
 
