@@ -94,26 +94,37 @@ func TestUsage(t *testing.T) {
 	must(t, p.Cut(ctx, "r", "s1"))
 	must(t, d.WriteAt(ctx, make([]byte, layer.BlockSize), 0))
 	must(t, p.Cut(ctx, "r", "s2"))
-	expect := func(r, s1, s2, tenant, deleted int64) {
+	expect := func(r, s1, s2, c, deleted int64) {
 		t.Helper()
 		u := p.Usage()
 		for name, x := range map[string][2]int64{
 			"replica": {u.Replicas["r"], r}, "s1": {u.Snapshots["s1"], s1}, "s2": {u.Snapshots["s2"], s2},
-			"tenant": {u.Tenants["t"], tenant}, "deleted": {u.Deleted, deleted},
+			"clone": {u.Replicas["c"], c}, "deleted": {u.Deleted, deleted},
 		} {
 			if x[0] != x[1]*layer.ExtentSize {
 				t.Errorf("%s has %d extents, want %d", name, x[0]/layer.ExtentSize, x[1])
 			}
 		}
 	}
-	expect(0, 3, 1, 4, 0)
+	expect(0, 3, 1, 0, 0)
 	must(t, p.DeleteSnapshot(ctx, "s1"))
-	expect(0, 0, 4, 4, 0)
+	expect(0, 0, 4, 0, 0)
 	settle(t, p)
-	expect(0, 0, 3, 3, 0)
+	expect(0, 0, 3, 0, 0)
+	// What a clone and its source share is the source's, as long as there is one.
+	c := newReplica(t, p, "c", 16*mib, "s2")
 	must(t, p.DeleteSnapshot(ctx, "s2"))
+	settle(t, p)
+	expect(3, 0, 0, 0, 0)
+	must(t, c.WriteAt(ctx, make([]byte, layer.BlockSize), 0))
+	expect(3, 0, 0, 1, 0)
 	must(t, d.Close())
 	must(t, p.DeleteReplica(ctx, "r"))
+	expect(0, 0, 0, 4, 0)
+	settle(t, p)
+	expect(0, 0, 0, 3, 0)
+	must(t, c.Close())
+	must(t, p.DeleteReplica(ctx, "c"))
 	settle(t, p)
 	expect(0, 0, 0, 0, 0)
 	if used := p.Info().Used; used != 0 {

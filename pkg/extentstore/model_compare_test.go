@@ -191,11 +191,14 @@ func (w *world) quiet() error {
 	}
 	var sum int64
 	u := w.p.Usage()
-	for _, n := range u.Tenants {
+	for _, n := range u.Replicas {
+		sum += n
+	}
+	for _, n := range u.Snapshots {
 		sum += n
 	}
 	if sum != r.Extents*layer.ExtentSize || u.Deleted != 0 {
-		return fmt.Errorf("usage of tenants is %d, pages have %d slots; %d deleted", sum, r.Extents, u.Deleted)
+		return fmt.Errorf("usage is %d, pages have %d slots; %d deleted", sum, r.Extents, u.Deleted)
 	}
 	if r.Unreferenced != 0 || w.mergeable() {
 		return fmt.Errorf("%d layers are left over", r.Unreferenced)

@@ -8,10 +8,10 @@ func TestRules(t *testing.T) {
 		broken rules
 		from   uint64 // a seed that finds it, at the time of writing
 	}{
-		"commitBeforeSync":    {rules{commitBeforeSync: true}, 13},
-		"syncBeforeSnapshot":  {rules{syncBeforeSnapshot: true}, 26},
+		"commitBeforeSync":    {rules{commitBeforeSync: true}, 57},
+		"syncBeforeSnapshot":  {rules{syncBeforeSnapshot: true}, 129},
 		"ackBeforeCommit":     {rules{ackBeforeCommit: true}, 0},
-		"reuseBeforeCommit":   {rules{reuseBeforeCommit: true}, 24},
+		"reuseBeforeCommit":   {rules{reuseBeforeCommit: true}, 8},
 		"splitPairs":          {rules{splitPairs: true}, 13},
 		"cutWithoutFlush":     {rules{cutWithoutFlush: true}, 0},
 		"discardForgetsBelow": {rules{discardForgetsBelow: true}, 0},

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/ballast-csi/ballast/pkg/layer"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -331,56 +333,55 @@ func (p *Pool) Replicas() []ReplicaInfo {
 	return out
 }
 
-// Usage is what a pool's contents occupy, in physical bytes: whole slots.
+// Usage is what a pool's contents occupy, in physical bytes: whole slots. Every slot is counted once.
 type Usage struct {
-	// Replicas have what was written since their last snapshot, and what is still being merged into that.
+	// Replicas have what was written since their last snapshot, and what they inherit of nameless layers.
 	Replicas map[volume.ReplicaID]int64
-	// Snapshots have what their own layers hold.
+	// Snapshots have what their own layers hold, and what they inherit.
 	Snapshots map[volume.SnapshotID]int64
-	// Tenants have all of it, also what only clones of a deleted snapshot still use.
-	Tenants map[string]int64
 	// Deleted is what is being freed in the background.
 	Deleted int64
 }
 
 // Usage reports what is occupied now; writes that are not flushed count.
+//
+// A layer without a name (its snapshot was deleted, or it was the cut of a clone) is inherited by the oldest replica or
+// snapshot that reaches it through nameless layers only: somebody has to answer for it, or cloning would evade quotas.
 func (p *Pool) Usage() Usage {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u := Usage{Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{}, Tenants: map[string]int64{}}
-	for _, l := range p.layers {
-		n := l.slots.Load() * layer.ExtentSize
+	u := Usage{Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{}}
+	inherited := map[*chain]bool{}
+	for _, id := range slices.Sorted(maps.Keys(p.layers)) {
+		l := p.layers[id]
+		n := l.slots.Load()
 		if l.dead() {
-			u.Deleted += n
+			u.Deleted += n * layer.ExtentSize
 			continue
 		}
-		u.Tenants[l.tenant] += n
-		switch {
-		case l.head != nil:
-			u.Replicas[l.head.id] += n
-		case l.snap != nil:
-			u.Snapshots[l.snap.id] += n
-		}
-	}
-	// A layer that is being merged belongs to the one it goes into.
-	for _, l := range p.layers {
-		if l.head == nil && l.snap == nil {
+		if l.nameless() {
 			continue
 		}
-		for up := l.parent.Load(); up != nil && up.mergeable(); up = up.parent.Load() {
-			n := up.slots.Load() * layer.ExtentSize
-			if l.head != nil {
-				u.Replicas[l.head.id] += n
-			} else {
-				u.Snapshots[l.snap.id] += n
+		for up := l.parent.Load(); up != nil && up.nameless(); up = up.parent.Load() {
+			if !inherited[up] {
+				inherited[up] = true
+				n += up.slots.Load()
 			}
+		}
+		if l.head != nil {
+			u.Replicas[l.head.id] += n * layer.ExtentSize
+		} else {
+			u.Snapshots[l.snap.id] += n * layer.ExtentSize
 		}
 	}
 	return u
 }
 
+// nameless layers are neither a replica's head nor a snapshot. Pool.mu is held.
+func (l *chain) nameless() bool { return l.head == nil && l.snap == nil }
+
 // dead layers are referred to by nothing and are freed. Pool.mu is held.
-func (l *chain) dead() bool { return l.head == nil && l.snap == nil && l.children == 0 }
+func (l *chain) dead() bool { return l.nameless() && l.children == 0 }
 
 // mergeable layers are needed only by their one child and are merged into it. Pool.mu is held.
-func (l *chain) mergeable() bool { return l.head == nil && l.snap == nil && l.children == 1 }
+func (l *chain) mergeable() bool { return l.nameless() && l.children == 1 }
