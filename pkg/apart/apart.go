@@ -5,14 +5,19 @@
 // one table of descriptors nothing in it is closed, which would fail the I/O. It hangs for ever, its locks with it. The
 // same happens when it dies with the device itself in its table: closing the device writes out its page cache first.
 //
-// So these calls are made on threads with a table of their own, which starts out empty. When the process is killed, the
+// So these calls are made on threads with a table of their own, which starts out with nothing of ours. When the process is killed, the
 // common table is closed with the last of the other threads; that fails the I/O, and the thread apart ends too.
 package apart
 
 import (
+	"errors"
 	"fmt"
 	"math"
+	"os"
 	"runtime"
+	"slices"
+	"strconv"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -48,13 +53,81 @@ func (t *Thread) run(started chan<- error) {
 		return
 	}
 	defer close(t.ended) // the thread, which was never unlocked, ends with the goroutine, and its table with it
-	err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_UNSHARE)
+	err := emptyTable()
 	started <- err
 	if err != nil {
 		return
 	}
 	for call := range t.calls {
 		call()
+	}
+}
+
+// emptyTable gives the calling thread a table of descriptors of its own and closes all of it but the standard ones and
+// those that Go's runtime polls through: whichever thread ends a collection of garbage looks there, this one too.
+func emptyTable() error {
+	if err := startPoller(); err != nil {
+		return err
+	}
+	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
+		return err
+	}
+	keep, err := pollers()
+	if err != nil {
+		return err
+	}
+	next := uint(3)
+	for _, fd := range keep {
+		if uint(fd) > next {
+			if err := unix.CloseRange(next, uint(fd)-1, 0); err != nil {
+				return err
+			}
+		}
+		next = max(next, uint(fd)+1)
+	}
+	return unix.CloseRange(next, math.MaxUint32, 0)
+}
+
+// startPoller makes sure that the runtime has opened what it polls through: later it would be missing in the tables made
+// before.
+var startPoller = sync.OnceValue(func() error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	return errors.Join(r.Close(), w.Close())
+})
+
+// pollers lists the descriptors of the calling thread that are event polls and event counters, in order.
+func pollers() ([]int, error) {
+	const dir = "/proc/thread-self/fd"
+	list, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(list)
+	var keep []int
+	buf, target := make([]byte, 8192), make([]byte, 64)
+	for {
+		n, err := unix.ReadDirent(list, buf)
+		if err != nil || n == 0 {
+			slices.Sort(keep)
+			return keep, err
+		}
+		_, _, names := unix.ParseDirent(buf[:n], -1, nil)
+		for _, name := range names {
+			fd, err := strconv.Atoi(name)
+			if err != nil {
+				continue
+			}
+			n, err := unix.Readlink(dir+"/"+name, target)
+			if err != nil {
+				return nil, err
+			}
+			if what := string(target[:n]); what == "anon_inode:[eventpoll]" || what == "anon_inode:[eventfd]" {
+				keep = append(keep, fd)
+			}
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package apart
 import (
 	"errors"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -100,5 +101,19 @@ func TestStopEndsTheThread(t *testing.T) {
 	case <-closed:
 	case <-time.After(5 * time.Second):
 		t.Fatal("the writer stayed open")
+	}
+}
+
+// TestRuntimeWorksApart: the garbage collector polls the network on the thread that ends a cycle.
+func TestRuntimeWorksApart(t *testing.T) {
+	thread, err := Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer thread.Stop()
+	for range 20 {
+		if err := thread.Do(func() error { runtime.GC(); return nil }); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
