@@ -132,6 +132,40 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+func TestWritten(t *testing.T) {
+	p := openMem(t, newMachine(), Options{Capacity: 64 * mib, manual: true})
+	defer p.Close()
+	ctx := t.Context()
+	d := newReplica(t, p, "r", 32*mib, "")
+	expect := func(id volume.ReplicaID, want bool) {
+		t.Helper()
+		if got, err := p.Written(ctx, id); got != want || err != nil {
+			t.Errorf("%s written: %v, want %v: %v", id, got, want, err)
+		}
+	}
+	expect("r", false)
+	must(t, d.Zero(ctx, 0, 32*mib))
+	must(t, p.Cut(ctx, "r", "blank"))
+	newReplica(t, p, "of-blank", 32*mib, "blank")
+	expect("of-blank", false)
+	must(t, d.WriteAt(ctx, make([]byte, 1), 20*mib))
+	expect("r", true)
+	must(t, p.Cut(ctx, "r", "s"))
+	c := newReplica(t, p, "c", 32*mib, "s")
+	expect("r", true)
+	expect("c", true)
+	must(t, p.DeleteSnapshot(ctx, "s"))
+	settle(t, p)
+	expect("c", true)
+	expect("of-blank", false)
+	must(t, c.Zero(ctx, 0, 32*mib))
+	expect("c", false) // the layers below still have it, hidden
+	expect("r", true)
+	if _, err := p.Written(ctx, "x"); !errors.Is(err, volume.ErrNotFound) {
+		t.Errorf("no replica: %v", err)
+	}
+}
+
 // damaged makes a pool in files, lets change damage its database, and returns its directory.
 func damaged(t *testing.T, change func(t *testing.T, d *deps)) string {
 	dir := t.TempDir()

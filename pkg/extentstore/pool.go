@@ -83,7 +83,6 @@ type Pool struct {
 // chain is a layer, with what hangs on it. Fields without a note are guarded by Pool.mu.
 type chain struct {
 	id     uint64
-	tenant string
 	parent atomic.Pointer[chain]
 	// merging is the parent while its pages are moved into this layer.
 	merging atomic.Pointer[chain]
@@ -102,7 +101,7 @@ type chain struct {
 }
 
 func (l *chain) record() layerRecord {
-	r := layerRecord{summed: l.summed, tenant: l.tenant}
+	r := layerRecord{summed: l.summed}
 	if parent := l.parent.Load(); parent != nil {
 		r.parent = parent.id
 	}

@@ -10,7 +10,7 @@ import (
 )
 
 // formatVersion is that of the whole pool: docs/format.md.
-const formatVersion = 1
+const formatVersion = 2
 
 // Keys of the database begin with one of these.
 const (
@@ -125,7 +125,6 @@ func decodePool(b []byte) (r poolRecord, err error) {
 type layerRecord struct {
 	parent uint64
 	summed bool
-	tenant string
 }
 
 func (r layerRecord) encode() []byte {
@@ -136,7 +135,6 @@ func (r layerRecord) encode() []byte {
 		flags = 1
 	}
 	e.u8(flags)
-	e.str(r.tenant)
 	return e.bytes()
 }
 
@@ -145,7 +143,6 @@ func decodeLayer(b []byte) (r layerRecord, err error) {
 	r.parent = d.u64()
 	flags := d.u8()
 	r.summed = flags&1 != 0
-	r.tenant = d.str()
 	d.bad = d.bad || flags > 1
 	return r, d.end("a layer")
 }

@@ -26,7 +26,7 @@ var decoders = map[string]func(b []byte) ([]byte, error){
 
 var records = map[string][]byte{
 	"pool":     poolRecord{formatVersion, "pool-1", "dir"}.encode(),
-	"layer":    layerRecord{parent: 7, summed: true, tenant: "t"}.encode(),
+	"layer":    layerRecord{parent: 7, summed: true}.encode(),
 	"replica":  replicaRecord{head: 3, size: 1 << 30, volume: "vol-1", tenant: "t"}.encode(),
 	"snapshot": snapshotRecord{layer: 3, size: 1 << 30, volume: "vol-1", tenant: "t", replica: "r"}.encode(),
 	"sums":     sums{page: 9, crcs: []uint32{1, 2, 3}}.encode(),

@@ -125,7 +125,7 @@ func (p *Pool) readRecords() error {
 			return p.damaged(errors.Join(err, fmt.Errorf("layer record %x", k)))
 		}
 		id := binary.BigEndian.Uint64(k[1:])
-		p.layers[id] = &chain{id: id, tenant: r.tenant, summed: r.summed}
+		p.layers[id] = &chain{id: id, summed: r.summed}
 		parents[id] = r.parent
 		p.nextLayer = max(p.nextLayer, id)
 		return nil

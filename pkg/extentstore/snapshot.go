@@ -129,6 +129,37 @@ func (p *Pool) Extents(ctx context.Context, snap, base volume.SnapshotID, offset
 	return p.walk(ctx, s.layer, end, s.size, offset, fn)
 }
 
+// errFound ends a walk.
+var errFound = errors.New("found")
+
+// Written tells whether any block of a replica has data, its own or of a layer below: false is a volume of which nothing
+// was ever written, or all that was has been zeroed. A block that was written with zeros counts.
+func (p *Pool) Written(ctx context.Context, id volume.ReplicaID) (bool, error) {
+	p.mu.Lock()
+	r := p.replicas[id]
+	if r == nil || p.closed {
+		p.mu.Unlock()
+		if r == nil {
+			return false, noReplica(p, id)
+		}
+		return false, errPoolClosed
+	}
+	some := false
+	for l := range p.layersOf(id) {
+		some = some || l.slots.Load() > 0
+	}
+	head, size := r.head.Load(), r.size.Load()
+	p.mu.Unlock()
+	if !some {
+		return false, nil
+	}
+	err := p.walk(ctx, head, nil, size, 0, func(int64, int64) error { return errFound })
+	if errors.Is(err, errFound) {
+		return true, nil
+	}
+	return false, err
+}
+
 // walk calls fn with the runs of data seen from head, or with those touched above end, within [offset, size).
 func (p *Pool) walk(ctx context.Context, head, end *chain, size, offset int64, fn func(offset, length int64) error) error {
 	if offset >= size {

@@ -49,7 +49,7 @@ func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 		}
 		parent = from.layer
 	}
-	head := p.newLayer(parent, s.Tenant)
+	head := p.newLayer(parent)
 	r := &replica{p: p, id: s.ID, volume: s.Volume, tenant: s.Tenant}
 	r.size.Store(s.Size)
 	r.head.Store(head)
@@ -93,9 +93,9 @@ func (p *Pool) ready() error {
 }
 
 // newLayer is not known to the pool until adopt. An id that is not used because a commit failed is lost, which is nothing.
-func (p *Pool) newLayer(parent *chain, tenant string) *chain {
+func (p *Pool) newLayer(parent *chain) *chain {
 	p.nextLayer++
-	l := &chain{id: p.nextLayer, tenant: tenant}
+	l := &chain{id: p.nextLayer}
 	l.parent.Store(parent)
 	return l
 }
@@ -245,7 +245,7 @@ func (p *Pool) seal(r *replica, snap volume.SnapshotID) error {
 	}
 	old := r.head.Load()
 	s := &snapshot{id: snap, layer: old, size: r.size.Load(), volume: r.volume, tenant: r.tenant, replica: r.id}
-	head := p.newLayer(old, r.tenant)
+	head := p.newLayer(old)
 	rec := r.record()
 	rec.head = head.id
 	err := p.commitOps([]op{
