@@ -70,7 +70,11 @@ func (s *Service) createOnce(ctx context.Context, r CreateVolume, refused map[vo
 	if err != nil {
 		return v, false, err
 	}
-	if err := compare(r, v); err != nil {
+	nodes, err := s.store.Nodes(ctx)
+	if err != nil {
+		return v, false, err
+	}
+	if err := compare(r, v, nodes); err != nil {
 		return v, false, err
 	}
 	if v.State == volume.Ready {
@@ -134,7 +138,8 @@ func (s *Service) plan(ctx context.Context, r CreateVolume, refused map[volume.P
 		return volume.Volume{}, err
 	}
 	choice, err := placement.Choose(view, placement.Request{
-		Size: size, Replicas: p.Replicas, Pool: p.Pool, Requisite: r.Requisite, Preferred: r.Preferred, Holders: holders, Refused: refused,
+		Size: size, Replicas: p.Replicas, Pool: p.Pool, Locality: p.DataLocality,
+		Requisite: r.Requisite, Preferred: r.Preferred, Sources: holders, Refused: refused,
 	})
 	if errors.Is(err, volume.ErrNoSpace) {
 		if settling := s.settling(view); settling != nil {

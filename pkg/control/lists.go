@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/placement"
@@ -107,7 +108,18 @@ func (s *Service) Capacity(ctx context.Context, q CapacityQuery) (Capacity, erro
 	if err := s.settling(view); err != nil && (view.Down[q.Node] != "" || len(view.Down) == len(view.Nodes)) {
 		return Capacity{}, err
 	}
-	available, largest := placement.Capacity(view, placement.Request{Replicas: p.Replicas, Pool: p.Pool}, q.Node)
+	r := placement.Request{Replicas: p.Replicas, Pool: p.Pool, Locality: p.DataLocality}
+	if q.Node != "" {
+		// Where a replica is to be near, a node with pools is asked for what it holds itself, so that the orchestrator finds
+		// another when they are full. One without can use what is elsewhere.
+		remote := slices.ContainsFunc(view.Nodes, func(n volume.Node) bool {
+			return n.ID == q.Node && (len(n.Pools) == 0 || p.DataLocality == volume.LocalityNone)
+		})
+		if !remote || p.DataLocality == volume.LocalityRequired {
+			r.Local = q.Node
+		}
+	}
+	available, largest := placement.Capacity(view, r)
 	least := minimum(p, []volume.Capability{{Access: volume.AccessMount}})
 	if largest < least {
 		largest = 0 // a create of that size would be rounded up to the least, and find no room

@@ -366,14 +366,20 @@ func TestCapacityIsWhatACreateAccepts(t *testing.T) {
 	ctx := context.Background()
 	w := newWorld(t)
 	w.register("n2", pool("p2", "n2", 10*gib+1))
-	for _, q := range []control.CapacityQuery{{}, {Node: "n1"}, {Node: "n2"}, {Parameters: volume.Parameters{Replicas: 2}}, {Node: "n2", Parameters: volume.Parameters{Replicas: 2}}} {
+	required := volume.Parameters{DataLocality: volume.LocalityRequired}
+	two := volume.Parameters{Replicas: 2, DataLocality: volume.LocalityRequired}
+	anywhere := volume.Parameters{DataLocality: volume.LocalityNone}
+	for _, q := range []control.CapacityQuery{
+		{}, {Parameters: required, Node: "n1"}, {Parameters: required, Node: "n2"}, {Parameters: volume.Parameters{Replicas: 2}},
+		{Node: "n2", Parameters: two}, {Node: "n2", Parameters: anywhere},
+	} {
 		c, err := w.Capacity(ctx, q)
 		if err != nil || c.MaximumVolume <= 0 || c.Available < c.MaximumVolume {
 			t.Fatalf("%+v: %+v %v", q, c, err)
 		}
 		r := create("v")
 		r.Parameters, r.RequiredBytes = q.Parameters, c.MaximumVolume
-		if q.Node != "" && q.Parameters.Replicas < 2 {
+		if q.Node != "" {
 			r.Requisite = []volume.NodeID{q.Node}
 		}
 		v := w.mustCreate(r)
@@ -385,6 +391,13 @@ func TestCapacityIsWhatACreateAccepts(t *testing.T) {
 		wantErr(t, w.DeleteVolume(ctx, v.ID), nil)
 		_, err = w.CreateVolume(ctx, r)
 		wantErr(t, err, volume.ErrNoSpace)
+	}
+	w.register("n3")
+	for node, want := range map[volume.NodeID]int64{"n1": 100 * gib, "n2": 10 * gib, "n3": 100 * gib} {
+		c, err := w.Capacity(ctx, control.CapacityQuery{Node: node})
+		if err != nil || c.MaximumVolume != want {
+			t.Errorf("%s, where local is preferred: %+v %v", node, c, err)
+		}
 	}
 	for _, q := range []control.CapacityQuery{{Node: "n9"}, {Parameters: volume.Parameters{Replicas: 3}}, {Parameters: volume.Parameters{Pool: "fast"}}} {
 		c, err := w.Capacity(ctx, q)

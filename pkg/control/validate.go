@@ -215,7 +215,7 @@ func inherit(r CreateVolume, blockSize int, fs volume.Filesystem) (volume.Parame
 }
 
 // compare returns volume.ErrExists naming the first field in which a volume that has the name is not what is asked for.
-func compare(r CreateVolume, v volume.Volume) error {
+func compare(r CreateVolume, v volume.Volume, nodes []volume.Node) error {
 	p, q := r.Parameters, v.Parameters
 	if v.Source != nil {
 		if p.BlockSize == 0 {
@@ -242,7 +242,7 @@ func compare(r CreateVolume, v volume.Volume) error {
 		{"IOPS limit", r.QoS.IOPS != v.QoS.IOPS},
 		{"bandwidth limit", r.QoS.Bandwidth != v.QoS.Bandwidth},
 		{"capabilities", !sameCapabilities(r.Capabilities, v.Capabilities)},
-		{"topology", !reachable(r, v)},
+		{"topology", !reachable(r, v, nodes)},
 	}
 	for _, c := range conflicts {
 		if c.is {
@@ -267,24 +267,30 @@ func sameCapabilities(a, b []volume.Capability) bool {
 	return within(a, b) && within(b, a)
 }
 
-// reachable tells whether a volume's replicas satisfy the requisite topology, by the rule of placement.
-func reachable(r CreateVolume, v volume.Volume) bool {
+// reachable tells whether the nodes from which a volume can be reached satisfy the requisite topology, by the rule of
+// placement.
+func reachable(r CreateVolume, v volume.Volume, nodes []volume.Node) bool {
 	if len(r.Requisite) == 0 {
 		return true
 	}
-	on := map[volume.NodeID]bool{}
+	from := map[volume.NodeID]bool{}
 	for _, x := range v.Replicas {
-		on[x.Node] = true
+		from[x.Node] = true
+	}
+	if v.Parameters.DataLocality != volume.LocalityRequired {
+		for _, n := range nodes {
+			from[n.ID] = true
+		}
 	}
 	requisite := map[volume.NodeID]bool{}
 	met := 0
 	for _, n := range r.Requisite {
-		if !requisite[n] && on[n] {
+		if !requisite[n] && from[n] {
 			met++
 		}
 		requisite[n] = true
 	}
-	return met >= min(len(requisite), len(v.Replicas))
+	return met >= min(len(requisite), v.Parameters.Replicas)
 }
 
 // wellFormed tells whether a token has the form of an id.

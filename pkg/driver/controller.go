@@ -34,6 +34,8 @@ type Volumes interface {
 	ExpandVolume(ctx context.Context, id volume.ID, required, limit int64) (volume.Volume, error)
 	ModifyVolume(ctx context.Context, id volume.ID, q control.ModifyQoS) (volume.Volume, error)
 	Capacity(ctx context.Context, q control.CapacityQuery) (control.Capacity, error)
+	// Node returns volume.ErrNotFound for one that is not known.
+	Node(ctx context.Context, id volume.NodeID) (volume.Node, error)
 	Health(ctx context.Context, id volume.ID) (control.Health, error)
 	// Unhealthy lists the volumes that have conditions.
 	Unhealthy(ctx context.Context, p control.Page) ([]control.Health, string, error)

@@ -39,8 +39,8 @@ func (c *Controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 	return &csi.CreateSnapshotResponse{Snapshot: snapshotMessage(s)}, nil
 }
 
-// checkUsableFrom returns volume.ErrNoSpace unless a snapshot of the volume, which is where its replicas are, meets the
-// topology.
+// checkUsableFrom returns volume.ErrNoSpace unless a snapshot of the volume meets the topology: one of a volume that must be
+// local is where the replicas are, any other can be used from everywhere.
 func (c *Controller) checkUsableFrom(ctx context.Context, id volume.ID, t *csi.TopologyRequirement) error {
 	requisite, _, err := requirement(t)
 	if err != nil || len(requisite) == 0 {
@@ -53,10 +53,16 @@ func (c *Controller) checkUsableFrom(ctx context.Context, id volume.ID, t *csi.T
 	if err != nil {
 		return err
 	}
-	if !slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return slices.Contains(requisite, r.Node) }) {
-		return fmt.Errorf("no requisite topology of the snapshot holds volume %s: %w", id, volume.ErrNoSpace)
+	for _, n := range requisite {
+		if v.Parameters.DataLocality != volume.LocalityRequired {
+			if _, err = c.cluster.Node(ctx, n); !errors.Is(err, volume.ErrNotFound) {
+				return err
+			}
+		} else if slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Node == n }) {
+			return nil
+		}
 	}
-	return nil
+	return fmt.Errorf("a snapshot of volume %s can be used from no requisite topology: %w", id, volume.ErrNoSpace)
 }
 
 func snapshotMessage(s volume.Snapshot) *csi.Snapshot {
@@ -66,7 +72,7 @@ func snapshotMessage(s volume.Snapshot) *csi.Snapshot {
 		SizeBytes:          s.Size,
 		CreationTime:       timestamppb.New(time.Unix(0, int64(s.CreatedAt))),
 		ReadyToUse:         s.State == volume.Ready,
-		AccessibleTopology: topologies(s.Holders),
+		AccessibleTopology: accessible(s.DataLocality, s.Holders),
 	}
 }
 

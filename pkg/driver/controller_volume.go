@@ -80,7 +80,7 @@ func volumeMessage(v volume.Volume) *csi.Volume {
 	m := &csi.Volume{
 		VolumeId:           string(v.ID),
 		CapacityBytes:      v.Size,
-		AccessibleTopology: topologies(v.Replicas),
+		AccessibleTopology: accessible(v.Parameters.DataLocality, v.Replicas),
 	}
 	if s := v.Source; s != nil && s.Snapshot != "" {
 		m.ContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{

@@ -31,7 +31,7 @@ const (
 	gib = int64(1) << 30
 )
 
-// world is the real services over an in-memory state of two nodes, n1 with a pool of 100 GiB and n2 with one of 10 GiB,
+// world is the real services over an in-memory state of n1 with a pool of 100 GiB, n2 with one of 10 GiB and n3 without,
 // behind a real socket.
 type world struct {
 	t      testing.TB
@@ -64,6 +64,9 @@ func newWorld(t testing.TB) *world {
 		if err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := w.gate.RegisterNode(w.ctx, volume.Node{ID: "n3"}); err != nil { // it has no pool
+		t.Fatal(err)
 	}
 	locks := keylock.New(time.Minute)
 	t.Cleanup(func() {

@@ -106,7 +106,8 @@ func TestPoint30_Paging(t *testing.T) {
 	}
 }
 
-// TestPoint32_Topology: a volume has replicas on x nodes; n topologies are requisite.
+// TestPoint32_Topology: a volume that must be local can be reached from x nodes, those of its replicas; n topologies are
+// requisite. Any other can be reached from everywhere, as soon as enough of the requisite nodes are known.
 func TestPoint32_Topology(t *testing.T) {
 	w := newWorld(t)
 	for i, tt := range []struct {
@@ -114,32 +115,45 @@ func TestPoint32_Topology(t *testing.T) {
 		requisite, preferred []string
 		want                 []string // one of several where x < n
 		code                 codes.Code
+		elsewhere            codes.Code // where it need not be local
 	}{
-		{"1", []string{"n1"}, nil, []string{"n1"}, codes.OK},
-		{"1", []string{"n2"}, nil, []string{"n2"}, codes.OK},
-		{"1", []string{"n1", "n2"}, []string{"n2"}, []string{"n2"}, codes.OK},
-		{"1", []string{"n1", "n2", "n9"}, []string{"n9", "n2"}, []string{"n2"}, codes.OK},
-		{"1", []string{"n1"}, []string{"n2"}, []string{"n1"}, codes.OK},
-		{"1", nil, []string{"n2", "n1"}, []string{"n2"}, codes.OK},
-		{"1", []string{"n9"}, nil, nil, codes.ResourceExhausted},
-		{"2", []string{"n1", "n2"}, nil, []string{"n1", "n2"}, codes.OK},
-		{"2", []string{"n1"}, nil, []string{"n1", "n2"}, codes.OK},
-		{"2", []string{"n1", "n9"}, nil, nil, codes.ResourceExhausted},
-		{"3", []string{"n1", "n2"}, nil, nil, codes.ResourceExhausted},
+		{"1", []string{"n1"}, nil, []string{"n1"}, codes.OK, codes.OK},
+		{"1", []string{"n2"}, nil, []string{"n2"}, codes.OK, codes.OK},
+		{"1", []string{"n1", "n2"}, []string{"n2"}, []string{"n2"}, codes.OK, codes.OK},
+		{"1", []string{"n1", "n2", "n9"}, []string{"n9", "n2"}, []string{"n2"}, codes.OK, codes.OK},
+		{"1", []string{"n1"}, []string{"n2"}, []string{"n1"}, codes.OK, codes.OK},
+		{"1", nil, []string{"n2", "n1"}, []string{"n2"}, codes.OK, codes.OK},
+		{"1", []string{"n3"}, []string{"n3"}, nil, codes.ResourceExhausted, codes.OK}, // it has no pool
+		{"1", []string{"n9"}, nil, nil, codes.ResourceExhausted, codes.ResourceExhausted},
+		{"2", []string{"n1", "n2"}, nil, []string{"n1", "n2"}, codes.OK, codes.OK},
+		{"2", []string{"n1"}, nil, []string{"n1", "n2"}, codes.OK, codes.OK},
+		{"2", []string{"n1", "n9"}, nil, nil, codes.ResourceExhausted, codes.ResourceExhausted},
+		{"3", []string{"n1", "n2"}, nil, nil, codes.ResourceExhausted, codes.ResourceExhausted},
 	} {
-		resp, err := w.CreateVolume(w.ctx, create(fmt.Sprint("v", i), func(r *csi.CreateVolumeRequest) {
-			r.Parameters = map[string]string{"replicas": tt.replicas}
-			r.AccessibilityRequirements = requisite(tt.requisite...)
-			r.AccessibilityRequirements.Preferred = requisite(tt.preferred...).Requisite
-		}))
-		wantCode(t, err, tt.code)
-		var got []string
-		for _, topology := range resp.GetVolume().GetAccessibleTopology() {
-			got = append(got, topology.GetSegments()[volume.TopologyKey])
-		}
-		slices.Sort(got)
-		if !slices.Equal(got, tt.want) {
-			t.Errorf("%d: accessible from %v, want %v", i, got, tt.want)
+		for _, locality := range []string{"required", "preferred", "none"} {
+			code := tt.code
+			if locality != "required" {
+				code, tt.want = tt.elsewhere, nil
+			}
+			req := create(fmt.Sprint("v", i, locality), func(r *csi.CreateVolumeRequest) {
+				r.CapacityRange.RequiredBytes = mib
+				r.Parameters = map[string]string{"replicas": tt.replicas, "dataLocality": locality}
+				r.AccessibilityRequirements = requisite(tt.requisite...)
+				r.AccessibilityRequirements.Preferred = requisite(tt.preferred...).Requisite
+			})
+			resp, err := w.CreateVolume(w.ctx, req)
+			wantCode(t, err, code)
+			var got []string
+			for _, topology := range resp.GetVolume().GetAccessibleTopology() {
+				got = append(got, topology.GetSegments()[volume.TopologyKey])
+			}
+			slices.Sort(got)
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("%d %s: accessible from %v, want %v", i, locality, got, tt.want)
+			}
+			if again, err := w.CreateVolume(w.ctx, req); err == nil && again.GetVolume().GetVolumeId() != resp.GetVolume().GetVolumeId() {
+				t.Errorf("%d %s: the same request made another volume", i, locality)
+			}
 		}
 	}
 }

@@ -200,7 +200,7 @@ func TestPoint08_CreateConflicts(t *testing.T) {
 		"iopsLimit":      func(r *csi.CreateVolumeRequest) { r.MutableParameters["iopsLimit"] = "101" },
 		"bandwidthLimit": func(r *csi.CreateVolumeRequest) { delete(r.MutableParameters, "bandwidthLimit") },
 		"replicas":       func(r *csi.CreateVolumeRequest) { r.Parameters["replicas"] = "2" },
-		"topology":       func(r *csi.CreateVolumeRequest) { r.AccessibilityRequirements = requisite("n2") },
+		"topology":       func(r *csi.CreateVolumeRequest) { r.AccessibilityRequirements = requisite("n9") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := w.CreateVolume(w.ctx, create("v", base, change))
@@ -310,7 +310,7 @@ func TestPoint11_CloneAndRestore(t *testing.T) {
 // TestPoint13_SnapshotSurvivesItsSource, the controller's part.
 func TestPoint13_SnapshotSurvivesItsSource(t *testing.T) {
 	w := newWorld(t)
-	src := w.mustCreate("src")
+	src := w.mustCreate("src", func(r *csi.CreateVolumeRequest) { r.Parameters = map[string]string{"dataLocality": "required"} })
 	snap := w.mustSnapshot("snap", src.VolumeId)
 	if !snap.ReadyToUse || snap.SizeBytes != gib || snap.SourceVolumeId != src.VolumeId || snap.CreationTime.AsTime().IsZero() ||
 		!proto.Equal(snap.AccessibleTopology[0], src.AccessibleTopology[0]) {

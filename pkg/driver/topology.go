@@ -49,8 +49,12 @@ func requirement(r *csi.TopologyRequirement) (requisite, preferred []volume.Node
 	return requisite, preferred, nil
 }
 
-// topologies are the nodes that hold replicas: only those reach the data.
-func topologies(replicas []volume.Replica) []*csi.Topology {
+// accessible are the topologies from which a volume can be reached: with required locality the nodes of its replicas, else
+// every node, for which no list stands. (An orchestrator may keep the list for ever, and replicas move.)
+func accessible(l volume.DataLocality, replicas []volume.Replica) []*csi.Topology {
+	if l != volume.LocalityRequired {
+		return nil
+	}
 	var nodes []volume.NodeID
 	for _, r := range replicas {
 		if !slices.Contains(nodes, r.Node) {

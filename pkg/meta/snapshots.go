@@ -38,7 +38,8 @@ func beginSnapshot(v *view, c command.BeginSnapshot) (command.Result, error) {
 	}
 	rec := volume.Snapshot{
 		ID: c.ID, Name: c.Name, Volume: vol.ID, Tenant: vol.Tenant, State: volume.Creating, Size: vol.Size, Freeze: c.Freeze,
-		Filesystem: vol.Filesystem, BlockSize: vol.Parameters.BlockSize, CreatedAt: c.Now, Holders: vol.Replicas,
+		Filesystem: vol.Filesystem, BlockSize: vol.Parameters.BlockSize, DataLocality: vol.Parameters.DataLocality,
+		CreatedAt: c.Now, Holders: vol.Replicas,
 	}
 	v.put(snapshotNames+rec.Name, []byte(rec.ID))
 	v.put(snapshotsOf+string(rec.Volume)+"/"+string(rec.ID), []byte{1})

@@ -124,7 +124,9 @@ type Snapshot struct {
 	Freeze     bool       `json:"freeze,omitempty"`
 	Filesystem Filesystem `json:"filesystem"`
 	BlockSize  int        `json:"blockSize"`
-	CreatedAt  Timestamp  `json:"createdAt"`
+	// DataLocality is the volume's when it was cut.
+	DataLocality DataLocality `json:"dataLocality,omitempty"`
+	CreatedAt    Timestamp    `json:"createdAt"`
 	// Holders are the pools that have every byte of it.
 	Holders []Replica `json:"holders"`
 	// PhysicalBytes is what its layer occupied when a node last reported, in bytes.
@@ -136,8 +138,35 @@ type Node struct {
 	ID NodeID `json:"id"`
 	// LastSeen is when it last reported.
 	LastSeen Timestamp `json:"lastSeen"`
-	Pools    []Pool    `json:"pools"`
+	// Zone is what fails together: replicas are spread over zones. "" is one of them.
+	Zone string `json:"zone,omitempty"`
+	// Address of the node's API and DataAddress of its replicas, host:port; "" in a cluster of one.
+	Address     string     `json:"address,omitempty"`
+	DataAddress string     `json:"dataAddress,omitempty"`
+	Roles       []NodeRole `json:"roles,omitempty"`
+	State       NodeState  `json:"state,omitempty"`
+	Pools       []Pool     `json:"pools"`
 }
+
+// NodeRole is what a node does for the cluster.
+type NodeRole string
+
+// Node roles.
+const (
+	RoleController NodeRole = "controller"
+	RoleStorage    NodeRole = "storage"
+)
+
+// NodeState is what an admin wants of a node. Whether it is up is seen from LastSeen.
+type NodeState string
+
+// Node states. A drained node gets nothing new and may be stopped; an emptying one gets nothing new and its replicas move
+// to others.
+const (
+	NodeActive   NodeState = ""
+	NodeDrained  NodeState = "drained"
+	NodeEmptying NodeState = "emptying"
+)
 
 // PoolKind is how a pool keeps its data file.
 type PoolKind string
