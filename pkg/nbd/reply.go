@@ -1,0 +1,138 @@
+package nbd
+
+import (
+	"bufio"
+	"crypto/tls"
+	"net"
+	"sync"
+	"time"
+)
+
+// reply is what is sent for one request: its head, and for a read the bytes.
+type reply struct {
+	head [32]byte
+	n    int    // bytes of head
+	long []byte // follows the head, where it is not in body
+	body *buffer
+	// charge is given back to the window once the reply was sent: what waits for a slow client counts, too.
+	charge int
+}
+
+// replies sends answers. Who has one and finds nobody sending sends it, and whatever others add meanwhile: at low depth
+// nobody is woken for it, at high depth many leave in one system call.
+type replies struct {
+	conn   net.Conn
+	window *window
+	stall  time.Duration
+	// fail is told of the first error.
+	fail func(error)
+
+	mu      sync.Mutex
+	queue   []reply
+	sending bool
+	err     error
+
+	// The rest is the sender's.
+	spare []reply
+	heads []byte
+	iov   net.Buffers
+	tls   *bufio.Writer // gathers records; nil without TLS
+}
+
+func newReplies(conn net.Conn, room *window, stall time.Duration, fail func(error)) *replies {
+	w := &replies{conn: conn, window: room, stall: stall, fail: fail}
+	if _, ok := conn.(*tls.Conn); ok {
+		w.tls = bufio.NewWriterSize(conn, 64<<10)
+	}
+	return w
+}
+
+// send returns once the reply was sent, or is about to be by another goroutine of this connection.
+func (w *replies) send(r reply) {
+	w.mu.Lock()
+	if w.err != nil {
+		w.mu.Unlock()
+		w.done(&r)
+		return
+	}
+	w.queue = append(w.queue, r)
+	if w.sending {
+		w.mu.Unlock()
+		return
+	}
+	w.sending = true
+	for len(w.queue) > 0 {
+		batch := w.queue
+		w.queue = w.spare[:0]
+		failed := w.err != nil
+		w.mu.Unlock()
+		var err error
+		if !failed {
+			err = w.write(batch)
+		}
+		for i := range batch {
+			w.done(&batch[i])
+		}
+		w.spare = batch
+		if err != nil {
+			w.fail(err)
+		}
+		w.mu.Lock()
+		if err != nil {
+			w.err = err
+		}
+	}
+	w.sending = false
+	w.mu.Unlock()
+}
+
+// done gives back what a reply held.
+func (w *replies) done(r *reply) {
+	r.body.release()
+	w.window.give(r.charge)
+	*r = reply{}
+}
+
+func (w *replies) write(batch []reply) error {
+	if err := w.conn.SetWriteDeadline(time.Now().Add(w.stall)); err != nil {
+		return err
+	}
+	if w.tls != nil {
+		for i := range batch {
+			for _, p := range batch[i].parts() {
+				if _, err := w.tls.Write(p); err != nil {
+					return err
+				}
+			}
+		}
+		return w.tls.Flush()
+	}
+	// Heads without bytes between them leave as one piece.
+	w.heads = w.heads[:0]
+	for i := range batch {
+		w.heads = append(w.heads, batch[i].head[:batch[i].n]...)
+	}
+	iov, from, to := w.iov[:0], 0, 0
+	for i := range batch {
+		r := &batch[i]
+		to += r.n
+		if more := r.parts()[1]; len(more) > 0 {
+			iov = append(iov, w.heads[from:to], more)
+			from = to
+		}
+	}
+	if from < to {
+		iov = append(iov, w.heads[from:to])
+	}
+	w.iov = iov
+	_, err := iov.WriteTo(w.conn) // uses up iov, not its array
+	clear(w.iov)
+	return err
+}
+
+func (r *reply) parts() [2][]byte {
+	if r.body != nil {
+		return [2][]byte{r.head[:r.n], r.body.b}
+	}
+	return [2][]byte{r.head[:r.n], r.long}
+}
