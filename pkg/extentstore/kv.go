@@ -1,6 +1,7 @@
 package extentstore
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
@@ -27,12 +28,34 @@ type kv interface {
 	// Backlog is how many bytes Compact has to merge, 0 where there is too little to be worth it.
 	Backlog() int64
 	// Compact merges what was written lately into what is there, beside all else. It takes about as much space as the
-	// backlog while it runs, and seconds per GiB of the database.
-	Compact() error
+	// backlog while it runs, and seconds per GiB of the database; it stops soon after ctx is done, and another call goes
+	// on from there. It is called once at a time.
+	Compact(ctx context.Context) error
 	Close() error
 }
 
-type badgerKV struct{ db *badger.DB }
+type badgerKV struct {
+	db    *badger.DB
+	steps *steps
+}
+
+// steps ends a compaction between two of its steps, for which Badger has no other means: what it logs before each, in
+// the goroutine of the caller and with no lock held, is where it is asked whether to go on. A step takes a second or two.
+type steps struct{ ctx context.Context }
+
+const compactStep = "Attempting to compact with %+v\n"
+
+var errStopped = errors.New("compaction was stopped")
+
+func (s *steps) Infof(format string, _ ...any) {
+	if format == compactStep && s.ctx.Err() != nil {
+		panic(errStopped)
+	}
+}
+
+func (*steps) Errorf(string, ...any)   {}
+func (*steps) Warningf(string, ...any) {}
+func (*steps) Debugf(string, ...any)   {}
 
 const (
 	memTable = 8 << 20
@@ -47,8 +70,9 @@ const (
 
 // openBadger opens the database. It is small: a pool has a few MiB of pages that are hot, cached above it.
 func openBadger(dir string) (*badgerKV, error) {
+	s := &steps{}
 	o := badger.DefaultOptions(dir).
-		WithLogger(nil).
+		WithLogger(s).
 		WithSyncWrites(true).
 		WithDetectConflicts(false).
 		WithMetricsEnabled(false).
@@ -66,7 +90,7 @@ func openBadger(dir string) (*badgerKV, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the pool's database: %w", err)
 	}
-	return &badgerKV{db}, nil
+	return &badgerKV{db, s}, nil
 }
 
 func (b *badgerKV) Get(key []byte) (val []byte, err error) {
@@ -137,7 +161,16 @@ func (b *badgerKV) Backlog() int64 {
 	return size
 }
 
-func (b *badgerKV) Compact() error {
+func (b *badgerKV) Compact(ctx context.Context) (err error) {
+	b.steps.ctx = ctx
+	defer func() {
+		if x := recover(); x != nil {
+			if x != errStopped {
+				panic(x)
+			}
+			err = ctx.Err()
+		}
+	}()
 	if err := b.db.Flatten(1); err != nil {
 		return fmt.Errorf("compact the pool's database: %w", err)
 	}
@@ -227,7 +260,7 @@ func (p *Pool) runCompactor() error {
 			p.log.Warn("the filesystem of the pool has no room to compact its database", "bytes", n)
 			continue
 		}
-		if err := p.kv.Compact(); err != nil {
+		if err := p.kv.Compact(p.ctx); err != nil && p.ctx.Err() == nil {
 			p.log.Warn("compaction", "error", err)
 		}
 	}

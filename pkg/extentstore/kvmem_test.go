@@ -1,6 +1,7 @@
 package extentstore
 
 import (
+	"context"
 	"errors"
 	"maps"
 	"math/rand/v2"
@@ -120,8 +121,8 @@ func (k *memKV) Commit(ops []op) error {
 	return err
 }
 
-func (k *memKV) Backlog() int64 { return 0 }
-func (k *memKV) Compact() error { return nil }
+func (k *memKV) Backlog() int64                { return 0 }
+func (k *memKV) Compact(context.Context) error { return nil }
 
 func (k *memKV) Close() error { k.mu.Lock(); k.closed = true; k.mu.Unlock(); return nil }
 
