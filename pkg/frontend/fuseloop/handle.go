@@ -101,7 +101,7 @@ func (s *server) handle(buf *buffer, n int) []byte {
 func (s *server) init(mem []byte, n int, unique uint64) []byte {
 	in := request[fuse.InitIn](mem, n)
 	if in == nil || in.Major != 7 || in.Minor < minMinor {
-		s.log.Error("the kernel's FUSE is too old; Linux 5.8 or newer is needed")
+		s.log.Error("the kernel's FUSE is too old; Linux 5.9 or newer is needed")
 		return header(mem[:16], unique, -int32(unix.EPROTO))
 	}
 	const want = fuse.CAP_ASYNC_READ | fuse.CAP_BIG_WRITES | fuse.CAP_ASYNC_DIO | fuse.CAP_PARALLEL_DIROPS | fuse.CAP_MAX_PAGES

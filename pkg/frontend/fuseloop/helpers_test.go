@@ -56,7 +56,7 @@ func census(t *testing.T, dir string) string {
 		}
 	}
 	for _, m := range mounts {
-		if strings.HasPrefix(m.path, dir) {
+		if strings.HasPrefix(m.Mountpoint, dir) {
 			ours++
 		}
 	}

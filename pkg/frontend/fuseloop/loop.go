@@ -1,12 +1,10 @@
 package fuseloop
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -212,14 +210,18 @@ func (l *loop) refresh(path string) error {
 	})
 }
 
-// sync writes what the page cache holds for the device, and flushes it. Another process does it: a thread of this one
-// that waits for requests which this process answers would keep it from dying, and so its connections from being aborted.
+// sync writes what the page cache holds for the device, and flushes it. It returns an error of such a write once, also
+// where somebody else was told of it.
 func (l *loop) sync() error {
-	// The second pass is short. It narrows the gap in which someone else writes and closes the device unsynced.
-	if out, err := exec.Command("sync", l.path, l.path).CombinedOutput(); err != nil {
-		return fmt.Errorf("sync %s: %w: %s", l.path, err, bytes.TrimSpace(out))
-	}
-	return nil
+	return l.thread.Do(func() error {
+		// The second pass is short. It narrows the gap in which someone else writes and closes the device unsynced.
+		for range 2 {
+			if err := unix.Fsync(l.fd); err != nil {
+				return fmt.Errorf("sync %s: %w", l.path, err)
+			}
+		}
+		return nil
+	})
 }
 
 // unbind asks the kernel to unbind the device, and tells whether nobody else has it open: then it takes no more

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 }
 
 // serve obeys lines on standard input: "attach NAME MIB" answers with the path; "hang NAME" makes its writes hang; "go
-// NAME" lets them go on; "write NAME" makes this process write to the device itself.
+// NAME" lets them go on; "write NAME" makes this process write to the device itself; "detach NAME" detaches it.
 func serve(dir string) error {
 	f, err := New(context.Background(), Options{RunDir: dir, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
@@ -68,6 +68,9 @@ func serve(dir string) error {
 				}
 				fmt.Println("wrote", err)
 			}()
+		case "detach":
+			go func() { fmt.Println("detached", f.Detach(context.Background(), name)) }()
+			fmt.Println("detaches")
 		case "go":
 			devices[name].Set(blocktest.Write, blocktest.Fault{})
 			fmt.Println("goes")

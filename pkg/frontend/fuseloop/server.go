@@ -25,7 +25,7 @@ const (
 	maxIdle = 4
 	// trimAfter is how long a device is idle before the memory of large requests is given back.
 	trimAfter = 2 * time.Second
-	// minMinor is the oldest protocol 7.x that is spoken: Linux 5.4.
+	// minMinor is the oldest protocol 7.x that is spoken: what Linux 5.9 has. That version is needed for close_range too.
 	minMinor = 31
 )
 

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/ballast-csi/ballast/pkg/apart"
@@ -35,7 +36,7 @@ type remnant struct {
 
 // remnants lists them. A loop device is taken for ours only where its file is a mount of ours in this namespace: another
 // Ballast, with a namespace of its own, may well use the same paths.
-func (f *Frontend) remnants(mounts []mountPoint) ([]remnant, error) {
+func (f *Frontend) remnants(mounts []*mountinfo.Info) ([]remnant, error) {
 	files, err := os.ReadDir(f.dir)
 	if err != nil {
 		return nil, err
@@ -54,8 +55,8 @@ func (f *Frontend) remnants(mounts []mountPoint) ([]remnant, error) {
 			continue
 		}
 		for _, m := range mounts {
-			if m.path == r.path && m.fsType == fsType {
-				r.mounted, r.conn = true, m.minor()
+			if m.Mountpoint == r.path && m.FSType == fsType {
+				r.mounted, r.conn = true, connection(m)
 			}
 		}
 		for i := range loops {
@@ -98,8 +99,8 @@ func (f *Frontend) Stale(ctx context.Context) ([]StaleDevice, error) {
 		s := StaleDevice{Name: r.name(), LoopPath: r.loop.path}
 		for _, m := range mounts {
 			// btrfs shows a number of its own; its source is the device.
-			if m.number == r.loop.number || m.source == r.loop.path {
-				s.Mounts = append(s.Mounts, m.path)
+			if number(m) == r.loop.number || m.Source == r.loop.path {
+				s.Mounts = append(s.Mounts, m.Mountpoint)
 			}
 		}
 		stale = append(stale, s)
@@ -192,8 +193,8 @@ func abortAll(ctl control, dir string) error {
 		return err
 	}
 	for _, m := range mounts {
-		if m.fsType == fsType && filepath.Dir(m.path) == dir {
-			ctl.abort(m.minor(), m.path)
+		if m.FSType == fsType && filepath.Dir(m.Mountpoint) == dir {
+			ctl.abort(connection(m), m.Mountpoint)
 		}
 	}
 	return nil

@@ -3,9 +3,12 @@ package fuseloop
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -138,6 +141,50 @@ func TestKilledWaitingForItself(t *testing.T) {
 	if err := f.Clean(t.Context()); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestKilledWhileSyncing kills a process that syncs a device of its own, which hangs: nobody helps it to die.
+func TestKilledWhileSyncing(t *testing.T) {
+	dir := t.TempDir()
+	p := startProcess(t, dir)
+	path := p.do(t, "attach vol 64")
+	p.do(t, "hang vol")
+	run(t, "dd", "if=/dev/zero", "of="+path, "bs=1M", "count=8", "conv=notrunc", "status=none")
+	p.do(t, "detach vol")
+	waitFor(t, func() bool { return waitsIn(t, p.cmd.Process.Pid, unix.SYS_FSYNC) })
+	if err := p.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = p.cmd.Wait()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Error("the process still waits for itself")
+	}
+	f := newFrontend(t, dir) // which ends it in any case
+	<-ended
+	waitFor(t, func() bool { return !bound(path, dir) })
+	if err := f.Clean(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// waitsIn tells whether a thread of the process waits uninterruptibly in a system call.
+func waitsIn(t *testing.T, pid, call int) bool {
+	t.Helper()
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(threads, func(thread string) bool {
+		status, _ := os.ReadFile(filepath.Join(thread, "status"))
+		now, _ := os.ReadFile(filepath.Join(thread, "syscall"))
+		return strings.Contains(string(status), "\nState:\tD") && strings.HasPrefix(string(now), strconv.Itoa(call)+" ")
+	})
 }
 
 // TestAbortedFromOutside aborts a connection as an operator might: Attach makes a device that works.
