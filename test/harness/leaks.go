@@ -7,88 +7,27 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
-// Mount is one line of the mount table.
-type Mount struct {
-	Minor   uint32 // of the device number; of a FUSE mount it names the connection
-	Major   uint32
-	Point   string
-	FSType  string
-	Source  string
-	Options string // per mount and per superblock, joined by a comma
-}
-
-// Mounts is the mount table of this process.
-func Mounts() ([]Mount, error) {
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	var all []Mount
-	for _, line := range strings.Split(strings.TrimSpace(string(b)), "\n") {
-		// 36 35 98:0 /root /point options [optional fields] - type source superoptions
-		left, right, ok := strings.Cut(line, " - ")
-		l, r := strings.Fields(left), strings.Fields(right)
-		if !ok || len(l) < 6 || len(r) < 2 {
-			return nil, fmt.Errorf("mountinfo has a line that is not understood: %q", line)
-		}
-		m := Mount{Point: unescape(l[4]), FSType: r[0], Source: unescape(r[1]), Options: l[5]}
-		if len(r) > 2 {
-			m.Options += "," + r[2]
-		}
-		if _, err := fmt.Sscanf(l[2], "%d:%d", &m.Major, &m.Minor); err != nil {
-			return nil, fmt.Errorf("mountinfo has a device that is not understood: %q", line)
-		}
-		all = append(all, m)
-	}
-	return all, nil
-}
-
 // MountsUnder are the mounts at or below a directory, the deepest and latest first.
-func MountsUnder(dir string) ([]Mount, error) {
-	all, err := Mounts()
+func MountsUnder(dir string) ([]*mountinfo.Info, error) {
+	in, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return !within(m.Mountpoint, dir), false })
 	if err != nil {
 		return nil, err
-	}
-	var in []Mount
-	for _, m := range all {
-		if within(m.Point, dir) {
-			in = append(in, m)
-		}
 	}
 	slices.Reverse(in)
-	sort.SliceStable(in, func(i, j int) bool { return len(in[i].Point) > len(in[j].Point) })
+	slices.SortStableFunc(in, func(a, b *mountinfo.Info) int { return len(b.Mountpoint) - len(a.Mountpoint) })
 	return in, nil
 }
 
 func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
-
-// unescape undoes the octal escapes of mountinfo.
-func unescape(s string) string {
-	if !strings.Contains(s, `\`) {
-		return s
-	}
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
-}
 
 // Loop is a loop device with a file.
 type Loop struct {
@@ -140,12 +79,12 @@ func sweep(dir string) error {
 	// FUSE first: what waits for a dead server is set free by the force.
 	for _, m := range mounts {
 		if strings.HasPrefix(m.FSType, "fuse") {
-			_ = unix.Unmount(m.Point, unix.MNT_FORCE) // often busy; it aborts the connection all the same
+			_ = unix.Unmount(m.Mountpoint, unix.MNT_FORCE) // often busy; it aborts the connection all the same
 		}
 	}
 	for _, m := range mounts {
-		if err := unix.Unmount(m.Point, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-			errs = append(errs, fmt.Errorf("unmount %s: %w", m.Point, err))
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", m.Mountpoint, err))
 		}
 	}
 	loops, err := Loops(dir)
@@ -153,8 +92,10 @@ func sweep(dir string) error {
 	for _, l := range loops {
 		errs = append(errs, detach(l))
 	}
-	if left, err := MountsUnder(dir); err != nil || len(left) > 0 {
-		errs = append(errs, fmt.Errorf("mounts left: %v, %w", left, err))
+	left, err := MountsUnder(dir)
+	errs = append(errs, err)
+	for _, m := range left {
+		errs = append(errs, fmt.Errorf("mount left: %s (%s from %s)", m.Mountpoint, m.FSType, m.Source))
 	}
 	if left, err := Loops(dir); err != nil || len(left) > 0 {
 		errs = append(errs, fmt.Errorf("loop devices left: %v, %w", left, err))
@@ -196,10 +137,10 @@ func (d *Daemon) leaks(ids []string) []string {
 		note("%v", err)
 	}
 	for _, m := range mounts {
-		if m.Point == d.fuse.control {
+		if m.Mountpoint == d.fuse.control {
 			continue // ours
 		}
-		note("mount %s (%s from %s)", m.Point, m.FSType, m.Source)
+		note("mount %s (%s from %s)", m.Mountpoint, m.FSType, m.Source)
 	}
 	loops, err := Loops(d.o.Dir, ids...)
 	if err != nil {
@@ -295,7 +236,7 @@ func (w *fuseWatch) sample() {
 	defer w.mu.Unlock()
 	for _, m := range mounts {
 		if m.FSType == "fuse" || strings.HasPrefix(m.FSType, "fuse.") {
-			w.seen[m.Minor] = true
+			w.seen[uint32(m.Minor)] = true
 		}
 	}
 }
@@ -310,13 +251,13 @@ func (w *fuseWatch) orphans() ([]uint32, error) {
 	if err != nil {
 		return nil, err
 	}
-	mounts, err := Mounts()
+	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		return nil, err
 	}
 	mounted := map[uint32]bool{} // numbers are used again, also by others on this machine
 	for _, m := range mounts {
-		mounted[m.Minor] = mounted[m.Minor] || m.Major == 0
+		mounted[uint32(m.Minor)] = mounted[uint32(m.Minor)] || m.Major == 0
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -332,13 +273,13 @@ func (w *fuseWatch) orphans() ([]uint32, error) {
 
 // connections is where fusectl is mounted; it mounts it where nobody has.
 func (w *fuseWatch) connections() (string, error) {
-	mounts, err := Mounts()
+	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		return "", err
 	}
 	for _, m := range mounts {
 		if m.FSType == "fusectl" {
-			return m.Point, nil
+			return m.Mountpoint, nil
 		}
 	}
 	point := filepath.Join(w.dir, "fusectl")
