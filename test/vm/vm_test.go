@@ -23,7 +23,7 @@ const (
 
 // tools of this machine that the guest's scenarios, ballastd and mount-utils call.
 var tools = []string{
-	"sh", "sync", "mount", "umount", "blkid", "blockdev", "losetup", "fsfreeze", "findmnt", "lsblk", "wipefs", "fsck",
+	"sh", "mount", "umount", "blkid", "blockdev", "losetup", "fsfreeze", "findmnt", "lsblk", "wipefs", "fsck",
 	"mkfs.ext4", "e2fsck", "fsck.ext4", "resize2fs", "dumpe2fs", "tune2fs",
 	"mkfs.xfs", "fsck.xfs", "xfs_growfs", "xfs_repair", "xfs_io", "xfs_admin", "xfs_db", "xfs_info",
 	"mkfs.btrfs", "fsck.btrfs", "btrfs", "btrfstune", "fusermount3",
