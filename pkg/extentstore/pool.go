@@ -93,7 +93,8 @@ type chain struct {
 	head     *replica
 	snap     *snapshot
 	summed   bool  // each page has its checksums
-	bad      error // what keeps the worker from merging or summing it
+	damaged  bool  // one of them is not that of what was read; durable
+	bad      error // what keeps the worker from merging or summing it; where damaged, merging would hide it
 	stuck    bool  // it cannot be freed either
 
 	dirtyMu sync.Mutex
@@ -101,7 +102,7 @@ type chain struct {
 }
 
 func (l *chain) record() layerRecord {
-	r := layerRecord{summed: l.summed}
+	r := layerRecord{summed: l.summed, damaged: l.damaged}
 	if parent := l.parent.Load(); parent != nil {
 		r.parent = parent.id
 	}

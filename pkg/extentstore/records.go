@@ -20,6 +20,7 @@ const (
 	keySums     = 'c'
 	keyReplica  = 'r'
 	keySnapshot = 's'
+	keyScrub    = 'x'
 )
 
 func layerKey(id uint64) []byte { return binary.BigEndian.AppendUint64([]byte{keyLayer}, id) }
@@ -123,8 +124,9 @@ func decodePool(b []byte) (r poolRecord, err error) {
 }
 
 type layerRecord struct {
-	parent uint64
-	summed bool
+	parent  uint64
+	summed  bool
+	damaged bool
 }
 
 func (r layerRecord) encode() []byte {
@@ -132,7 +134,10 @@ func (r layerRecord) encode() []byte {
 	e.u64(r.parent)
 	var flags uint8
 	if r.summed {
-		flags = 1
+		flags |= 1
+	}
+	if r.damaged {
+		flags |= 2
 	}
 	e.u8(flags)
 	return e.bytes()
@@ -142,8 +147,8 @@ func decodeLayer(b []byte) (r layerRecord, err error) {
 	d := newDecoder(b)
 	r.parent = d.u64()
 	flags := d.u8()
-	r.summed = flags&1 != 0
-	d.bad = d.bad || flags > 1
+	r.summed, r.damaged = flags&1 != 0, flags&2 != 0
+	d.bad = d.bad || flags > 3
 	return r, d.end("a layer")
 }
 
@@ -226,6 +231,28 @@ func decodeSuper(b []byte) (r poolRecord, none bool, err error) {
 		}
 	}
 	return r, false, fmt.Errorf("superblock of the data file: %w", layer.ErrCorrupt)
+}
+
+// scrubRecord says when the last scrub ended, in seconds of Unix time, and from which page of which layer one that was cut
+// off goes on; layer 0 is none.
+type scrubRecord struct {
+	ended int64
+	layer uint64
+	page  uint32
+}
+
+func (r scrubRecord) encode() []byte {
+	e := newEncoder()
+	e.u64(uint64(r.ended))
+	e.u64(r.layer)
+	e.u32(r.page)
+	return e.bytes()
+}
+
+func decodeScrub(b []byte) (r scrubRecord, err error) {
+	d := newDecoder(b)
+	r.ended, r.layer, r.page = int64(d.u64()), d.u64(), d.u32()
+	return r, d.end("the scrub")
 }
 
 // sums are the checksums of one page's extents, valid while the page is the one they were made from.

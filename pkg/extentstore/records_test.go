@@ -11,10 +11,12 @@ import (
 // decoders read what a record's bytes say and encode it again.
 var decoders = map[string]func(b []byte) ([]byte, error){
 	"pool":     func(b []byte) ([]byte, error) { r, err := decodePool(b); return r.encode(), err },
+	"damaged":  func(b []byte) ([]byte, error) { r, err := decodeLayer(b); return r.encode(), err },
 	"layer":    func(b []byte) ([]byte, error) { r, err := decodeLayer(b); return r.encode(), err },
 	"replica":  func(b []byte) ([]byte, error) { r, err := decodeReplica(b); return r.encode(), err },
 	"snapshot": func(b []byte) ([]byte, error) { r, err := decodeSnapshot(b); return r.encode(), err },
 	"sums":     func(b []byte) ([]byte, error) { r, err := decodeSums(b); return r.encode(), err },
+	"scrub":    func(b []byte) ([]byte, error) { r, err := decodeScrub(b); return r.encode(), err },
 	"super": func(b []byte) ([]byte, error) {
 		r, none, err := decodeSuper(b)
 		if none {
@@ -30,6 +32,8 @@ var records = map[string][]byte{
 	"replica":  replicaRecord{head: 3, size: 1 << 30, volume: "vol-1", tenant: "t"}.encode(),
 	"snapshot": snapshotRecord{layer: 3, size: 1 << 30, volume: "vol-1", tenant: "t", replica: "r"}.encode(),
 	"sums":     sums{page: 9, crcs: []uint32{1, 2, 3}}.encode(),
+	"damaged":  layerRecord{parent: 7, damaged: true}.encode(),
+	"scrub":    scrubRecord{1 << 33, 7, 9}.encode(),
 	"super":    encodeSuper(poolRecord{formatVersion, "pool-1", "dir"}),
 }
 

@@ -125,7 +125,11 @@ func (p *Pool) readRecords() error {
 			return p.damaged(errors.Join(err, fmt.Errorf("layer record %x", k)))
 		}
 		id := binary.BigEndian.Uint64(k[1:])
-		p.layers[id] = &chain{id: id, summed: r.summed}
+		l := &chain{id: id, summed: r.summed, damaged: r.damaged}
+		if l.damaged {
+			l.bad = errDamaged
+		}
+		p.layers[id] = l
 		parents[id] = r.parent
 		p.nextLayer = max(p.nextLayer, id)
 		return nil

@@ -1,23 +1,30 @@
 package extentstore
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"slices"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/layer"
 )
 
-// scrubEvery is how long after the last the next scrub begins.
-const scrubEvery = 7 * 24 * time.Hour
+const (
+	// scrubEvery is how long after the last the next scrub begins.
+	scrubEvery = 7 * 24 * time.Hour
+	// scrubSoon leaves a start time for what is more urgent; scrubRetry is how long after an error the next try is.
+	scrubSoon, scrubRetry = time.Minute, time.Hour
+	// scrubSave is after how many bytes the position is made durable.
+	scrubSave = 1 << 30
+)
 
 // errChecksum: what was read of a sealed layer is not what was summed.
 var errChecksum = fmt.Errorf("checksum: %w", layer.ErrCorrupt)
+
+// errDamaged is what is left of such a finding after a restart.
+var errDamaged = fmt.Errorf("an earlier scrub found %w", errChecksum)
 
 // stepSum makes the checksums of some pages of a sealed layer.
 func (p *Pool) stepSum(j *job) (bytes int64, err error) {
@@ -133,6 +140,19 @@ func (c carry) add(p *Pool, l *chain, idx uint32) error {
 	return nil
 }
 
+// verify reads an extent that blocks are copied from or to: the sum that it gets afterwards would hide its damage.
+func (c carry) verify(p *Pool, e layer.Entry) error {
+	known, ok := c[e.Slot]
+	if !ok || known.data != e.Data {
+		return nil
+	}
+	crc, err := extentSum(p.file, e, p.copyBuf)
+	if err == nil && crc != known.crc {
+		err = errChecksum
+	}
+	return err
+}
+
 // sums are those of a page after the merge, nil where blocks were copied: those are read again.
 func (c carry) sums(p *Pool, l *chain, idx uint32) ([]op, error) {
 	e, ok, err := p.copyOf(l, idx)
@@ -181,54 +201,121 @@ func (p *Pool) copyOf(l *chain, idx uint32) (e layer.Page, ok bool, err error) {
 	return pg.e, true, nil
 }
 
-// Scrub reads all that has a checksum, paced by MergeRate, and notes what differs: Conditions tells it, and background
-// work leaves such a layer alone. The error is of the reading itself or the context's.
-func (p *Pool) Scrub(ctx context.Context) error {
-	p.mu.Lock()
-	layers := make([]*chain, 0, len(p.layers))
-	for _, l := range p.layers {
-		layers = append(layers, l)
+// noteDamage makes damage to a layer known for good, or forgets it where err is nil. Pool.mu is held.
+func (p *Pool) noteDamage(l *chain, err error) error {
+	l.bad = err
+	if l.damaged == (err != nil) || p.layers[l.id] != l {
+		return nil
 	}
-	p.mu.Unlock()
-	slices.SortFunc(layers, func(a, b *chain) int { return cmp.Compare(a.id, b.id) })
-	for _, l := range layers {
-		for idx, ok := l.pages.next(0); ok; idx, ok = l.pages.next(idx + 1) {
-			n, err := p.scrubPage(l, idx)
+	l.damaged = err != nil
+	return p.commitOps([]op{{layerKey(l.id), l.record().encode()}})
+}
+
+// Scrub reads all that has a checksum, paced by MergeRate, and notes what differs: Conditions tells it, also after a
+// restart, until a later scrub finds the layer sound, and background work leaves it alone. It goes on where an earlier one
+// was cut off. The error is of the reading itself or the context's.
+func (p *Pool) Scrub(ctx context.Context) error {
+	if err := p.use(); err != nil {
+		return err
+	}
+	defer p.users.RUnlock()
+	at, err := p.lastScrub()
+	if err != nil {
+		return err
+	}
+	var saved, read int64
+	for l := p.layerFrom(at.layer); l != nil; l = p.layerFrom(at.layer) {
+		if at.layer != l.id {
+			at.layer, at.page = l.id, 0
+		}
+		sound := at.page == 0
+		for idx, ok := l.pages.next(at.page); ok; idx, ok = l.pages.next(idx + 1) {
+			n, verified, err := p.scrubPage(l, idx)
 			if err != nil {
 				return err
 			}
+			sound = sound && verified
+			at.page = idx + 1
 			select {
 			case <-ctx.Done():
-				return ctx.Err()
+				return errors.Join(ctx.Err(), p.saveScrub(at))
+			case <-p.ctx.Done():
+				return errors.Join(errPoolClosed, p.saveScrub(at))
 			case <-time.After(time.Duration(float64(n) / float64(p.opts.MergeRate) * float64(time.Second))):
 			}
+			if read += n; read-saved >= scrubSave {
+				saved = read
+				if err := p.saveScrub(at); err != nil {
+					return err
+				}
+			}
 		}
+		if sound {
+			p.mu.Lock()
+			var err error
+			if l.damaged {
+				p.log.Info("scrub finds a layer sound again", "layer", l.id)
+				err = p.noteDamage(l, nil)
+			}
+			p.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		}
+		at.layer, at.page = l.id+1, 0
 	}
-	return nil
+	return p.saveScrub(scrubRecord{ended: time.Now().Unix()})
 }
 
-// scrubPage holds the worker: nothing of a sealed layer changes meanwhile.
-func (p *Pool) scrubPage(l *chain, idx uint32) (bytes int64, err error) {
-	if err := p.use(); err != nil {
-		return 0, err
+// layerFrom is the layer with the lowest id from that on. A merge moves pages to higher ones.
+func (p *Pool) layerFrom(id uint64) (next *chain) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, l := range p.layers {
+		if l.id >= id && (next == nil || l.id < next.id) {
+			next = l
+		}
 	}
-	defer p.users.RUnlock()
+	return next
+}
+
+// lastScrub is what is known of the last scrub. A new pool counts as scrubbed.
+func (p *Pool) lastScrub() (scrubRecord, error) {
+	b, err := p.kv.Get([]byte{keyScrub})
+	if err != nil {
+		return scrubRecord{}, err
+	}
+	if b == nil {
+		r := scrubRecord{ended: time.Now().Unix()}
+		return r, p.saveScrub(r)
+	}
+	return decodeScrub(b)
+}
+
+func (p *Pool) saveScrub(r scrubRecord) error {
+	return p.commitOps([]op{{[]byte{keyScrub}, r.encode()}})
+}
+
+// scrubPage holds the worker: nothing of a sealed layer changes meanwhile. Verified tells that all of the page was read
+// and is what was summed.
+func (p *Pool) scrubPage(l *chain, idx uint32) (bytes int64, verified bool, err error) {
 	p.worker.Lock()
 	defer p.worker.Unlock()
 	p.mu.Lock()
 	skip := p.layers[l.id] != l || !l.summed || l.dead()
 	p.mu.Unlock()
 	if skip {
-		return 0, nil
+		return 0, false, nil
 	}
 	e, _, err := p.copyOf(l, idx)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	crcs, err := p.sumsOf(l, idx, &e)
 	if crcs == nil || err != nil {
-		return 0, err
+		return 0, false, err
 	}
+	verified = true
 	for i, x := range e {
 		if x.Slot == 0 {
 			continue
@@ -238,30 +325,58 @@ func (p *Pool) scrubPage(l *chain, idx uint32) (bytes int64, err error) {
 			err = errChecksum
 		}
 		if err != nil {
+			verified = false
 			off := int64(idx)*layer.PageSpan + int64(i)*layer.ExtentSize
 			p.log.Error("scrub has found damage", "layer", l.id, "offset", off, "slot", x.Slot, "error", err)
 			p.mu.Lock()
-			l.bad = fmt.Errorf("at offset %d: %w", off, err)
+			err = p.noteDamage(l, fmt.Errorf("at offset %d: %w", off, err))
 			p.mu.Unlock()
+			if err != nil {
+				return bytes, false, err
+			}
 		}
 		crcs = crcs[1:]
 		bytes += int64(x.Data.Count()) * layer.BlockSize
 	}
-	return bytes, nil
+	return bytes, verified, nil
 }
 
-// runScrubber scrubs once a week.
+// runScrubber scrubs once a week, restarts or not.
 func (p *Pool) runScrubber() error {
-	t := time.NewTicker(scrubEvery)
-	defer t.Stop()
 	for {
+		last, err := p.lastScrub()
+		if err != nil {
+			if p.ctx.Err() == nil {
+				p.log.Error("scrub", "error", err)
+			}
+			return nil
+		}
+		t := time.NewTimer(last.due(time.Now()))
 		select {
 		case <-p.ctx.Done():
+			t.Stop()
 			return nil
 		case <-t.C:
 		}
-		if err := p.Scrub(p.ctx); err != nil && !errors.Is(err, context.Canceled) && p.ctx.Err() == nil {
+		if err := p.Scrub(p.ctx); err != nil && p.ctx.Err() == nil {
 			p.log.Error("scrub", "error", err)
+			if p.failure() != nil {
+				return nil
+			}
+			select {
+			case <-p.ctx.Done():
+				return nil
+			case <-time.After(scrubRetry):
+			}
 		}
 	}
+}
+
+// due is how long to wait for the next scrub. One that was cut off goes on soon; a clock that was set back does not
+// put it off for more than the usual time.
+func (r scrubRecord) due(now time.Time) time.Duration {
+	if r.layer != 0 {
+		return scrubSoon
+	}
+	return min(max(scrubSoon, time.Unix(r.ended, 0).Add(scrubEvery).Sub(now)), scrubEvery)
 }

@@ -2,10 +2,13 @@ package extentstore
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/layer"
@@ -86,8 +89,8 @@ func TestMergeCarriesChecksums(t *testing.T) {
 	f.n.Store(0)
 	must(t, p.DeleteSnapshot(ctx, "a"))
 	settle(t, p)
-	// 15 blocks to copy, and the page they are in to sum.
-	if n := f.n.Load(); n > layer.PageSpan+layer.ExtentSize {
+	// An extent to verify and copy 15 blocks of, and the page they are in to sum.
+	if n := f.n.Load(); n > layer.PageSpan+2*layer.ExtentSize {
 		t.Errorf("%d bytes were read", n)
 	}
 	r, err := check(ctx, m.file, m.kv, nil)
@@ -98,5 +101,133 @@ func TestMergeCarriesChecksums(t *testing.T) {
 	must(t, p.Scrub(ctx))
 	if !slices.Contains(reasons(p), "ExtentCorrupt") {
 		t.Errorf("conditions %v", reasons(p))
+	}
+}
+
+// TestMergeDoesNotHideDamage: blocks of an extent that is not what was summed are not copied, for they would get a sum that
+// fits, and a restart does not make them any better.
+func TestMergeDoesNotHideDamage(t *testing.T) {
+	for name, into := range map[string]string{"a head": "", "a sealed layer": "b"} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine()
+			o := Options{Capacity: 64 * mib, MergeRate: 1 << 40, manual: true}
+			p := openMem(t, m, o)
+			ctx := t.Context()
+			d := newReplica(t, p, "r", 16*mib, "")
+			must(t, d.WriteAt(ctx, bytes.Repeat([]byte{1}, 3*layer.ExtentSize), 0))
+			must(t, p.Cut(ctx, "r", "a"))
+			settle(t, p)
+			must(t, d.WriteAt(ctx, bytes.Repeat([]byte{2}, layer.BlockSize), layer.ExtentSize+3*layer.BlockSize))
+			if into != "" {
+				must(t, p.Cut(ctx, "r", volume.SnapshotID(into)))
+				settle(t, p)
+			}
+			rot(t, m, p.layers[1].slotAt(t, p, 1))
+			must(t, p.DeleteSnapshot(ctx, "a"))
+			for {
+				if more, err := p.step(); !more {
+					break
+				} else if err != nil && !errors.Is(err, errChecksum) {
+					t.Fatal(err)
+				}
+			}
+			if got := reasons(p); !slices.Equal(got, []string{"ExtentCorrupt"}) {
+				t.Fatalf("conditions %v", got)
+			}
+			must(t, p.Close())
+			m = m.reopen()
+			p = openMem(t, m, o)
+			defer p.Close()
+			settle(t, p) // leaves it alone
+			must(t, p.Scrub(ctx))
+			if got := reasons(p); !slices.Equal(got, []string{"ExtentCorrupt"}) || !p.layers[1].mergeable() {
+				t.Fatalf("conditions after a restart: %v", got)
+			}
+			r, err := check(ctx, m.file, m.kv, nil)
+			must(t, err)
+			if len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "have checksum") {
+				t.Errorf("check: %v", r.Problems)
+			}
+			// Once the disk gives back what was summed, all goes on.
+			rot(t, m, p.layers[1].slotAt(t, p, 1))
+			must(t, p.Scrub(ctx))
+			settle(t, p)
+			if got := reasons(p); len(got) > 0 || p.layers[1] != nil {
+				t.Errorf("conditions of a sound pool: %v", got)
+			}
+		})
+	}
+}
+
+func (l *chain) slotAt(t *testing.T, p *Pool, i int) layer.Slot {
+	t.Helper()
+	e, ok, err := p.copyOf(l, 0)
+	must(t, err)
+	if !ok || e[i].Slot == 0 {
+		t.Fatalf("layer %d has nothing at extent %d", l.id, i)
+	}
+	return e[i].Slot
+}
+
+// TestScrubGoesOn: a scrub that was cut off goes on where it was, and the week is counted from its end.
+func TestScrubGoesOn(t *testing.T) {
+	m := newMachine()
+	o := Options{Capacity: 256 * mib, MergeRate: 1 << 40, manual: true}
+	p := openMem(t, m, o)
+	ctx := t.Context()
+	d := newReplica(t, p, "r", 128*mib, "")
+	for _, snap := range []volume.SnapshotID{"a", "b"} {
+		for off := int64(0); off < 64*mib; off += layer.PageSpan {
+			must(t, d.WriteAt(ctx, bytes.Repeat([]byte{1}, layer.ExtentSize), off))
+		}
+		must(t, p.Cut(ctx, "r", snap))
+	}
+	settle(t, p)
+	cut, stop := context.WithCancel(ctx)
+	stop()
+	if err := p.Scrub(cut); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	at, err := p.lastScrub()
+	must(t, err)
+	if at.layer != 1 || at.page == 0 || at.due(time.Now()) != scrubSoon {
+		t.Fatalf("a scrub that was cut off is at %+v", at)
+	}
+	must(t, p.Close())
+	m = m.reopen()
+	f := &readCounter{Mem: m.file}
+	p, err = start("/memory", deps{file: f, kv: m.kv, space: m.space}, o)
+	must(t, err)
+	defer p.Close()
+	must(t, p.saveScrub(scrubRecord{layer: 2, page: 5}))
+	f.n.Store(0)
+	must(t, p.Scrub(ctx))
+	if n := f.n.Load(); n != 3*layer.ExtentSize {
+		t.Errorf("the rest of the scrub read %d bytes, want %d", n, 3*layer.ExtentSize)
+	}
+	last, err := p.lastScrub()
+	must(t, err)
+	if last.layer != 0 || time.Since(time.Unix(last.ended, 0)) > time.Hour {
+		t.Errorf("after a scrub: %+v", last)
+	}
+}
+
+func TestScrubIsDue(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	for name, c := range map[string]struct {
+		last scrubRecord
+		want time.Duration
+	}{
+		"just ended":     {scrubRecord{ended: now.Unix()}, scrubEvery},
+		"a day ago":      {scrubRecord{ended: now.Add(-24 * time.Hour).Unix()}, scrubEvery - 24*time.Hour},
+		"overdue":        {scrubRecord{ended: now.Add(-2 * scrubEvery).Unix()}, scrubSoon},
+		"in the future":  {scrubRecord{ended: now.Add(scrubEvery).Unix()}, scrubEvery},
+		"never":          {scrubRecord{}, scrubSoon},
+		"under way":      {scrubRecord{ended: now.Unix(), layer: 3}, scrubSoon},
+		"senseless time": {scrubRecord{ended: -1 << 62}, scrubSoon},
+	} {
+		if got := c.last.due(now); got != c.want {
+			t.Errorf("%s: due in %v, want %v", name, got, c.want)
+		}
 	}
 }

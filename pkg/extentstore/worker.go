@@ -95,6 +95,9 @@ func (p *Pool) stepBytes() (more bool, bytes int64, err error) {
 		// Other layers are not kept waiting for one that cannot be read.
 		p.mu.Lock()
 		j.l.bad, j.l.stuck, p.job = err, j.task == taskFree, nil
+		if errors.Is(err, errChecksum) && p.failure() == nil {
+			err = errors.Join(err, p.noteDamage(j.l, err))
+		}
 		p.mu.Unlock()
 	}
 	return true, bytes, err
@@ -107,7 +110,7 @@ func (p *Pool) pick() *job {
 	if j := p.job; j != nil && p.layers[j.l.id] == j.l {
 		switch {
 		case j.task == taskFree,
-			j.task == taskMerge && j.l.mergeable() && !j.child.dead(),
+			j.task == taskMerge && j.l.mergeable() && !j.child.dead() && j.l.bad == nil,
 			j.task == taskSum && !p.urgent && j.l.unsummed():
 			return j
 		}
@@ -222,13 +225,15 @@ func (p *Pool) stepMerge(j *job) (bytes int64, err error) {
 		if idx, ok = l.pages.next(idx); !ok || bytes >= stepBytes {
 			break
 		}
-		if sealed { // a head's slots are written in place
-			if failed = errors.Join(sums.add(p, l, idx), sums.add(p, c, idx)); failed != nil {
-				break
-			}
-			pages = append(pages, idx)
+		failed = sums.add(p, l, idx)
+		if sealed { // a head's slots are written in place, and have none
+			failed = errors.Join(failed, sums.add(p, c, idx))
 		}
-		n, err := p.mergePage(l, c, idx)
+		if failed != nil {
+			break
+		}
+		pages = append(pages, idx)
+		n, err := p.mergePage(l, c, idx, sums)
 		if bytes += n; err != nil {
 			failed = err
 			break
@@ -236,8 +241,16 @@ func (p *Pool) stepMerge(j *job) (bytes int64, err error) {
 		idx++
 	}
 	// What was moved is stored also after an error: another merge may be of the child, and would store its page alone.
-	if err := errors.Join(failed, p.flush(c), p.carrySums(c, pages, sums)); err != nil {
-		return bytes, err
+	if err := p.flush(c); err != nil {
+		return bytes, errors.Join(failed, err)
+	}
+	if sealed {
+		if err := p.carrySums(c, pages, sums); err != nil {
+			return bytes, errors.Join(failed, err)
+		}
+	}
+	if failed != nil {
+		return bytes, errors.Join(failed, p.carrySums(l, pages, sums)) // what stays is known to be damaged, and stays so
 	}
 	if _, ok := l.pages.next(0); ok {
 		return bytes, nil
@@ -262,9 +275,9 @@ func (p *Pool) stepMerge(j *job) (bytes int64, err error) {
 
 // mergePage moves one page's entries from l into its child c, extent by extent, and leaves both pages dirty: they
 // commit together.
-func (p *Pool) mergePage(l, c *chain, idx uint32) (bytes int64, err error) {
+func (p *Pool) mergePage(l, c *chain, idx uint32, known carry) (bytes int64, err error) {
 	for i := range layer.ExtentsPerPage {
-		n, err := p.mergeExtent(l, c, idx, i)
+		n, err := p.mergeExtent(l, c, idx, i, known)
 		if err != nil {
 			return bytes, err
 		}
@@ -273,7 +286,7 @@ func (p *Pool) mergePage(l, c *chain, idx uint32) (bytes int64, err error) {
 	return bytes, nil
 }
 
-func (p *Pool) mergeExtent(l, c *chain, idx uint32, i int) (int64, error) {
+func (p *Pool) mergeExtent(l, c *chain, idx uint32, i int, known carry) (int64, error) {
 	bottom := l.parent.Load() == nil
 	st := p.stripe(idx)
 	st.Lock()
@@ -293,10 +306,13 @@ func (p *Pool) mergeExtent(l, c *chain, idx uint32, i int) (int64, error) {
 	if p.opts.broken.mergeForgetsZeros {
 		m.Child.Zero = to.e[i].Zero
 	}
-	src, dst := from.e[i].Slot, m.Child.Slot
+	upper, lower := from.e[i], to.e[i]
+	src, dst := upper.Slot, m.Child.Slot
 	st.Unlock()
 	if m.Copy != 0 && !p.opts.broken.mergeWithoutCopy {
-		err = p.copyBlocks(src, dst, m.Copy)
+		if err = errors.Join(known.verify(p, upper), known.verify(p, lower)); err == nil {
+			err = p.copyBlocks(src, dst, m.Copy)
+		}
 	}
 	st.Lock()
 	defer st.Unlock()
