@@ -91,56 +91,54 @@ func TestAnyLog(t *testing.T) {
 		defer a.Close()
 		defer b.Close()
 		for _, s := range []*Store{a, b} {
-			if _, err := s.Apply(1, mustEncode(rt, node("n1", "p1", "p2"))); err != nil {
+			if _, err := s.Apply(Entry{Index: 1, Kind: KindCommand, Body: mustEncode(rt, node("n1", "p1", "p2"))}); err != nil {
 				rt.Fatal(err)
 			}
 		}
-		var batch [][]byte
+		var batch []Entry
 		index := uint64(1)
 		flush := func() {
 			if len(batch) == 0 {
 				return
 			}
-			b.mu.Lock()
-			_, err := b.commit(b.applied+1, batch)
-			b.mu.Unlock()
-			if err != nil {
-				rt.Fatal(err)
+			if rs, err := b.Apply(batch...); err != nil || len(rs) != len(batch) {
+				rt.Fatal(len(rs), err)
 			}
 			batch = nil
 		}
 		for range rapid.IntRange(1, 40).Draw(rt, "commands") {
 			c := draw(rt)
-			enc := mustEncode(rt, c)
-			before := dump(t, a)
+			before := dump(t, a.Machine)
 			index++
-			r, err := a.Apply(index, enc)
+			e := Entry{Index: index, Kind: KindCommand, Body: mustEncode(rt, c)}
+			rs, err := a.Apply(e)
 			if err != nil {
 				rt.Fatalf("%T: %v", c, err)
 			}
-			after := dump(t, a)
+			r := rs[0]
+			after := dump(t, a.Machine)
 			if x, refused := r.(command.Refused); refused {
 				delete(before, keyApplied)
-				now := dump(t, a)
+				now := dump(t, a.Machine)
 				delete(now, keyApplied)
 				if d := cmp.Diff(before, now); d != "" {
 					rt.Fatalf("%T was refused (%s) and changed\n%s", c, x.Message, d)
 				}
 			}
-			verifyWith(rt, a)
-			again, err := a.Apply(index, enc)
-			if err != nil || again != (command.Done{}) {
+			verifyWith(rt, a.Machine)
+			again, err := a.Apply(e)
+			if err != nil || again[0] != (command.Done{}) {
 				rt.Fatalf("replay of %T: %T %v", c, again, err)
 			}
-			if d := cmp.Diff(after, dump(t, a)); d != "" {
+			if d := cmp.Diff(after, dump(t, a.Machine)); d != "" {
 				rt.Fatalf("replay of %T changed\n%s", c, d)
 			}
-			if batch = append(batch, enc); rapid.Bool().Draw(rt, "flush") {
+			if batch = append(batch, e); rapid.Bool().Draw(rt, "flush") {
 				flush()
 			}
 		}
 		flush()
-		if d := cmp.Diff(dump(t, a), dump(t, b)); d != "" {
+		if d := cmp.Diff(dump(t, a.Machine), dump(t, b.Machine)); d != "" {
 			rt.Fatalf("the same log, two states\n%s", d)
 		}
 	})
@@ -156,14 +154,14 @@ func mustEncode(t *rapid.T, c command.Command) []byte {
 
 func verify(t *testing.T, s *Store) {
 	t.Helper()
-	verifyWith(t, s)
+	verifyWith(t, s.Machine)
 }
 
 // verifyWith compares every sum and index with what the records say.
 func verifyWith(t interface {
 	Fatalf(string, ...any)
 	Fatal(...any)
-}, s *Store) {
+}, s *Machine) {
 	ctx := context.Background()
 	vs, err := s.Volumes(ctx, "", 0)
 	if err != nil {

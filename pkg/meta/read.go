@@ -20,16 +20,16 @@ type reader struct {
 	nodeOf map[volume.PoolID]volume.NodeID
 }
 
-func (s *Store) read(ctx context.Context, f func(r *reader) error) error {
+func (m *Machine) read(ctx context.Context, f func(r *reader) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	s.reading.RLock()
-	defer s.reading.RUnlock()
-	if s.db.IsClosed() {
+	m.reading.RLock()
+	defer m.reading.RUnlock()
+	if m.db.IsClosed() {
 		return fmt.Errorf("the cluster's state is closed: %w", volume.ErrUnavailable)
 	}
-	return s.db.View(func(txn *badger.Txn) error {
+	return m.db.View(func(txn *badger.Txn) error {
 		r := &reader{view: newView(txnBase{txn}), txn: txn, nodeOf: map[volume.PoolID]volume.NodeID{}}
 		if err := f(r); err != nil {
 			return err
@@ -38,11 +38,11 @@ func (s *Store) read(ctx context.Context, f func(r *reader) error) error {
 	})
 }
 
-// maxCached bounds the decoded records that a Store keeps, of each kind.
+// maxCached bounds the decoded records that a Machine keeps, of each kind.
 const maxCached = 20000
 
 // cache keeps records as they were decoded, so that listing many again costs no decoding. An entry holds for one version
-// of its key and cannot be outdated.
+// of its key and cannot be outdated in one database.
 type cache[T any] struct {
 	mu sync.Mutex
 	m  map[string]cached[T]
@@ -51,6 +51,12 @@ type cache[T any] struct {
 type cached[T any] struct {
 	version uint64
 	rec     T
+}
+
+func (c *cache[T]) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.m = nil
 }
 
 func (c *cache[T]) decode(key string, item *badger.Item) (rec T, err error) {
@@ -168,11 +174,11 @@ func (r *reader) snapshot(id volume.SnapshotID) (volume.Snapshot, error) {
 }
 
 // Volume returns a volume in any state.
-func (s *Store) Volume(ctx context.Context, id volume.ID) (v volume.Volume, err error) {
+func (m *Machine) Volume(ctx context.Context, id volume.ID) (v volume.Volume, err error) {
 	if len(id) > volume.MaxNameLen {
 		return v, fmt.Errorf("volume %.128q does not exist: %w", id, volume.ErrNotFound)
 	}
-	err = s.read(ctx, func(r *reader) error {
+	err = m.read(ctx, func(r *reader) error {
 		v, err = r.volume(id)
 		return err
 	})
@@ -180,8 +186,8 @@ func (s *Store) Volume(ctx context.Context, id volume.ID) (v volume.Volume, err 
 }
 
 // VolumeByName returns the volume that has the name: one that is not being deleted.
-func (s *Store) VolumeByName(ctx context.Context, name string) (v volume.Volume, err error) {
-	err = s.read(ctx, func(r *reader) error {
+func (m *Machine) VolumeByName(ctx context.Context, name string) (v volume.Volume, err error) {
+	err = m.read(ctx, func(r *reader) error {
 		id := r.view.read(volumeNames + name)
 		if id == nil {
 			return fmt.Errorf("no volume has the name %.128q: %w", name, volume.ErrNotFound)
@@ -193,9 +199,9 @@ func (s *Store) VolumeByName(ctx context.Context, name string) (v volume.Volume,
 }
 
 // Volumes returns volumes in every state, in order of id, those after an id; limit 0 is no bound.
-func (s *Store) Volumes(ctx context.Context, after volume.ID, limit int) (all []volume.Volume, err error) {
-	err = s.read(ctx, func(r *reader) error {
-		return list(r, &s.volumes, volumes, string(after), func(v volume.Volume) bool {
+func (m *Machine) Volumes(ctx context.Context, after volume.ID, limit int) (all []volume.Volume, err error) {
+	err = m.read(ctx, func(r *reader) error {
+		return list(r, &m.volumes, volumes, string(after), func(v volume.Volume) bool {
 			all = append(all, r.finish(v))
 			return len(all) != limit
 		})
@@ -204,11 +210,11 @@ func (s *Store) Volumes(ctx context.Context, after volume.ID, limit int) (all []
 }
 
 // Snapshot returns a snapshot in any state.
-func (s *Store) Snapshot(ctx context.Context, id volume.SnapshotID) (x volume.Snapshot, err error) {
+func (m *Machine) Snapshot(ctx context.Context, id volume.SnapshotID) (x volume.Snapshot, err error) {
 	if len(id) > volume.MaxNameLen {
 		return x, fmt.Errorf("snapshot %.128q does not exist: %w", id, volume.ErrNotFound)
 	}
-	err = s.read(ctx, func(r *reader) error {
+	err = m.read(ctx, func(r *reader) error {
 		x, err = r.snapshot(id)
 		return err
 	})
@@ -217,13 +223,13 @@ func (s *Store) Snapshot(ctx context.Context, id volume.SnapshotID) (x volume.Sn
 
 // Snapshots returns snapshots in every state, in order of id, those after an id; of a volume, or "" of all. Limit 0 is no
 // bound.
-func (s *Store) Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) (all []volume.Snapshot, err error) {
+func (m *Machine) Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) (all []volume.Snapshot, err error) {
 	if len(of) > volume.MaxNameLen || strings.Contains(string(of), "/") {
 		return nil, nil
 	}
-	err = s.read(ctx, func(r *reader) error {
+	err = m.read(ctx, func(r *reader) error {
 		if of == "" {
-			return list(r, &s.snapshots, snapshots, string(after), func(x volume.Snapshot) bool {
+			return list(r, &m.snapshots, snapshots, string(after), func(x volume.Snapshot) bool {
 				x.Holders = r.locate(x.Holders)
 				all = append(all, x)
 				return len(all) != limit
@@ -239,8 +245,8 @@ func (s *Store) Snapshots(ctx context.Context, of volume.ID, after volume.Snapsh
 }
 
 // Unsettled returns what is in a state that must end: being created, deleted, expanded or detached.
-func (s *Store) Unsettled(ctx context.Context) (vs []volume.ID, ss []volume.SnapshotID, err error) {
-	err = s.read(ctx, func(r *reader) error {
+func (m *Machine) Unsettled(ctx context.Context) (vs []volume.ID, ss []volume.SnapshotID, err error) {
+	err = m.read(ctx, func(r *reader) error {
 		return r.scan(unsettled, "", func(key string, _ []byte) (bool, error) {
 			if id, ok := strings.CutPrefix(key, "v/"); ok {
 				vs = append(vs, volume.ID(id))
@@ -254,8 +260,8 @@ func (s *Store) Unsettled(ctx context.Context) (vs []volume.ID, ss []volume.Snap
 }
 
 // Nodes returns the nodes with their pools, in order of id.
-func (s *Store) Nodes(ctx context.Context) (list []volume.Node, err error) {
-	err = s.read(ctx, func(r *reader) error {
+func (m *Machine) Nodes(ctx context.Context) (list []volume.Node, err error) {
+	err = m.read(ctx, func(r *reader) error {
 		return r.scan(nodes, "", func(_ string, b []byte) (bool, error) {
 			rec, err := decode[nodeRecord](b)
 			n := volume.Node{ID: rec.ID, LastSeen: rec.LastSeen}
@@ -272,8 +278,8 @@ func (s *Store) Nodes(ctx context.Context) (list []volume.Node, err error) {
 }
 
 // Quotas returns the tenants that have limits or use anything, in order.
-func (s *Store) Quotas(ctx context.Context) (list []volume.Quota, err error) {
-	err = s.read(ctx, func(r *reader) error {
+func (m *Machine) Quotas(ctx context.Context) (list []volume.Quota, err error) {
+	err = m.read(ctx, func(r *reader) error {
 		err := r.scan(limits, "", func(tenant string, b []byte) (bool, error) {
 			limit, err := decode[volume.Amounts](b)
 			used, _ := load[volume.Amounts](r.view, uses+tenant)

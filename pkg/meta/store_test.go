@@ -37,7 +37,7 @@ func open(t testing.TB, dir string) *Store {
 }
 
 // dump is every key and value.
-func dump(t testing.TB, s *Store) map[string]string {
+func dump(t testing.TB, s *Machine) map[string]string {
 	t.Helper()
 	m := map[string]string{}
 	err := s.db.View(func(txn *badger.Txn) error {
@@ -92,7 +92,7 @@ func TestStateSurvivesARestart(t *testing.T) {
 	v := newVolume(1, "p1")
 	propose(t, s, command.CreateVolume{Volume: v})
 	propose(t, s, command.FinishCreate{Volume: v.ID})
-	before, applied := dump(t, s), s.Applied()
+	before, applied := dump(t, s.Machine), s.Applied()
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +104,7 @@ func TestStateSurvivesARestart(t *testing.T) {
 		t.Errorf("read after Close: %v", err)
 	}
 	s = open(t, dir)
-	if d := cmp.Diff(before, dump(t, s)); d != "" {
+	if d := cmp.Diff(before, dump(t, s.Machine)); d != "" {
 		t.Error(d)
 	}
 	if s.Applied() != applied || applied != 3 {

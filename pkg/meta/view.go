@@ -14,6 +14,7 @@ import (
 const (
 	keyFormat  = "!format"
 	keyApplied = "!applied"
+	keyShared  = "!shared" // there while the state is one of several copies
 
 	volumes       = "v/" // + volume id
 	volumeNames   = "vn/"
@@ -27,6 +28,10 @@ const (
 	uses          = "qu/" // + tenant
 	pins          = "x/"  // + id of a source -> how many volumes are being made from it
 	attached      = "a/"  // + node id -> how many volumes are attached to it
+	controllers   = "c/"  // + node id
+	proposals     = "d/"  // + proposal id -> index, answer
+	proposalRing  = "dr/" // + number of a proposal modulo remembered -> proposal id
+	proposalCount = "dn"  // how many were ever remembered
 	unsettled     = "w/"  // + v/volume id or s/snapshot id: the record is in a state that must end
 )
 
