@@ -242,8 +242,13 @@ func (n *Node) mountAnchor(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 	if want == "" && cv.Filesystem.Phase != volume.Formatted {
 		want = cv.Parameters.FSType
 	}
-	if used, _ := v.eng.pool.Usage(); cv.Filesystem.Phase == volume.Blank && used[v.eng.at.ID] > 0 {
-		found.Blank = false // both ends read as zeros, yet something was written
+	if cv.Filesystem.Phase == volume.Blank && found.Type == "" && found.Blank {
+		// Both ends read as zeros; something may have been written between them, also to what this was cloned from.
+		written, err := v.eng.pool.Written(ctx, v.eng.at.ID)
+		if err != nil {
+			return fmt.Errorf("volume %s: nothing is known of its contents: %w", v.id, err)
+		}
+		found.Blank = !written
 	}
 	plan, err := mount.Decide(cv.Filesystem, want, found, readOnly)
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	kmount "k8s.io/mount-utils"
 
@@ -223,6 +224,12 @@ func (p *filePool) DeleteSnapshot(_ context.Context, id volume.SnapshotID) error
 
 func (p *filePool) Extents(context.Context, volume.SnapshotID, volume.SnapshotID, int64, func(int64, int64) error) error {
 	return nil
+}
+
+func (p *filePool) Written(_ context.Context, id volume.ReplicaID) (bool, error) {
+	var st unix.Stat_t
+	err := unix.Stat(p.path(string(id)), &st)
+	return st.Blocks > 0, err
 }
 
 func (p *filePool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64) {
@@ -474,15 +481,13 @@ func (h *host) checkLeaks() {
 	if err := h.node.Close(); err != nil {
 		h.t.Errorf("close: %v", err)
 	}
-	table, err := os.ReadFile("/proc/self/mountinfo")
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(h.dir))
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	for line := range strings.Lines(string(table)) {
-		if strings.Contains(line, h.dir+"/") {
-			h.t.Errorf("mount left: %s", line)
-			_ = mount.Drop(strings.Fields(line)[4])
-		}
+	for _, m := range mounts {
+		h.t.Errorf("mount left: %s (%s from %s)", m.Mountpoint, m.FSType, m.Source)
+		_ = mount.Drop(m.Mountpoint)
 	}
 	backing, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {

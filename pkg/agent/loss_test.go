@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/ballast-csi/ballast/pkg/block/blocktest"
@@ -38,6 +39,25 @@ func TestRawDataIsNeverFormatted(t *testing.T) {
 		if p := h.cluster.volumes[vol1].Filesystem.Phase; p != volume.Blank {
 			t.Errorf("phase %q", p)
 		}
+	})
+	t.Run("in the middle of what was cloned", func(t *testing.T) {
+		h := newHost(t)
+		h.create(vol1, 64*mib)
+		useRaw(h, 32*mib, "data")
+		h.cut(vol1, "snap", false)
+		h.createFrom("vol-2", 64*mib, "snap")
+		err := h.node.Stage(t.Context(), Stage{Volume: "vol-2", Path: h.w("s"), Capability: fsCap("ext4")})
+		wantErr(t, "stage", err, volume.ErrInUse)
+		if !strings.Contains(err.Error(), "carries data that is not a filesystem") {
+			t.Errorf("the refusal does not say why: %v", err)
+		}
+		h.stage("vol-2", h.w("raw2"), blockCap(volume.SingleNodeWriter))
+		h.unstage("vol-2", h.w("raw2"))
+		h.create("vol-3", 64*mib)
+		h.cut("vol-3", "empty", false)
+		h.createFrom("vol-4", 64*mib, "empty")
+		h.stage("vol-4", h.w("s4"), fsCap("ext4"))
+		h.unstage("vol-4", h.w("s4"))
 	})
 	t.Run("after a failed mkfs", func(t *testing.T) {
 		h := newHost(t)

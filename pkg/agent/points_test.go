@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/ballast-csi/ballast/pkg/block/blocktest"
@@ -601,15 +602,14 @@ func TestPoint29_MountFlags(t *testing.T) {
 	}) {
 		t.Errorf("mounts: %v", h.mounter.args)
 	}
-	table, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, path := range []string{staging, at} {
-		for line := range strings.Lines(string(table)) {
-			if f := strings.Fields(line); f[4] == path && (!strings.Contains(f[5], "noatime") || !strings.Contains(f[5], "nodev") || !strings.Contains(line, "commit=17")) {
-				t.Errorf("options: %s", line)
-			}
+		mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+		if err != nil || len(mounts) != 1 {
+			t.Fatalf("mounts at %s: %v, %v", path, mounts, err)
+		}
+		m := mounts[0]
+		if !strings.Contains(m.Options, "noatime") || !strings.Contains(m.Options, "nodev") || !strings.Contains(m.VFSOptions, "commit=17") {
+			t.Errorf("options of %s: %s and %s", path, m.Options, m.VFSOptions)
 		}
 	}
 	bad := Stage{Volume: vol1, Path: h.w("s2"), Capability: fsCap("ext4", "bind")}

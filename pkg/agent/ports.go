@@ -47,6 +47,8 @@ type Pool interface {
 	Cut(ctx context.Context, id volume.ReplicaID, s volume.SnapshotID) error
 	DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error
 	Extents(ctx context.Context, s, base volume.SnapshotID, offset int64, fn func(offset, length int64) error) error
+	// Written tells whether any block of a replica has data, its own or that of a layer below.
+	Written(ctx context.Context, id volume.ReplicaID) (bool, error)
 	// Usage returns the physical bytes of the replicas' and the snapshots' own layers.
 	Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64)
 	// Conditions are what is wrong with a replica, the pool's troubles that concern it included.
