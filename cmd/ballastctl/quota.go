@@ -127,9 +127,11 @@ func quotaSet(c *cli, r resource[quotaView]) *cobra.Command {
 
 In Kubernetes the tenant is the claim's namespace, unless the StorageClass has a parameter tenant. A limit below what is
 used already is allowed: nothing is taken away, and nothing new is given. A create, a clone, an expand or a snapshot that
-would pass a limit is refused with RESOURCE_EXHAUSTED.`,
-		Example: "  ballastctl quota set team-a --logical 100Gi --volumes 20\n  ballastctl quota set team-a --snapshots none",
-		Args:    arguments("TENANT"),
+would pass a limit is refused with RESOURCE_EXHAUSTED. The least limit is 1; a logical limit of 1 byte is below every
+volume, so that a tenant can make or grow none.`,
+		Example: "  ballastctl quota set team-a --logical 100Gi --volumes 20\n  ballastctl quota set team-a --snapshots none\n" +
+			"  ballastctl quota set team-b --logical 1",
+		Args: arguments("TENANT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &adminpb.SetQuotaRequest{Tenant: args[0]}
 			for _, f := range []struct {

@@ -70,8 +70,8 @@ func newRoot(c *cli) *cobra.Command {
 		Short: "Look at and look after a Ballast cluster",
 		Long: `ballastctl looks at and looks after the volumes, snapshots, pools, nodes and quotas of a Ballast cluster.
 
-It talks to a running ballastd through its admin socket, which only root may open. ` + "`pool check`" + ` and
-` + "`pool export`" + ` work on a pool's directory instead, with no daemon.
+It talks to a running ballastd through its admin socket, which only root may open. ` + "`pool show`" + `,
+` + "`pool check`" + ` and ` + "`pool export`" + ` work on a pool's directory instead, with no daemon.
 
 Wherever a volume, a snapshot or a pool is asked for, its name or its id will do.
 
