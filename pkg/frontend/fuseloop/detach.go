@@ -27,30 +27,14 @@ func (f *Frontend) Detach(ctx context.Context, name string) error {
 		f.release(d)
 		return nil
 	}
-	// A write that waits in the device makes the sync wait. The caller may leave then; the sync ends with the device's
-	// request or with Abort.
-	synced := make(chan error, 1)
-	f.tasks.Add(1)
-	go func() {
-		defer f.tasks.Done()
-		synced <- d.loop.sync()
-	}()
-	select {
-	case err = <-synced:
-	case <-ctx.Done():
-		f.tasks.Add(1)
-		go func() {
-			defer f.tasks.Done()
-			<-synced
-			f.release(d)
-		}()
-		return fmt.Errorf("detach device %s: %w", name, ctx.Err())
+	left, err := f.sync(ctx, d)
+	if err == nil {
+		left, err = f.unbind(ctx, d)
 	}
-	defer f.release(d)
+	if !left {
+		defer f.release(d)
+	}
 	if err != nil {
-		return fmt.Errorf("detach device %s: %w", name, err)
-	}
-	if err := f.unbind(ctx, d); err != nil {
 		return fmt.Errorf("detach device %s: %w", name, err)
 	}
 	err = f.tearDown(d)
@@ -62,24 +46,41 @@ func (f *Frontend) Detach(ctx context.Context, name string) error {
 	return nil
 }
 
-// unbind unbinds the loop device if nobody else uses it.
-func (f *Frontend) unbind(ctx context.Context, d *device) error {
+// sync writes out what the kernel holds of the device. A write that waits in the device makes it wait: the caller may
+// leave then, and the device's lock is released when the sync ends, with the device's request or with Abort.
+func (f *Frontend) sync(ctx context.Context, d *device) (left bool, err error) {
+	synced := make(chan error, 1)
+	f.tasks.Go(func() { synced <- d.loop.sync() })
+	select {
+	case err := <-synced:
+		return false, err
+	case <-ctx.Done():
+		f.tasks.Go(func() {
+			<-synced
+			f.release(d)
+		})
+		return true, ctx.Err()
+	}
+}
+
+// unbind unbinds the loop device if nobody else uses it. The caller may leave as from sync.
+func (f *Frontend) unbind(ctx context.Context, d *device) (left bool, err error) {
 	deadline := time.Now().Add(busyFor)
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		alone, err := d.loop.unbind()
 		if err != nil || alone {
-			return err
+			return false, err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%s is open or mounted: %w", d.loop.path, frontend.ErrBusy)
+			return false, fmt.Errorf("%s is open or mounted: %w", d.loop.path, frontend.ErrBusy)
 		}
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return false, ctx.Err()
 		case <-time.After(pause):
 		}
-		if err := d.loop.sync(); err != nil { // who had it open may have written
-			return err
+		if left, err := f.sync(ctx, d); err != nil { // who had it open may have written
+			return left, err
 		}
 	}
 }
