@@ -58,6 +58,7 @@ func (n *Node) DeleteReplica(ctx context.Context, node volume.NodeID, pool volum
 	if v := n.user(id); v != nil {
 		return fmt.Errorf("replica %s is in use by volume %s on node %s; detach that first: %w", id, v.id, node, volume.ErrInUse)
 	}
+	n.endReplicaExport(id)
 	return p.DeleteReplica(ctx, id)
 }
 
@@ -160,6 +161,9 @@ func (n *Node) cutFrozen(ctx context.Context, v *vol, p Pool, s control.Snapshot
 func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID) error {
 	p, err := n.pool(node, pool)
 	if err != nil {
+		return err
+	}
+	if err := n.notExported(string(id)); err != nil {
 		return err
 	}
 	return p.DeleteSnapshot(ctx, id)

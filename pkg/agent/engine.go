@@ -86,6 +86,9 @@ func (n *Node) attach(ctx context.Context, v *vol, cv volume.Volume, access volu
 	case e.pool == nil:
 		return fmt.Errorf("pool %s of volume %s is not open on node %s; bring its disk back and restart: %w", e.at.Pool, cv.ID, n.cfg.ID, volume.ErrUnavailable)
 	}
+	if err := n.notExported(string(cv.ID)); err != nil {
+		return err
+	}
 	var err error
 	if e.replica, err = e.pool.OpenReplica(ctx, e.at.ID); err != nil {
 		return fmt.Errorf("open replica of volume %s: %w", cv.ID, err)
@@ -195,6 +198,7 @@ func (n *Node) clean(ctx context.Context) {
 }
 
 func (n *Node) closeEngine(v *vol) error {
+	n.endVolumeExport(v.id)
 	e := v.eng
 	v.eng = nil
 	v.set(func(s *state) { *s = state{notRestored: s.notRestored, dead: s.dead} })

@@ -270,4 +270,3 @@ func (n *Node) notExported(id string) error {
 	}
 	return nil
 }
-

@@ -222,6 +222,10 @@ func (p *filePool) DeleteSnapshot(_ context.Context, id volume.SnapshotID) error
 	return os.RemoveAll(p.path(string(id)))
 }
 
+func (p *filePool) OpenSnapshot(context.Context, volume.SnapshotID) (Replica, error) {
+	return nil, fmt.Errorf("this pool opens no snapshots: %w", volume.ErrUnavailable)
+}
+
 func (p *filePool) Extents(context.Context, volume.SnapshotID, volume.SnapshotID, int64, func(int64, int64) error) error {
 	return nil
 }

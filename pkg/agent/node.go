@@ -50,6 +50,8 @@ type Node struct {
 	mu     sync.Mutex
 	vols   map[volume.ID]*vol
 	closed bool
+
+	exports exports
 }
 
 // vol is a volume that is, was, or is about to be in use on this node.
@@ -135,6 +137,9 @@ func Open(cfg Config) (n *Node, err error) {
 	}
 	if err := n.clearAnchors(); err != nil {
 		return nil, err
+	}
+	if err := os.RemoveAll(n.exportDir()); err != nil {
+		return nil, fmt.Errorf("clear run directory: %w", err)
 	}
 	return n, nil
 }

@@ -46,6 +46,8 @@ type Pool interface {
 	// Cut seals the present state of a replica, open or not.
 	Cut(ctx context.Context, id volume.ReplicaID, s volume.SnapshotID) error
 	DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error
+	// OpenSnapshot opens a snapshot, which refuses writes, and cannot be deleted before it is closed.
+	OpenSnapshot(ctx context.Context, id volume.SnapshotID) (Replica, error)
 	Extents(ctx context.Context, s, base volume.SnapshotID, offset int64, fn func(offset, length int64) error) error
 	// Written tells whether any block of a replica has data, its own or that of a layer below.
 	Written(ctx context.Context, id volume.ReplicaID) (bool, error)
