@@ -67,6 +67,8 @@ func TestWhy(t *testing.T) {
 		{whyPool(with(func(p *volume.Pool) { p.Used = p.Capacity }), node, now), "writes to its volumes wait, none is lost"},
 		{whyPool(with(func(p *volume.Pool) { p.Used = p.Capacity * 95 / 100 }), node, now), "nearly full"},
 		{whyPool(with(func(p *volume.Pool) { p.Provisioned = 2 * p.Capacity }), node, now), "takes no new volumes"},
+		{whyPool(with(func(p *volume.Pool) { p.Capacity = 0 }), node, now), "is offline"},
+		{whyNode(volume.Node{ID: "n", LastSeen: seen, Pools: []volume.Pool{{Name: "p"}}}, now), "the disk of its pool(s) p is not"},
 		{whyPool(pool, node, now.Add(time.Hour)), "its node does not answer"},
 		{whyNode(node, now), "has no pool"},
 		{whyNode(node, now.Add(3*time.Minute)), "3m0s ago"},

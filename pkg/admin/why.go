@@ -91,11 +91,17 @@ func whyNode(n volume.Node, now time.Time) string {
 	if len(n.Pools) == 0 {
 		return fmt.Sprintf("Node %s is there but has no pool, so no volume can be placed on it. Give it one with ballastd's --pool.", n.ID)
 	}
-	var full []string
+	var full, offline []string
 	for _, p := range n.Pools {
-		if p.Used >= p.Capacity {
+		switch {
+		case p.Capacity == 0:
+			offline = append(offline, p.Name)
+		case p.Used >= p.Capacity:
 			full = append(full, p.Name)
 		}
+	}
+	if len(offline) > 0 {
+		return fmt.Sprintf("Node %s is there, but the disk of its pool(s) %s is not. See `ballastctl pool why` for the way out.", n.ID, strings.Join(offline, ", "))
 	}
 	if len(full) > 0 {
 		return fmt.Sprintf("Node %s is there, but writes wait in its full pool(s) %s. See `ballastctl pool why` for the way out.", n.ID, strings.Join(full, ", "))
@@ -110,6 +116,8 @@ func whyPool(p volume.Pool, n volume.Node, now time.Time) string {
 	room := fmt.Sprintf("%s of %s are used, %s of at most %s are provisioned", bytesText(p.Used), bytesText(p.Capacity),
 		bytesText(p.Provisioned), bytesText(int64(float64(p.Capacity)*p.OverProvision)))
 	switch {
+	case p.Capacity == 0:
+		return fmt.Sprintf("Pool %s is offline: its disk was not there when ballastd started on node %s, and what is on it cannot be used. Connect the disk again and restart ballastd there; what was flushed is kept.", p.Name, p.Node)
 	case p.Used >= p.Capacity:
 		return fmt.Sprintf("Pool %s is full (%s): writes to its volumes wait, none is lost. Free space by deleting snapshots or volumes (both still work), or discard within filesystems (fstrim), or give the pool more capacity and restart ballastd; the writes then go on by themselves.", p.Name, room)
 	case p.Free() < volume.MinSize:
