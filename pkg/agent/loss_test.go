@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -51,8 +52,18 @@ func TestRawDataIsNeverFormatted(t *testing.T) {
 		if !strings.Contains(err.Error(), "carries data that is not a filesystem") {
 			t.Errorf("the refusal does not say why: %v", err)
 		}
-		h.stage("vol-2", h.w("raw2"), blockCap(volume.SingleNodeWriter))
+		// The way out that the refusal names.
+		raw := blockCap(volume.SingleNodeWriter)
+		h.stage("vol-2", h.w("raw2"), raw)
+		h.publish("vol-2", h.w("raw2"), h.w("dev2"), raw)
+		if out, err := exec.Command("blkdiscard", h.w("dev2")).CombinedOutput(); err != nil {
+			t.Fatalf("blkdiscard: %v: %s", err, out)
+		}
+		h.unpublish("vol-2", h.w("dev2"))
 		h.unstage("vol-2", h.w("raw2"))
+		h.stage("vol-2", h.w("s"), fsCap("ext4"))
+		h.unstage("vol-2", h.w("s"))
+
 		h.create("vol-3", 64*mib)
 		h.cut("vol-3", "empty", false)
 		h.createFrom("vol-4", 64*mib, "empty")
