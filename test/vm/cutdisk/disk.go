@@ -44,6 +44,10 @@ type entry struct {
 	covers      int   // a flush: the number of writes, from the first on, that it makes durable
 }
 
+// superblock bytes at the disk's start are kept or lost as a whole, whatever its atom: filesystems write their superblock in
+// place, and none that is torn mounts again.
+const superblock = 4096
+
 // New makes a disk of size bytes with its files in dir. A power cut keeps or loses each aligned atom bytes as a whole: 512
 // is what any disk promises, 4096 what those with such physical sectors do. Base is a file with its contents at the start;
 // "" is zeros.
@@ -244,7 +248,11 @@ func (d *Disk) apply(out *os.File, e entry, tear *rand.Rand) error {
 		return err
 	}
 	for i := int64(0); i < e.length; {
-		next := min((e.off+i)/d.atom*d.atom+d.atom-e.off, e.length)
+		next := (e.off+i)/d.atom*d.atom + d.atom
+		if e.off+i < superblock {
+			next = superblock
+		}
+		next = min(next-e.off, e.length)
 		if tear.IntN(2) == 0 {
 			if _, err := out.WriteAt(p[i:next], e.off+i); err != nil {
 				return err
