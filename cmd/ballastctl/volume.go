@@ -183,9 +183,9 @@ func volumes(tenant *string) resource[volumeView] {
 func volumeCommand(c *cli) *cobra.Command {
 	var tenant string
 	r := volumes(&tenant)
-	cmd := group("volume", "Volumes: list, get, watch, why, create, delete, expand, set-qos, detach", "volumes", "vol")
+	cmd := group("volume", "Volumes: list, get, watch, why, create, delete, expand, set-qos, detach, export", "volumes", "vol")
 	cmd.AddCommand(r.commands(c)...)
-	cmd.AddCommand(volumeCreate(c, r), volumeDelete(c), volumeExpand(c, r), volumeSetQoS(c, r), volumeDetach(c, r))
+	cmd.AddCommand(volumeCreate(c, r), volumeDelete(c), volumeExpand(c, r), volumeSetQoS(c, r), volumeDetach(c, r), volumeExport(c))
 	return cmd
 }
 

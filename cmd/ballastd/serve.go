@@ -173,7 +173,7 @@ func (d *daemon) serveAll(group *errgroup.Group, ls listeners) error {
 	}
 
 	d.admin = admin.New(admin.Options{
-		Control: lateAdmin{&d.cluster, d.gate}, Audit: d.trail, Node: d.cfg.node, Version: version, Unary: unary, Stream: stream,
+		Control: lateAdmin{&d.cluster, d.gate}, Exporter: &d.node, Audit: d.trail, Node: d.cfg.node, Version: version, Unary: unary, Stream: stream,
 	})
 	d.grpc = d.admin.Server()
 	starts = append(starts, func() error { return d.grpc.Serve(ls[listenAdmin]) })

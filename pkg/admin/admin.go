@@ -49,10 +49,19 @@ type Control interface {
 	Ready(ctx context.Context) error
 }
 
+// Exporter is what the admin API needs of the node that serves it; agent.Node has it. Both serve over NBD until ctx ends,
+// and call started, with what clients take, once they may connect; they return started's error. volume.ErrInUse: it is
+// exported already or in use elsewhere, or the export ended because somebody took the volume away.
+type Exporter interface {
+	ExportVolume(ctx context.Context, id volume.ID, writable bool, started func(uri string) error) error
+	ExportSnapshot(ctx context.Context, s volume.Snapshot, started func(uri string) error) error
+}
+
 // Options of a Service.
 type Options struct {
-	Control Control
-	Audit   *Trail
+	Control  Control
+	Exporter Exporter
+	Audit    *Trail
 	// Node is the name of the node that serves the API.
 	Node volume.NodeID
 	// Version is that of the build.

@@ -89,7 +89,7 @@ func (s *Service) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h
 	return reply, nil
 }
 
-// stream maps errors. No stream changes anything.
+// stream maps errors. The one stream that changes something, Export, names the caller itself.
 func (s *Service) stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	return rpcerr.Error(handler(srv, stream))
 }

@@ -18,14 +18,6 @@ import (
 // exportGrace is how long the end of an export waits for requests in flight. Who takes a volume away waits as long.
 const exportGrace = 2 * time.Second
 
-// Exported describes an export that has begun.
-type Exported struct {
-	// URI is what NBD clients on this host take.
-	URI      string
-	Size     int64 // in bytes
-	ReadOnly bool
-}
-
 // exports are those that are served now, by the id of the volume or the snapshot. Each of them has one at most, which
 // many clients may share.
 type exports struct {
@@ -52,13 +44,14 @@ func (n *Node) exportDir() string { return filepath.Join(n.cfg.RunDir, "exports"
 
 // ExportVolume serves a volume over NBD, on a Unix socket that only root may open, until ctx ends. A volume that is in
 // use here is served through its engine, beside its user; one that is not attached, from its one replica. Unless
-// writable, it is served read-only. It calls started once clients may connect, and ends with its error.
+// writable, it is served read-only. It calls started, with what NBD clients on this host take, once they may connect, and
+// ends with its error.
 //
 // Whoever takes the volume away (an unstage, a detach, a delete) ends the export, which then returns volume.ErrInUse and
 // why. A volume that is exported while it is not attached is not staged until the export has ended.
 //
 // It returns volume.ErrInUse for a volume that is exported already, or attached to another node.
-func (n *Node) ExportVolume(ctx context.Context, id volume.ID, writable bool, started func(Exported) error) error {
+func (n *Node) ExportVolume(ctx context.Context, id volume.ID, writable bool, started func(uri string) error) error {
 	c, err := n.connected()
 	if err != nil {
 		return err
@@ -117,7 +110,7 @@ func (n *Node) exported(ctx context.Context, v *vol, cv volume.Volume, e *export
 
 // ExportSnapshot serves a snapshot that a pool of this node holds, as ExportVolume does; it cannot be written. Its space
 // is not freed before the export has ended.
-func (n *Node) ExportSnapshot(ctx context.Context, s volume.Snapshot, started func(Exported) error) error {
+func (n *Node) ExportSnapshot(ctx context.Context, s volume.Snapshot, started func(uri string) error) error {
 	for _, h := range s.Holders {
 		pool := n.pools[h.Pool]
 		if h.Node != n.cfg.ID || pool == nil {
@@ -183,7 +176,7 @@ func (n *Node) begin(ctx context.Context, e *export) (context.Context, error) {
 func (n *Node) exportSocket(e *export) string { return filepath.Join(n.exportDir(), e.id+".sock") }
 
 // serveExport serves what begin has entered, and closes the device.
-func (n *Node) serveExport(ctx context.Context, e *export, served nbd.Export, started func(Exported) error, closeDevice func() error) (err error) {
+func (n *Node) serveExport(ctx context.Context, e *export, served nbd.Export, started func(uri string) error, closeDevice func() error) (err error) {
 	defer n.wg.Done()
 	unhook := context.AfterFunc(n.ctx, func() { e.end(n.stopping()) })
 	defer func() {
@@ -205,8 +198,7 @@ func (n *Node) serveExport(ctx context.Context, e *export, served nbd.Export, st
 	go func() {
 		result <- nbd.Serve(ctx, l, []nbd.Export{served}, nbd.Options{Logger: n.log, Grace: exportGrace})
 	}()
-	err = started(Exported{URI: exportURI(n.exportSocket(e)), Size: served.Device.Size(), ReadOnly: served.ReadOnly})
-	if err != nil {
+	if err = started(exportURI(n.exportSocket(e))); err != nil {
 		e.end(nil)
 	}
 	err = errors.Join(err, <-result)

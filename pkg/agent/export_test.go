@@ -22,7 +22,7 @@ type exporting struct {
 }
 
 // export begins one; serve is a call of ExportVolume or ExportSnapshot.
-func (h *host) export(serve func(ctx context.Context, started func(Exported) error) error) *exporting {
+func (h *host) export(serve func(ctx context.Context, started func(string) error) error) *exporting {
 	h.t.Helper()
 	x := &exporting{t: h.t, done: make(chan error, 1)}
 	var ctx context.Context
@@ -30,7 +30,7 @@ func (h *host) export(serve func(ctx context.Context, started func(Exported) err
 	h.t.Cleanup(x.stop)
 	uri := make(chan string, 1)
 	go func() {
-		x.done <- serve(ctx, func(e Exported) error { uri <- e.URI; return nil })
+		x.done <- serve(ctx, func(s string) error { uri <- s; return nil })
 	}()
 	select {
 	case x.uri = <-uri:
@@ -42,7 +42,7 @@ func (h *host) export(serve func(ctx context.Context, started func(Exported) err
 
 func (h *host) exportVolume(id volume.ID, writable bool) *exporting {
 	h.t.Helper()
-	return h.export(func(ctx context.Context, started func(Exported) error) error {
+	return h.export(func(ctx context.Context, started func(string) error) error {
 		return h.node.ExportVolume(ctx, id, writable, started)
 	})
 }
@@ -50,7 +50,7 @@ func (h *host) exportVolume(id volume.ID, writable bool) *exporting {
 func (h *host) exportSnapshot(id volume.SnapshotID, of volume.ID) *exporting {
 	h.t.Helper()
 	s := volume.Snapshot{ID: id, Holders: []volume.Replica{h.replica(of)}}
-	return h.export(func(ctx context.Context, started func(Exported) error) error {
+	return h.export(func(ctx context.Context, started func(string) error) error {
 		return h.node.ExportSnapshot(ctx, s, started)
 	})
 }
@@ -216,6 +216,6 @@ func TestExportEndsWithTheNode(t *testing.T) {
 	if left, err := os.ReadDir(h.node.exportDir()); err == nil {
 		t.Errorf("left: %v", left)
 	}
-	wantErr(t, "export whose start fails", h.node.ExportVolume(t.Context(), "vol-1", false, func(Exported) error { return volume.ErrStale }), volume.ErrStale)
+	wantErr(t, "export whose start fails", h.node.ExportVolume(t.Context(), "vol-1", false, func(string) error { return volume.ErrStale }), volume.ErrStale)
 	h.exportVolume("vol-1", false).end()
 }

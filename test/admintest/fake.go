@@ -99,7 +99,7 @@ func Serve(t testing.TB, c *Cluster) string {
 	}
 	c.Trail = admin.NewTrail(log)
 	s := admin.New(admin.Options{
-		Control: c, Audit: c.Trail, Node: "node-1", Version: "v1.2.3", Poll: 10 * time.Millisecond, Now: func() time.Time { return Now },
+		Control: c, Exporter: c, Audit: c.Trail, Node: "node-1", Version: "v1.2.3", Poll: 10 * time.Millisecond, Now: func() time.Time { return Now },
 	})
 	g := s.Server()
 	socket := filepath.Join(dir, "admin.sock")
@@ -135,6 +135,32 @@ func (c *Cluster) volume(id volume.ID) (*volume.Volume, error) {
 		}
 	}
 	return nil, fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+}
+
+// ExportVolume implements admin.Exporter: nobody listens at the URI.
+func (c *Cluster) ExportVolume(ctx context.Context, id volume.ID, _ bool, started func(string) error) error {
+	if err := started("nbd+unix:///?socket=/run/ballast/exports/" + string(id) + ".sock"); err != nil {
+		return err
+	}
+	for ctx.Err() == nil {
+		c.Mu.Lock()
+		_, err := c.volume(id)
+		c.Mu.Unlock()
+		if err != nil {
+			return fmt.Errorf("the export of volume %s has ended: the volume was deleted: %w", id, volume.ErrInUse)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return nil
+}
+
+// ExportSnapshot implements admin.Exporter.
+func (c *Cluster) ExportSnapshot(ctx context.Context, s volume.Snapshot, started func(string) error) error {
+	if err := started("nbd+unix:///?socket=/run/ballast/exports/" + string(s.ID) + ".sock"); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
 }
 
 // CreateVolume implements admin.Control.

@@ -134,7 +134,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{40, 0}
+	return file_admin_proto_rawDescGZIP(), []int{42, 0}
 }
 
 type VersionRequest struct {
@@ -1439,6 +1439,147 @@ func (x *DetachVolumeRequest) GetNode() string {
 	return ""
 }
 
+type ExportRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// volume is a ref; with a snapshot it is the snapshot's volume, which may have been deleted, or empty.
+	Volume string `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	// snapshot is a ref, or empty for the volume itself.
+	Snapshot string `protobuf:"bytes,2,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// writable lets clients write to a volume; beside a mounted filesystem that destroys it.
+	Writable      bool `protobuf:"varint,3,opt,name=writable,proto3" json:"writable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportRequest) Reset() {
+	*x = ExportRequest{}
+	mi := &file_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportRequest) ProtoMessage() {}
+
+func (x *ExportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportRequest.ProtoReflect.Descriptor instead.
+func (*ExportRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ExportRequest) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *ExportRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *ExportRequest) GetWritable() bool {
+	if x != nil {
+		return x.Writable
+	}
+	return false
+}
+
+type ExportReply struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// uri is what NBD clients on this node take.
+	Uri       string `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"`
+	SizeBytes int64  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	ReadOnly  bool   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	// name and id are the volume's or the snapshot's.
+	Name          string `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	Id            string `protobuf:"bytes,5,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportReply) Reset() {
+	*x = ExportReply{}
+	mi := &file_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportReply) ProtoMessage() {}
+
+func (x *ExportReply) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportReply.ProtoReflect.Descriptor instead.
+func (*ExportReply) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ExportReply) GetUri() string {
+	if x != nil {
+		return x.Uri
+	}
+	return ""
+}
+
+func (x *ExportReply) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ExportReply) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *ExportReply) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExportReply) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type Snapshot struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1459,7 +1600,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1612,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1625,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Snapshot) GetId() string {
@@ -1576,7 +1717,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1729,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1742,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListSnapshotsRequest) GetMax() int32 {
@@ -1635,7 +1776,7 @@ type ListSnapshotsReply struct {
 
 func (x *ListSnapshotsReply) Reset() {
 	*x = ListSnapshotsReply{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1647,7 +1788,7 @@ func (x *ListSnapshotsReply) String() string {
 func (*ListSnapshotsReply) ProtoMessage() {}
 
 func (x *ListSnapshotsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1660,7 +1801,7 @@ func (x *ListSnapshotsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsReply.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListSnapshotsReply) GetSnapshots() []*Snapshot {
@@ -1688,7 +1829,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1700,7 +1841,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1713,7 +1854,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateSnapshotRequest) GetName() string {
@@ -1748,7 +1889,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1760,7 +1901,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[23]
+	mi := &file_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1773,7 +1914,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{23}
+	return file_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Node) GetId() string {
@@ -1805,7 +1946,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1817,7 +1958,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[24]
+	mi := &file_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1830,7 +1971,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{24}
+	return file_admin_proto_rawDescGZIP(), []int{26}
 }
 
 type ListNodesReply struct {
@@ -1842,7 +1983,7 @@ type ListNodesReply struct {
 
 func (x *ListNodesReply) Reset() {
 	*x = ListNodesReply{}
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +1995,7 @@ func (x *ListNodesReply) String() string {
 func (*ListNodesReply) ProtoMessage() {}
 
 func (x *ListNodesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[25]
+	mi := &file_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +2008,7 @@ func (x *ListNodesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesReply.ProtoReflect.Descriptor instead.
 func (*ListNodesReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{25}
+	return file_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListNodesReply) GetNodes() []*Node {
@@ -1896,7 +2037,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1908,7 +2049,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[26]
+	mi := &file_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1921,7 +2062,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{26}
+	return file_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Pool) GetId() string {
@@ -2004,7 +2145,7 @@ type ListPoolsRequest struct {
 
 func (x *ListPoolsRequest) Reset() {
 	*x = ListPoolsRequest{}
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2157,7 @@ func (x *ListPoolsRequest) String() string {
 func (*ListPoolsRequest) ProtoMessage() {}
 
 func (x *ListPoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[27]
+	mi := &file_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2170,7 @@ func (x *ListPoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoolsRequest.ProtoReflect.Descriptor instead.
 func (*ListPoolsRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{27}
+	return file_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListPoolsRequest) GetNode() string {
@@ -2048,7 +2189,7 @@ type ListPoolsReply struct {
 
 func (x *ListPoolsReply) Reset() {
 	*x = ListPoolsReply{}
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2060,7 +2201,7 @@ func (x *ListPoolsReply) String() string {
 func (*ListPoolsReply) ProtoMessage() {}
 
 func (x *ListPoolsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[28]
+	mi := &file_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2073,7 +2214,7 @@ func (x *ListPoolsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoolsReply.ProtoReflect.Descriptor instead.
 func (*ListPoolsReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{28}
+	return file_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListPoolsReply) GetPools() []*Pool {
@@ -2091,7 +2232,7 @@ type ListStraysRequest struct {
 
 func (x *ListStraysRequest) Reset() {
 	*x = ListStraysRequest{}
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2103,7 +2244,7 @@ func (x *ListStraysRequest) String() string {
 func (*ListStraysRequest) ProtoMessage() {}
 
 func (x *ListStraysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[29]
+	mi := &file_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2116,7 +2257,7 @@ func (x *ListStraysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStraysRequest.ProtoReflect.Descriptor instead.
 func (*ListStraysRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{29}
+	return file_admin_proto_rawDescGZIP(), []int{31}
 }
 
 type ListStraysReply struct {
@@ -2128,7 +2269,7 @@ type ListStraysReply struct {
 
 func (x *ListStraysReply) Reset() {
 	*x = ListStraysReply{}
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2281,7 @@ func (x *ListStraysReply) String() string {
 func (*ListStraysReply) ProtoMessage() {}
 
 func (x *ListStraysReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[30]
+	mi := &file_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2294,7 @@ func (x *ListStraysReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStraysReply.ProtoReflect.Descriptor instead.
 func (*ListStraysReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{30}
+	return file_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListStraysReply) GetStrays() []*Stray {
@@ -2176,7 +2317,7 @@ type Stray struct {
 
 func (x *Stray) Reset() {
 	*x = Stray{}
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2188,7 +2329,7 @@ func (x *Stray) String() string {
 func (*Stray) ProtoMessage() {}
 
 func (x *Stray) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[31]
+	mi := &file_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2201,7 +2342,7 @@ func (x *Stray) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stray.ProtoReflect.Descriptor instead.
 func (*Stray) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{31}
+	return file_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Stray) GetNode() string {
@@ -2244,7 +2385,7 @@ type Amounts struct {
 
 func (x *Amounts) Reset() {
 	*x = Amounts{}
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2256,7 +2397,7 @@ func (x *Amounts) String() string {
 func (*Amounts) ProtoMessage() {}
 
 func (x *Amounts) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[32]
+	mi := &file_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2269,7 +2410,7 @@ func (x *Amounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Amounts.ProtoReflect.Descriptor instead.
 func (*Amounts) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{32}
+	return file_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Amounts) GetLogicalBytes() int64 {
@@ -2312,7 +2453,7 @@ type Quota struct {
 
 func (x *Quota) Reset() {
 	*x = Quota{}
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2324,7 +2465,7 @@ func (x *Quota) String() string {
 func (*Quota) ProtoMessage() {}
 
 func (x *Quota) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[33]
+	mi := &file_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2337,7 +2478,7 @@ func (x *Quota) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quota.ProtoReflect.Descriptor instead.
 func (*Quota) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{33}
+	return file_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Quota) GetTenant() string {
@@ -2369,7 +2510,7 @@ type ListQuotasRequest struct {
 
 func (x *ListQuotasRequest) Reset() {
 	*x = ListQuotasRequest{}
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2381,7 +2522,7 @@ func (x *ListQuotasRequest) String() string {
 func (*ListQuotasRequest) ProtoMessage() {}
 
 func (x *ListQuotasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[34]
+	mi := &file_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2394,7 +2535,7 @@ func (x *ListQuotasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuotasRequest.ProtoReflect.Descriptor instead.
 func (*ListQuotasRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{34}
+	return file_admin_proto_rawDescGZIP(), []int{36}
 }
 
 type ListQuotasReply struct {
@@ -2406,7 +2547,7 @@ type ListQuotasReply struct {
 
 func (x *ListQuotasReply) Reset() {
 	*x = ListQuotasReply{}
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2418,7 +2559,7 @@ func (x *ListQuotasReply) String() string {
 func (*ListQuotasReply) ProtoMessage() {}
 
 func (x *ListQuotasReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[35]
+	mi := &file_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2431,7 +2572,7 @@ func (x *ListQuotasReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuotasReply.ProtoReflect.Descriptor instead.
 func (*ListQuotasReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{35}
+	return file_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListQuotasReply) GetQuotas() []*Quota {
@@ -2454,7 +2595,7 @@ type SetQuotaRequest struct {
 
 func (x *SetQuotaRequest) Reset() {
 	*x = SetQuotaRequest{}
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2466,7 +2607,7 @@ func (x *SetQuotaRequest) String() string {
 func (*SetQuotaRequest) ProtoMessage() {}
 
 func (x *SetQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[36]
+	mi := &file_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2479,7 +2620,7 @@ func (x *SetQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{36}
+	return file_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SetQuotaRequest) GetTenant() string {
@@ -2527,7 +2668,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2539,7 +2680,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[37]
+	mi := &file_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2552,7 +2693,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{37}
+	return file_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WhyRequest) GetKind() Kind {
@@ -2578,7 +2719,7 @@ type WhyReply struct {
 
 func (x *WhyReply) Reset() {
 	*x = WhyReply{}
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2590,7 +2731,7 @@ func (x *WhyReply) String() string {
 func (*WhyReply) ProtoMessage() {}
 
 func (x *WhyReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[38]
+	mi := &file_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2603,7 +2744,7 @@ func (x *WhyReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyReply.ProtoReflect.Descriptor instead.
 func (*WhyReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{38}
+	return file_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WhyReply) GetText() string {
@@ -2624,7 +2765,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2636,7 +2777,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[39]
+	mi := &file_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2649,7 +2790,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{39}
+	return file_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WatchRequest) GetKind() Kind {
@@ -2683,7 +2824,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_admin_proto_msgTypes[40]
+	mi := &file_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2836,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[40]
+	mi := &file_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2849,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{40}
+	return file_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Event) GetType() Event_Type {
@@ -2815,7 +2956,7 @@ type AuditRequest struct {
 
 func (x *AuditRequest) Reset() {
 	*x = AuditRequest{}
-	mi := &file_admin_proto_msgTypes[41]
+	mi := &file_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +2968,7 @@ func (x *AuditRequest) String() string {
 func (*AuditRequest) ProtoMessage() {}
 
 func (x *AuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[41]
+	mi := &file_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +2981,7 @@ func (x *AuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRequest.ProtoReflect.Descriptor instead.
 func (*AuditRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{41}
+	return file_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AuditRequest) GetLast() int32 {
@@ -2875,7 +3016,7 @@ type AuditEntry struct {
 
 func (x *AuditEntry) Reset() {
 	*x = AuditEntry{}
-	mi := &file_admin_proto_msgTypes[42]
+	mi := &file_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2887,7 +3028,7 @@ func (x *AuditEntry) String() string {
 func (*AuditEntry) ProtoMessage() {}
 
 func (x *AuditEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[42]
+	mi := &file_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2900,7 +3041,7 @@ func (x *AuditEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
 func (*AuditEntry) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{42}
+	return file_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AuditEntry) GetTime() *timestamppb.Timestamp {
@@ -3073,7 +3214,18 @@ const file_admin_proto_rawDesc = "" +
 	"\x10_bandwidth_limit\";\n" +
 	"\x13DetachVolumeRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x12\n" +
-	"\x04node\x18\x02 \x01(\tR\x04node\"\xf4\x02\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\"_\n" +
+	"\rExportRequest\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x1a\n" +
+	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12\x1a\n" +
+	"\bwritable\x18\x03 \x01(\bR\bwritable\"\x7f\n" +
+	"\vExportReply\x12\x10\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x1b\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02id\x18\x05 \x01(\tR\x02id\"\xf4\x02\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -3199,7 +3351,7 @@ const file_admin_proto_rawDesc = "" +
 	"\bSNAPSHOT\x10\x02\x12\b\n" +
 	"\x04POOL\x10\x03\x12\b\n" +
 	"\x04NODE\x10\x04\x12\t\n" +
-	"\x05QUOTA\x10\x052\x9d\x0f\n" +
+	"\x05QUOTA\x10\x052\xe9\x0f\n" +
 	"\x05Admin\x12K\n" +
 	"\aVersion\x12 .ballast.admin.v1.VersionRequest\x1a\x1e.ballast.admin.v1.VersionReply\x12H\n" +
 	"\x06Health\x12\x1f.ballast.admin.v1.HealthRequest\x1a\x1d.ballast.admin.v1.HealthReply\x12W\n" +
@@ -3209,7 +3361,8 @@ const file_admin_proto_rawDesc = "" +
 	"\fDeleteVolume\x12\x1f.ballast.admin.v1.DeleteRequest\x1a\x1d.ballast.admin.v1.DeleteReply\x12O\n" +
 	"\fExpandVolume\x12%.ballast.admin.v1.ExpandVolumeRequest\x1a\x18.ballast.admin.v1.Volume\x12O\n" +
 	"\fSetVolumeQoS\x12%.ballast.admin.v1.SetVolumeQoSRequest\x1a\x18.ballast.admin.v1.Volume\x12O\n" +
-	"\fDetachVolume\x12%.ballast.admin.v1.DetachVolumeRequest\x1a\x18.ballast.admin.v1.Volume\x12]\n" +
+	"\fDetachVolume\x12%.ballast.admin.v1.DetachVolumeRequest\x1a\x18.ballast.admin.v1.Volume\x12J\n" +
+	"\x06Export\x12\x1f.ballast.admin.v1.ExportRequest\x1a\x1d.ballast.admin.v1.ExportReply0\x01\x12]\n" +
 	"\rListSnapshots\x12&.ballast.admin.v1.ListSnapshotsRequest\x1a$.ballast.admin.v1.ListSnapshotsReply\x12G\n" +
 	"\vGetSnapshot\x12\x1c.ballast.admin.v1.GetRequest\x1a\x1a.ballast.admin.v1.Snapshot\x12U\n" +
 	"\x0eCreateSnapshot\x12'.ballast.admin.v1.CreateSnapshotRequest\x1a\x1a.ballast.admin.v1.Snapshot\x12P\n" +
@@ -3242,7 +3395,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_admin_proto_goTypes = []any{
 	(Kind)(0),                     // 0: ballast.admin.v1.Kind
 	(Event_Type)(0),               // 1: ballast.admin.v1.Event.Type
@@ -3265,64 +3418,66 @@ var file_admin_proto_goTypes = []any{
 	(*ExpandVolumeRequest)(nil),   // 18: ballast.admin.v1.ExpandVolumeRequest
 	(*SetVolumeQoSRequest)(nil),   // 19: ballast.admin.v1.SetVolumeQoSRequest
 	(*DetachVolumeRequest)(nil),   // 20: ballast.admin.v1.DetachVolumeRequest
-	(*Snapshot)(nil),              // 21: ballast.admin.v1.Snapshot
-	(*ListSnapshotsRequest)(nil),  // 22: ballast.admin.v1.ListSnapshotsRequest
-	(*ListSnapshotsReply)(nil),    // 23: ballast.admin.v1.ListSnapshotsReply
-	(*CreateSnapshotRequest)(nil), // 24: ballast.admin.v1.CreateSnapshotRequest
-	(*Node)(nil),                  // 25: ballast.admin.v1.Node
-	(*ListNodesRequest)(nil),      // 26: ballast.admin.v1.ListNodesRequest
-	(*ListNodesReply)(nil),        // 27: ballast.admin.v1.ListNodesReply
-	(*Pool)(nil),                  // 28: ballast.admin.v1.Pool
-	(*ListPoolsRequest)(nil),      // 29: ballast.admin.v1.ListPoolsRequest
-	(*ListPoolsReply)(nil),        // 30: ballast.admin.v1.ListPoolsReply
-	(*ListStraysRequest)(nil),     // 31: ballast.admin.v1.ListStraysRequest
-	(*ListStraysReply)(nil),       // 32: ballast.admin.v1.ListStraysReply
-	(*Stray)(nil),                 // 33: ballast.admin.v1.Stray
-	(*Amounts)(nil),               // 34: ballast.admin.v1.Amounts
-	(*Quota)(nil),                 // 35: ballast.admin.v1.Quota
-	(*ListQuotasRequest)(nil),     // 36: ballast.admin.v1.ListQuotasRequest
-	(*ListQuotasReply)(nil),       // 37: ballast.admin.v1.ListQuotasReply
-	(*SetQuotaRequest)(nil),       // 38: ballast.admin.v1.SetQuotaRequest
-	(*WhyRequest)(nil),            // 39: ballast.admin.v1.WhyRequest
-	(*WhyReply)(nil),              // 40: ballast.admin.v1.WhyReply
-	(*WatchRequest)(nil),          // 41: ballast.admin.v1.WatchRequest
-	(*Event)(nil),                 // 42: ballast.admin.v1.Event
-	(*AuditRequest)(nil),          // 43: ballast.admin.v1.AuditRequest
-	(*AuditEntry)(nil),            // 44: ballast.admin.v1.AuditEntry
-	(*timestamppb.Timestamp)(nil), // 45: google.protobuf.Timestamp
+	(*ExportRequest)(nil),         // 21: ballast.admin.v1.ExportRequest
+	(*ExportReply)(nil),           // 22: ballast.admin.v1.ExportReply
+	(*Snapshot)(nil),              // 23: ballast.admin.v1.Snapshot
+	(*ListSnapshotsRequest)(nil),  // 24: ballast.admin.v1.ListSnapshotsRequest
+	(*ListSnapshotsReply)(nil),    // 25: ballast.admin.v1.ListSnapshotsReply
+	(*CreateSnapshotRequest)(nil), // 26: ballast.admin.v1.CreateSnapshotRequest
+	(*Node)(nil),                  // 27: ballast.admin.v1.Node
+	(*ListNodesRequest)(nil),      // 28: ballast.admin.v1.ListNodesRequest
+	(*ListNodesReply)(nil),        // 29: ballast.admin.v1.ListNodesReply
+	(*Pool)(nil),                  // 30: ballast.admin.v1.Pool
+	(*ListPoolsRequest)(nil),      // 31: ballast.admin.v1.ListPoolsRequest
+	(*ListPoolsReply)(nil),        // 32: ballast.admin.v1.ListPoolsReply
+	(*ListStraysRequest)(nil),     // 33: ballast.admin.v1.ListStraysRequest
+	(*ListStraysReply)(nil),       // 34: ballast.admin.v1.ListStraysReply
+	(*Stray)(nil),                 // 35: ballast.admin.v1.Stray
+	(*Amounts)(nil),               // 36: ballast.admin.v1.Amounts
+	(*Quota)(nil),                 // 37: ballast.admin.v1.Quota
+	(*ListQuotasRequest)(nil),     // 38: ballast.admin.v1.ListQuotasRequest
+	(*ListQuotasReply)(nil),       // 39: ballast.admin.v1.ListQuotasReply
+	(*SetQuotaRequest)(nil),       // 40: ballast.admin.v1.SetQuotaRequest
+	(*WhyRequest)(nil),            // 41: ballast.admin.v1.WhyRequest
+	(*WhyReply)(nil),              // 42: ballast.admin.v1.WhyReply
+	(*WatchRequest)(nil),          // 43: ballast.admin.v1.WatchRequest
+	(*Event)(nil),                 // 44: ballast.admin.v1.Event
+	(*AuditRequest)(nil),          // 45: ballast.admin.v1.AuditRequest
+	(*AuditEntry)(nil),            // 46: ballast.admin.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil), // 47: google.protobuf.Timestamp
 }
 var file_admin_proto_depIdxs = []int32{
-	45, // 0: ballast.admin.v1.VersionReply.started_at:type_name -> google.protobuf.Timestamp
+	47, // 0: ballast.admin.v1.VersionReply.started_at:type_name -> google.protobuf.Timestamp
 	6,  // 1: ballast.admin.v1.HealthReply.volumes:type_name -> ballast.admin.v1.VolumeHealth
 	7,  // 2: ballast.admin.v1.VolumeHealth.conditions:type_name -> ballast.admin.v1.Condition
-	45, // 3: ballast.admin.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
+	47, // 3: ballast.admin.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
 	12, // 4: ballast.admin.v1.Volume.capabilities:type_name -> ballast.admin.v1.Capability
 	13, // 5: ballast.admin.v1.Volume.replicas:type_name -> ballast.admin.v1.Replica
 	14, // 6: ballast.admin.v1.Volume.attachment:type_name -> ballast.admin.v1.Attachment
 	7,  // 7: ballast.admin.v1.Volume.conditions:type_name -> ballast.admin.v1.Condition
 	12, // 8: ballast.admin.v1.Attachment.capability:type_name -> ballast.admin.v1.Capability
-	45, // 9: ballast.admin.v1.Attachment.since:type_name -> google.protobuf.Timestamp
+	47, // 9: ballast.admin.v1.Attachment.since:type_name -> google.protobuf.Timestamp
 	11, // 10: ballast.admin.v1.ListVolumesReply.volumes:type_name -> ballast.admin.v1.Volume
-	45, // 11: ballast.admin.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
+	47, // 11: ballast.admin.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
 	13, // 12: ballast.admin.v1.Snapshot.holders:type_name -> ballast.admin.v1.Replica
-	21, // 13: ballast.admin.v1.ListSnapshotsReply.snapshots:type_name -> ballast.admin.v1.Snapshot
-	45, // 14: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
-	28, // 15: ballast.admin.v1.Node.pools:type_name -> ballast.admin.v1.Pool
-	25, // 16: ballast.admin.v1.ListNodesReply.nodes:type_name -> ballast.admin.v1.Node
-	28, // 17: ballast.admin.v1.ListPoolsReply.pools:type_name -> ballast.admin.v1.Pool
-	33, // 18: ballast.admin.v1.ListStraysReply.strays:type_name -> ballast.admin.v1.Stray
-	34, // 19: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
-	34, // 20: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
-	35, // 21: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
+	23, // 13: ballast.admin.v1.ListSnapshotsReply.snapshots:type_name -> ballast.admin.v1.Snapshot
+	47, // 14: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
+	30, // 15: ballast.admin.v1.Node.pools:type_name -> ballast.admin.v1.Pool
+	27, // 16: ballast.admin.v1.ListNodesReply.nodes:type_name -> ballast.admin.v1.Node
+	30, // 17: ballast.admin.v1.ListPoolsReply.pools:type_name -> ballast.admin.v1.Pool
+	35, // 18: ballast.admin.v1.ListStraysReply.strays:type_name -> ballast.admin.v1.Stray
+	36, // 19: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
+	36, // 20: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
+	37, // 21: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
 	0,  // 22: ballast.admin.v1.WhyRequest.kind:type_name -> ballast.admin.v1.Kind
 	0,  // 23: ballast.admin.v1.WatchRequest.kind:type_name -> ballast.admin.v1.Kind
 	1,  // 24: ballast.admin.v1.Event.type:type_name -> ballast.admin.v1.Event.Type
 	11, // 25: ballast.admin.v1.Event.volume:type_name -> ballast.admin.v1.Volume
-	21, // 26: ballast.admin.v1.Event.snapshot:type_name -> ballast.admin.v1.Snapshot
-	28, // 27: ballast.admin.v1.Event.pool:type_name -> ballast.admin.v1.Pool
-	25, // 28: ballast.admin.v1.Event.node:type_name -> ballast.admin.v1.Node
-	35, // 29: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
-	45, // 30: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	23, // 26: ballast.admin.v1.Event.snapshot:type_name -> ballast.admin.v1.Snapshot
+	30, // 27: ballast.admin.v1.Event.pool:type_name -> ballast.admin.v1.Pool
+	27, // 28: ballast.admin.v1.Event.node:type_name -> ballast.admin.v1.Node
+	37, // 29: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
+	47, // 30: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
 	2,  // 31: ballast.admin.v1.Admin.Version:input_type -> ballast.admin.v1.VersionRequest
 	4,  // 32: ballast.admin.v1.Admin.Health:input_type -> ballast.admin.v1.HealthRequest
 	15, // 33: ballast.admin.v1.Admin.ListVolumes:input_type -> ballast.admin.v1.ListVolumesRequest
@@ -3332,49 +3487,51 @@ var file_admin_proto_depIdxs = []int32{
 	18, // 37: ballast.admin.v1.Admin.ExpandVolume:input_type -> ballast.admin.v1.ExpandVolumeRequest
 	19, // 38: ballast.admin.v1.Admin.SetVolumeQoS:input_type -> ballast.admin.v1.SetVolumeQoSRequest
 	20, // 39: ballast.admin.v1.Admin.DetachVolume:input_type -> ballast.admin.v1.DetachVolumeRequest
-	22, // 40: ballast.admin.v1.Admin.ListSnapshots:input_type -> ballast.admin.v1.ListSnapshotsRequest
-	8,  // 41: ballast.admin.v1.Admin.GetSnapshot:input_type -> ballast.admin.v1.GetRequest
-	24, // 42: ballast.admin.v1.Admin.CreateSnapshot:input_type -> ballast.admin.v1.CreateSnapshotRequest
-	9,  // 43: ballast.admin.v1.Admin.DeleteSnapshot:input_type -> ballast.admin.v1.DeleteRequest
-	26, // 44: ballast.admin.v1.Admin.ListNodes:input_type -> ballast.admin.v1.ListNodesRequest
-	8,  // 45: ballast.admin.v1.Admin.GetNode:input_type -> ballast.admin.v1.GetRequest
-	29, // 46: ballast.admin.v1.Admin.ListPools:input_type -> ballast.admin.v1.ListPoolsRequest
-	8,  // 47: ballast.admin.v1.Admin.GetPool:input_type -> ballast.admin.v1.GetRequest
-	31, // 48: ballast.admin.v1.Admin.ListStrays:input_type -> ballast.admin.v1.ListStraysRequest
-	36, // 49: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
-	8,  // 50: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
-	38, // 51: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
-	9,  // 52: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
-	39, // 53: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
-	41, // 54: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
-	43, // 55: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
-	3,  // 56: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
-	5,  // 57: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
-	16, // 58: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
-	11, // 59: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
-	11, // 60: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
-	10, // 61: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
-	11, // 62: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
-	11, // 63: ballast.admin.v1.Admin.SetVolumeQoS:output_type -> ballast.admin.v1.Volume
-	11, // 64: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
-	23, // 65: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
-	21, // 66: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
-	21, // 67: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
-	10, // 68: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
-	27, // 69: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
-	25, // 70: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
-	30, // 71: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
-	28, // 72: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
-	32, // 73: ballast.admin.v1.Admin.ListStrays:output_type -> ballast.admin.v1.ListStraysReply
-	37, // 74: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
-	35, // 75: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
-	35, // 76: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
-	10, // 77: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
-	40, // 78: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
-	42, // 79: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
-	44, // 80: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
-	56, // [56:81] is the sub-list for method output_type
-	31, // [31:56] is the sub-list for method input_type
+	21, // 40: ballast.admin.v1.Admin.Export:input_type -> ballast.admin.v1.ExportRequest
+	24, // 41: ballast.admin.v1.Admin.ListSnapshots:input_type -> ballast.admin.v1.ListSnapshotsRequest
+	8,  // 42: ballast.admin.v1.Admin.GetSnapshot:input_type -> ballast.admin.v1.GetRequest
+	26, // 43: ballast.admin.v1.Admin.CreateSnapshot:input_type -> ballast.admin.v1.CreateSnapshotRequest
+	9,  // 44: ballast.admin.v1.Admin.DeleteSnapshot:input_type -> ballast.admin.v1.DeleteRequest
+	28, // 45: ballast.admin.v1.Admin.ListNodes:input_type -> ballast.admin.v1.ListNodesRequest
+	8,  // 46: ballast.admin.v1.Admin.GetNode:input_type -> ballast.admin.v1.GetRequest
+	31, // 47: ballast.admin.v1.Admin.ListPools:input_type -> ballast.admin.v1.ListPoolsRequest
+	8,  // 48: ballast.admin.v1.Admin.GetPool:input_type -> ballast.admin.v1.GetRequest
+	33, // 49: ballast.admin.v1.Admin.ListStrays:input_type -> ballast.admin.v1.ListStraysRequest
+	38, // 50: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
+	8,  // 51: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
+	40, // 52: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
+	9,  // 53: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
+	41, // 54: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
+	43, // 55: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
+	45, // 56: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
+	3,  // 57: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
+	5,  // 58: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
+	16, // 59: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
+	11, // 60: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
+	11, // 61: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
+	10, // 62: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
+	11, // 63: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
+	11, // 64: ballast.admin.v1.Admin.SetVolumeQoS:output_type -> ballast.admin.v1.Volume
+	11, // 65: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
+	22, // 66: ballast.admin.v1.Admin.Export:output_type -> ballast.admin.v1.ExportReply
+	25, // 67: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
+	23, // 68: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
+	23, // 69: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
+	10, // 70: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
+	29, // 71: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
+	27, // 72: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
+	32, // 73: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
+	30, // 74: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
+	34, // 75: ballast.admin.v1.Admin.ListStrays:output_type -> ballast.admin.v1.ListStraysReply
+	39, // 76: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
+	37, // 77: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
+	37, // 78: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
+	10, // 79: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
+	42, // 80: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
+	44, // 81: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
+	46, // 82: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
+	57, // [57:83] is the sub-list for method output_type
+	31, // [31:57] is the sub-list for method input_type
 	31, // [31:31] is the sub-list for extension type_name
 	31, // [31:31] is the sub-list for extension extendee
 	0,  // [0:31] is the sub-list for field type_name
@@ -3386,8 +3543,8 @@ func file_admin_proto_init() {
 		return
 	}
 	file_admin_proto_msgTypes[17].OneofWrappers = []any{}
-	file_admin_proto_msgTypes[36].OneofWrappers = []any{}
-	file_admin_proto_msgTypes[40].OneofWrappers = []any{
+	file_admin_proto_msgTypes[38].OneofWrappers = []any{}
+	file_admin_proto_msgTypes[42].OneofWrappers = []any{
 		(*Event_Volume)(nil),
 		(*Event_Snapshot)(nil),
 		(*Event_Pool)(nil),
@@ -3400,7 +3557,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   43,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

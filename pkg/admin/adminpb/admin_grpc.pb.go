@@ -33,6 +33,7 @@ const (
 	Admin_ExpandVolume_FullMethodName   = "/ballast.admin.v1.Admin/ExpandVolume"
 	Admin_SetVolumeQoS_FullMethodName   = "/ballast.admin.v1.Admin/SetVolumeQoS"
 	Admin_DetachVolume_FullMethodName   = "/ballast.admin.v1.Admin/DetachVolume"
+	Admin_Export_FullMethodName         = "/ballast.admin.v1.Admin/Export"
 	Admin_ListSnapshots_FullMethodName  = "/ballast.admin.v1.Admin/ListSnapshots"
 	Admin_GetSnapshot_FullMethodName    = "/ballast.admin.v1.Admin/GetSnapshot"
 	Admin_CreateSnapshot_FullMethodName = "/ballast.admin.v1.Admin/CreateSnapshot"
@@ -70,6 +71,9 @@ type AdminClient interface {
 	SetVolumeQoS(ctx context.Context, in *SetVolumeQoSRequest, opts ...grpc.CallOption) (*Volume, error)
 	// DetachVolume takes a volume from the node it is attached to. The workload there loses its device.
 	DetachVolume(ctx context.Context, in *DetachVolumeRequest, opts ...grpc.CallOption) (*Volume, error)
+	// Export serves a volume or a snapshot over NBD, on a Unix socket of this node, until the caller leaves. It sends one
+	// reply, when clients may connect. It fails when the volume is taken away: unstaged, detached or deleted.
+	Export(ctx context.Context, in *ExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportReply], error)
 	ListSnapshots(ctx context.Context, in *ListSnapshotsRequest, opts ...grpc.CallOption) (*ListSnapshotsReply, error)
 	GetSnapshot(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*Snapshot, error)
 	CreateSnapshot(ctx context.Context, in *CreateSnapshotRequest, opts ...grpc.CallOption) (*Snapshot, error)
@@ -190,6 +194,25 @@ func (c *adminClient) DetachVolume(ctx context.Context, in *DetachVolumeRequest,
 	}
 	return out, nil
 }
+
+func (c *adminClient) Export(ctx context.Context, in *ExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportReply], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_Export_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ExportRequest, ExportReply]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ExportClient = grpc.ServerStreamingClient[ExportReply]
 
 func (c *adminClient) ListSnapshots(ctx context.Context, in *ListSnapshotsRequest, opts ...grpc.CallOption) (*ListSnapshotsReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -333,7 +356,7 @@ func (c *adminClient) Why(ctx context.Context, in *WhyRequest, opts ...grpc.Call
 
 func (c *adminClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Event], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_Watch_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_Watch_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -352,7 +375,7 @@ type Admin_WatchClient = grpc.ServerStreamingClient[Event]
 
 func (c *adminClient) Audit(ctx context.Context, in *AuditRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditEntry], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_Audit_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[2], Admin_Audit_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -388,6 +411,9 @@ type AdminServer interface {
 	SetVolumeQoS(context.Context, *SetVolumeQoSRequest) (*Volume, error)
 	// DetachVolume takes a volume from the node it is attached to. The workload there loses its device.
 	DetachVolume(context.Context, *DetachVolumeRequest) (*Volume, error)
+	// Export serves a volume or a snapshot over NBD, on a Unix socket of this node, until the caller leaves. It sends one
+	// reply, when clients may connect. It fails when the volume is taken away: unstaged, detached or deleted.
+	Export(*ExportRequest, grpc.ServerStreamingServer[ExportReply]) error
 	ListSnapshots(context.Context, *ListSnapshotsRequest) (*ListSnapshotsReply, error)
 	GetSnapshot(context.Context, *GetRequest) (*Snapshot, error)
 	CreateSnapshot(context.Context, *CreateSnapshotRequest) (*Snapshot, error)
@@ -445,6 +471,9 @@ func (UnimplementedAdminServer) SetVolumeQoS(context.Context, *SetVolumeQoSReque
 }
 func (UnimplementedAdminServer) DetachVolume(context.Context, *DetachVolumeRequest) (*Volume, error) {
 	return nil, status.Error(codes.Unimplemented, "method DetachVolume not implemented")
+}
+func (UnimplementedAdminServer) Export(*ExportRequest, grpc.ServerStreamingServer[ExportReply]) error {
+	return status.Error(codes.Unimplemented, "method Export not implemented")
 }
 func (UnimplementedAdminServer) ListSnapshots(context.Context, *ListSnapshotsRequest) (*ListSnapshotsReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListSnapshots not implemented")
@@ -676,6 +705,17 @@ func _Admin_DetachVolume_Handler(srv interface{}, ctx context.Context, dec func(
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _Admin_Export_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ExportRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).Export(m, &grpc.GenericServerStream[ExportRequest, ExportReply]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ExportServer = grpc.ServerStreamingServer[ExportReply]
 
 func _Admin_ListSnapshots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListSnapshotsRequest)
@@ -1052,6 +1092,11 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Export",
+			Handler:       _Admin_Export_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "Watch",
 			Handler:       _Admin_Watch_Handler,
