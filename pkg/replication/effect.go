@@ -14,8 +14,11 @@ const (
 	// EffectSend: send Msg to the replica named in it, on the transport that Connected announced last. What cannot be sent
 	// is dropped; the carrier then says Disconnected.
 	EffectSend EffectKind = iota + 1
-	// EffectAnswer: the client operation Tag ends with Result; a read has Data, or Hole where all of it is zeros.
+	// EffectAnswer: the client operation Tag ends with Result; a read has Data, or Hole where all of it is zeros. Where Busy
+	// is set on a write, its Data must be left as it is until EffectReleased.
 	EffectAnswer
+	// EffectReleased: the Data of the answered write Tag is not referred to any more.
+	EffectReleased
 	// EffectCommit: ask the controllers to Apply Change; answer with Committed(Commit, …). An attempt whose outcome is not
 	// known is answered with CommitUnknown and will be asked for again.
 	EffectCommit
@@ -61,6 +64,7 @@ type Effect struct {
 	Kind   EffectKind
 	Result Result
 	Hole   bool
+	Busy   bool
 	Tag    uint64
 	Data   []byte
 	Msg    Message
@@ -121,7 +125,8 @@ const (
 	StoreWrite
 	// StoreZero: Off, Len; else as StoreWrite.
 	StoreZero
-	// StoreSync: make durable all that ended before, and all marks. A failure is final: it is not to be tried again.
+	// StoreSync: make durable all that ended before, and all marks unless NoMarks is set (a rule's switch). A failure is
+	// final: it is not to be tried again.
 	StoreSync
 	// StoreHash: Off, Len, Snapshot → Data, the digest of what StoreRead gives.
 	StoreHash
@@ -151,6 +156,7 @@ type StoreOp struct {
 	Data     []byte
 	FUA      bool
 	Sync     bool
+	NoMarks  bool
 	Marks    []MissedTag // read-only
 	State    []byte
 	Runs     []region.Run

@@ -1,0 +1,378 @@
+package replication
+
+import (
+	"slices"
+
+	"github.com/ballast-csi/ballast/pkg/region"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// stage is how far the return of a replica has got.
+type stage uint8
+
+const (
+	stageResize    stage = iota // it gets the volume's size
+	stageConfigure              // role SYNC becomes durable there
+	stageList                   // what it lacks is found out
+	stageCopy                   // copies; writes are not mirrored but copied again
+	stageSeal                   // its head is a snapshot's, and is sealed as that
+	stageDrain                  // unlocked copies end
+	stageMirror                 // copies under lock; writes are mirrored
+	stageFinal                  // acknowledgements wait for it; what is under way to it ends
+	stageFlush                  // all of it becomes durable
+	stageVerify                 // what was copied is compared
+	stageAdopt                  // it learns what others missed
+	stageAdd                    // it may be added
+	stagePaused                 // its session was lost
+)
+
+var stageNames = [...]string{"resize", "configure", "list", "copy", "seal", "drain", "mirror", "final", "flush", "verify", "adopt",
+	"add", "paused"}
+
+func (s stage) String() string { return stageNames[s] }
+
+// maxPasses bounds the passes without mirroring: a client that writes faster than is copied must not go on for ever.
+const maxPasses = 4
+
+// maxMismatches bounds the rounds of copying again what was found to differ.
+const maxMismatches = 3
+
+// resync is the return of a replica.
+type resync struct {
+	m     *member
+	stage stage
+	dead  bool
+	reset bool // the next configuration begins it
+	full  bool
+
+	// todo is still to be copied, copied still to be compared, in extents. since is what was written while snapshots were
+	// filled in.
+	todo, copied, since region.Set
+	// fills are the snapshots that it lacks, oldest first: its head is made equal to the first and sealed, and so on.
+	fills []SealedSnapshot
+	// wil is what copies and mirrored writes marked in its write-intent log, own what was marked there when it came.
+	wil region.Generations
+	own region.Set
+
+	cursor     uint32
+	passes     int
+	mismatches int
+	ops        int // copies and comparisons under way
+	flushing   bool
+	adopted    PeerSet
+	tried      PeerSet // asked for what it missed
+	done       int64   // bytes copied
+}
+
+func (rs *resync) snapshot() volume.SnapshotID {
+	if len(rs.fills) > 0 {
+		return rs.fills[0].ID
+	}
+	return ""
+}
+
+// SetResyncWindow bounds the bytes of copies in flight; one copy is always allowed.
+func (e *Engine) SetResyncWindow(now Now, bytes int64) {
+	if e.begin(now) {
+		e.window = bytes
+		e.pump()
+	}
+}
+
+// resyncProgress begins and carries on the return of replicas.
+func (e *Engine) resyncProgress() {
+	if e.phase != phaseLive || !e.dirty.Empty() || e.detaching {
+		return
+	}
+	for _, m := range e.members {
+		switch {
+		case m == nil || e.isr.Has(m.slot) || e.adding.Has(m.slot):
+		case m.rs != nil:
+			e.resyncStep(m)
+		case m.open && e.now >= m.retryAt && e.barrier == nil && !e.failed.Has(m.slot):
+			e.beginResync(m)
+		}
+	}
+}
+
+func (e *Engine) resyncWake() Now {
+	at := Never
+	if e.phase != phaseLive || !e.dirty.Empty() {
+		return at
+	}
+	for _, m := range e.members {
+		if m != nil && m.open && m.rs == nil && !e.isr.Has(m.slot) && !e.adding.Has(m.slot) && e.barrier == nil && e.now < m.retryAt {
+			at = min(at, m.retryAt)
+		}
+	}
+	return at
+}
+
+func (e *Engine) beginResync(m *member) {
+	rs := &resync{m: m, reset: true, stage: stageResize}
+	m.rs = rs
+	m.u.Clear()
+	m.marks = [MaxMembers]*region.Set{}
+	rs.own.AddRuns(m.fence.WIL)
+	for o := e.ops.first; o != nil; o = o.next {
+		if o.started && o.kind.changes() && o.fill == nil {
+			rs.since.AddRange(e.g.extents(o.off, o.n))
+		}
+	}
+	for i := len(e.chain()) - 1; i >= 0 && !slices.Contains(m.fence.Snapshots, e.chain()[i]); i-- {
+		rs.fills = append(rs.fills, e.chain()[i])
+	}
+	slices.Reverse(rs.fills)
+	size := max(e.size, e.m.Target)
+	if m.fence.Size >= size || e.cfg.Rules.WithoutExpandOnFence {
+		rs.stage = stageConfigure
+		e.syncMember(m)
+		return
+	}
+	e.send(m, KindResize, nil, func(a *Message) {
+		if m.rs != rs {
+			return
+		}
+		if a.Status != StatusOK {
+			e.dropTarget(m)
+			return
+		}
+		m.fence.Size = size
+		rs.stage = stageConfigure
+		e.syncMember(m)
+	}).Len = size
+}
+
+// resyncReady is called when the target is configured and may be sent data.
+func (e *Engine) resyncReady(m *member) {
+	rs := m.rs
+	switch rs.stage {
+	case stageConfigure:
+		rs.stage = stageList
+		if m.rec.RemovedAt == 0 || m.rec.Incarnation != m.incarnation && !e.cfg.Rules.WithoutIncarnationCheck {
+			e.listAll(m)
+			return
+		}
+		e.listMissed(m)
+	case stagePaused:
+		rs.stage = stageCopy
+	}
+}
+
+// written notes a write that the target does not get.
+func (rs *resync) written(e *Engine, m *member, from, to uint32) {
+	switch {
+	case e.mirrors.Has(m.slot):
+		regions := uint32(e.g.Region / e.g.Extent)
+		rs.wil.AddRange(from/regions, (to+regions-1)/regions)
+	case e.cfg.Rules.WithoutMarkedPass && rs.stage == stageCopy:
+	case len(rs.fills) > 0 || rs.stage <= stageList:
+		rs.since.AddRange(from, to)
+	default:
+		rs.todo.AddRange(from, to)
+	}
+}
+
+// dropTarget gives a resync up. Its session ends with it, so that nothing of it arrives late.
+func (e *Engine) dropTarget(m *member) {
+	rs := m.rs
+	if rs == nil {
+		return
+	}
+	rs.dead = true
+	m.rs = nil
+	e.mirrors, e.final = e.mirrors.Without(m.slot), e.final.Without(m.slot)
+	m.u.Clear()
+	m.marks = [MaxMembers]*region.Set{}
+	m.retryAt = e.now + e.cfg.Timing.ResyncRetry
+	e.recheck = true
+	e.reconnect(m)
+}
+
+// pauseResync keeps a resync whose target's session was lost: what was under way is copied again.
+func (e *Engine) pauseResync(m *member) {
+	rs := m.rs
+	if e.adding.Has(m.slot) {
+		return // the commit decides
+	}
+	mirrored := e.mirrors.Has(m.slot)
+	e.mirrors, e.final = e.mirrors.Without(m.slot), e.final.Without(m.slot)
+	e.recheck = true
+	if rs.stage <= stageList || rs.stage == stageSeal {
+		rs.dead = true
+		m.rs = nil
+		m.retryAt = e.now + e.cfg.Timing.ResyncRetry
+		return
+	}
+	old := *rs
+	next := old
+	rs.dead = true // for the copies under way
+	next.dead, next.ops, next.stage, next.flushing, next.passes = false, 0, stagePaused, false, 0
+	next.adopted, next.tried = 0, 0
+	m.rs = &next
+	for o := e.ops.first; o != nil; o = o.next {
+		from, to := e.g.extents(o.off, o.n)
+		switch {
+		case o.fill == rs && o.kind == opCopy:
+			next.todo.AddRange(from, to)
+		case o.fill == rs:
+			next.copied.AddRange(from, to)
+		case mirrored && o.want.Has(m.slot) && !o.acked.Has(m.slot) && o.kind.changes():
+			next.todo.AddRange(from, to)
+		}
+	}
+}
+
+// resumeResync goes on with a target that has come back.
+func (e *Engine) resumeResync(m *member, rebooted bool) {
+	rs := m.rs
+	if rs.stage != stagePaused {
+		return
+	}
+	if m.fence.Poisoned || m.fence.Role != RoleSYNC || m.fence.Size < e.size {
+		rs.dead = true
+		m.rs = nil
+		m.u.Clear()
+		m.retryAt = e.now
+		return
+	}
+	if rebooted {
+		if !e.cfg.Rules.WithoutTargetUnflushed {
+			lost := e.unflushedBy(m)
+			rs.todo.Union(lost)
+		}
+		m.u.Clear()
+	}
+	rs.own.AddRuns(m.fence.WIL)
+	e.syncMember(m)
+}
+
+func (e *Engine) unflushedBy(m *member) *region.Set {
+	set := new(region.Set)
+	m.u.Into(set)
+	return set
+}
+
+// reader is a member to ask or to copy from.
+func (e *Engine) reader(not PeerSet) *member {
+	set := e.isr &^ e.failed &^ e.removing &^ not
+	if m := e.members[e.src]; m != nil && set.Has(e.src) && m.ready {
+		return m
+	}
+	for _, m := range e.members {
+		if m != nil && set.Has(m.slot) && m.ready {
+			return m
+		}
+	}
+	return nil
+}
+
+// listMissed asks members for what the target missed, one after another until one has tracked it since it was removed.
+func (e *Engine) listMissed(m *member) {
+	rs := m.rs
+	q := e.reader(rs.tried)
+	if q == nil {
+		e.listAll(m)
+		return
+	}
+	rs.tried = rs.tried.With(q.slot)
+	e.listMissedPage(m, q, 0)
+}
+
+func (e *Engine) listMissedPage(m, q *member, from uint32) {
+	rs := m.rs
+	e.send(q, KindMissed, nil, func(a *Message) {
+		if m.rs != rs || rs.dead {
+			return
+		}
+		tracked := a.Status == StatusOK && a.Set != nil && (a.Set.Since <= m.rec.RemovedAt || e.cfg.Rules.WithoutRemovedAtCheck)
+		switch {
+		case !tracked:
+			e.listMissed(m)
+		case a.Set.More && a.Set.From > from:
+			rs.todo.AddRuns(a.Set.Runs)
+			e.listMissedPage(m, q, a.Set.From)
+		default:
+			rs.todo.AddRuns(a.Set.Runs)
+			e.listed(m)
+		}
+	}).Set = &SetPage{Peer: m.id, From: from}
+}
+
+// listAll takes everything that source or target has stored.
+func (e *Engine) listAll(m *member) {
+	rs := m.rs
+	rs.full = true
+	q := e.reader(0)
+	if q == nil {
+		e.dropTarget(m)
+		return
+	}
+	e.listAllocated(m, q, SetPage{}, rs.snapshot(), func() {
+		e.listAllocated(m, m, SetPage{}, "", func() { e.listed(m) })
+	})
+}
+
+// listAllocated adds the extents in which a snapshot or the head differs from another, as q has it.
+func (e *Engine) listAllocated(m, q *member, page SetPage, snapshot volume.SnapshotID, then func()) {
+	rs := m.rs
+	msg := e.send(q, KindAllocated, nil, func(a *Message) {
+		if m.rs != rs || rs.dead {
+			return
+		}
+		if a.Status != StatusOK || a.Set == nil {
+			e.missingSnapshot(a.Status, snapshot)
+			e.dropTarget(m)
+			return
+		}
+		rs.todo.AddRuns(a.Set.Runs)
+		if a.Set.More && a.Set.From > page.From {
+			page.From = a.Set.From
+			e.listAllocated(m, q, page, snapshot, then)
+			return
+		}
+		then()
+	})
+	msg.Set, msg.Snapshot = &page, snapshot
+}
+
+// listed begins to copy. What the target itself had under way is copied whatever others know of it.
+func (e *Engine) listed(m *member) {
+	rs := m.rs
+	if !e.cfg.Rules.WithoutOwnWIL {
+		per := uint32(e.g.Region / e.g.Extent)
+		for i, ok := rs.own.Next(0); ok; i, ok = rs.own.Next(i + 1) {
+			rs.todo.AddRange(i*per, (i+1)*per)
+		}
+	}
+	e.beginCopy(rs)
+}
+
+// beginCopy begins with a snapshot's bytes or the head's.
+func (e *Engine) beginCopy(rs *resync) {
+	rs.stage, rs.cursor, rs.passes = stageCopy, 0, 0
+	if len(rs.fills) == 0 {
+		rs.todo.Union(&rs.since)
+		rs.since.Clear()
+	}
+}
+
+// chain is the snapshots of the volume, oldest first, as the source has them.
+func (e *Engine) chain() []SealedSnapshot {
+	if m := e.reader(0); m != nil && m.fence != nil {
+		return m.fence.Snapshots
+	}
+	return nil
+}
+
+// missingSnapshot forgets a snapshot that was deleted.
+func (e *Engine) missingSnapshot(st Status, id volume.SnapshotID) {
+	if st != StatusNotFound || id == "" {
+		return
+	}
+	for _, m := range e.members {
+		if m != nil && m.fence != nil {
+			m.fence.Snapshots = slices.DeleteFunc(m.fence.Snapshots, func(s SealedSnapshot) bool { return s.ID == id })
+		}
+	}
+}
