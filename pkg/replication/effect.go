@@ -14,8 +14,11 @@ const (
 	// EffectSend: send Msg to the replica named in it, on the transport that Connected announced last. What cannot be sent
 	// is dropped; the carrier then says Disconnected.
 	EffectSend EffectKind = iota + 1
-	// EffectAnswer: the client operation Tag ends with Result; a read has Data, or Hole where all of it is zeros. Where Busy
-	// is set on a write, its Data must be left as it is until EffectReleased.
+	// EffectAnswer: the client operation Tag ends with Result; a read has Data, or Hole where all of it is zeros.
+	//
+	// Without Busy, no request that the engine sends from then on refers to the operation's memory; requests of sessions that
+	// were closed may still, and change nothing that counts. With Busy, the memory of a write must be left as it is until
+	// EffectReleased; that of a read was given to a member that has not answered, and must not be used for anything again.
 	EffectAnswer
 	// EffectReleased: the Data of the answered write Tag is not referred to any more.
 	EffectReleased
@@ -118,7 +121,7 @@ const (
 	StoreMarkWIL
 	// StoreClearWIL: take regions Runs out; need not be durable.
 	StoreClearWIL
-	// StoreRead: Off, Len, Snapshot → Data, or Hole.
+	// StoreRead: Off, Len, Snapshot → Data, or Hole. Data, where it is not nil, has Len bytes and is where to read to.
 	StoreRead
 	// StoreWrite: Data at Off. Marks are added to missed in memory first: durable with the next StoreSync. With FUA the
 	// data is durable when it ends.

@@ -65,8 +65,13 @@ type Engine struct {
 	leased Now // how long an older engine's lease may run
 
 	// u is what was sent to any member since the last flush of all: a superset of what one may lose.
-	u          region.Generations
-	uBytes     int64
+	u      region.Generations
+	uBytes int64
+	// unlogged: the volume has one replica, which keeps no write-intent log; so it is unknown, until the first flush, what
+	// an engine before this one did not flush. A second replica is added after the round loggedFrom.
+	unlogged, unknown bool
+	loggedFrom        uint64
+
 	active     activeRegions
 	dirty      region.Set // regions not yet reconciled since the attach
 	recon      map[uint32]*reconcile

@@ -108,6 +108,8 @@ func (e *Engine) startMarking() {
 		}
 	}
 	e.chooseSource()
+	e.unlogged = len(e.m.Members) == 1
+	e.unknown = true
 	e.reconfigureAll()
 }
 

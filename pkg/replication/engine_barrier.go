@@ -290,7 +290,7 @@ func (e *Engine) detachProgress() {
 	if len(e.parked) > 0 || len(e.held) > 0 || e.flush.running || e.flush.wanted || e.commit != nil {
 		return
 	}
-	if !e.u.Empty() {
+	if !e.flushed() {
 		e.flush.wanted = true
 		e.flushProgress()
 		return

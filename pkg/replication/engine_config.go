@@ -180,8 +180,34 @@ func (e *Engine) adopt(n Membership) {
 	if !e.isr.Has(e.src) {
 		e.chooseSource()
 	}
+	if e.unlogged && len(n.Members) > 1 && e.phase > phaseCommitting {
+		e.beginLog()
+		return
+	}
 	if version != n.ConfigVersion || wasAbsent != e.absent {
 		e.reconfigureAll()
+	}
+}
+
+// beginLog has the only replica keep a write-intent log from now on. A new session makes sure that nothing is under way
+// without it; a flush begun after that, that nothing before it is needed.
+func (e *Engine) beginLog() {
+	e.unlogged = false
+	e.loggedFrom = e.flush.round + 1
+	e.flush.wanted = true
+	for o := e.ops.first; o != nil; o = o.next {
+		if o.kind.changes() {
+			from, to := e.g.regions(o.off, o.n)
+			for i := from; i < to; i++ {
+				e.active.touch(i, e.flush.round, e.now)
+			}
+		}
+	}
+	e.confGen++
+	for _, m := range e.members {
+		if m != nil && e.isr.Has(m.slot) {
+			e.reconnect(m)
+		}
 	}
 }
 
@@ -289,6 +315,7 @@ func (e *Engine) sendConfig(m *member) {
 	if e.isr.Has(m.slot) {
 		c.Role = RoleISR
 	}
+	c.Unlogged = e.unlogged
 	if m.rs != nil && m.rs.reset {
 		c.Reset = true
 	}

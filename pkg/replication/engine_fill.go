@@ -359,6 +359,10 @@ func (e *Engine) addPropose() bool {
 		if m.fence.Size < max(e.size, e.m.Target) && !e.cfg.Rules.WithoutExpandOnFence {
 			continue // the expand under way takes it along
 		}
+		if e.flush.done < e.loggedFrom && !e.cfg.Rules.WithoutLogFirst {
+			e.flush.wanted = !e.flush.running || e.flush.round < e.loggedFrom
+			continue
+		}
 		e.propose1(Change{Reconfigure: &Reconfigure{Epoch: e.m.Epoch, ConfigVersion: e.m.ConfigVersion,
 			Add: []Proof{{ID: m.id, Incarnation: m.incarnation, BootID: m.boot}}}}, PeerSet(0).With(m.slot), 0)
 		return true

@@ -45,7 +45,7 @@ func (e *Engine) flushProgress() {
 	if f.running || e.phase != phaseLive {
 		return
 	}
-	due := !e.u.Empty() && (e.uBytes >= e.cfg.Timing.FlushBytes || e.now >= f.last+e.cfg.Timing.FlushEvery)
+	due := !e.flushed() && (e.uBytes >= e.cfg.Timing.FlushBytes || e.now >= f.last+e.cfg.Timing.FlushEvery)
 	if !due && !f.wanted && len(f.waiting) == 0 {
 		e.clearWIL(false)
 		return
@@ -79,7 +79,7 @@ func (e *Engine) underWay(o *op) {
 		return
 	}
 	from, to := e.g.regions(o.off, o.n)
-	for i := from; i < to; i++ {
+	for i := from; i < to && !e.unlogged; i++ {
 		e.active.touch(i, e.flush.round, e.now)
 	}
 	if o.started {
@@ -141,6 +141,7 @@ func (e *Engine) flushSettle() {
 	f.running = false
 	f.done = f.round
 	e.u.Succeed()
+	e.unknown = false
 	for _, m := range e.members {
 		if m != nil && need.Has(m.slot) {
 			m.u.Succeed()
@@ -163,7 +164,7 @@ func (e *Engine) flushWake() Now {
 		return Never
 	}
 	at := Never
-	if !e.u.Empty() {
+	if !e.flushed() {
 		at = f.last + e.cfg.Timing.FlushEvery
 	}
 	if len(e.active.all) > 0 && e.dirty.Empty() {
@@ -219,6 +220,9 @@ func (e *Engine) sendClear(m *member, upto uint64, runs []region.Run) {
 		runs = runs[n:]
 	}
 }
+
+// flushed tells whether members can lose nothing that was sent to all of them.
+func (e *Engine) flushed() bool { return e.u.Empty() && !e.unknown }
 
 // pressed is called when the write-intent log has no room: a flush is begun, so that some can be made.
 func (e *Engine) pressed() bool {

@@ -22,8 +22,9 @@ type op struct {
 	shared bool
 	// unlocked ops keep nobody out.
 	unlocked, started, answered, hole bool
-	// busy: the client was told to leave the data alone. doomed: no member could read it.
-	busy, doomed bool
+	// busy: the client is, or was, told to leave the data alone. doomed: no member could read it. lent: a member was given
+	// the client's memory to read to.
+	busy, doomed, lent bool
 
 	tag    uint64
 	off, n int64
@@ -121,9 +122,11 @@ func (e *Engine) client(now Now, kind opKind, tag uint64, off, n, limit int64) *
 	return o
 }
 
-// Read asks for n bytes at off, at most MaxData. Tag names the operation in its answer.
-func (e *Engine) Read(now Now, tag uint64, off, n int64) {
+// Read asks for n bytes at off, at most MaxData. Tag names the operation in its answer. The first replica that is asked may
+// read to dst, if that is not nil; the answer has it as Data then.
+func (e *Engine) Read(now Now, tag uint64, off, n int64, dst []byte) {
 	if o := e.client(now, opRead, tag, off, n, MaxData); o != nil {
+		o.data = dst
 		e.submit(o)
 		e.pump()
 	}
@@ -231,6 +234,9 @@ func (e *Engine) admissible(o *op) bool {
 	if e.barrier != nil && e.barrier.holds() && !e.cfg.Rules.WithoutBarrierDrain {
 		return false
 	}
+	if e.unlogged {
+		return true
+	}
 	from, to := e.g.regions(o.off, o.n)
 	return e.active.room(from, to, e.g.MaxActive) || e.pressed()
 }
@@ -251,7 +257,7 @@ func (e *Engine) admitParked() {
 
 // admit locks the range, and starts the operation when it has the lock.
 func (e *Engine) admit(o *op) {
-	if o.kind.changes() && o.fill == nil {
+	if o.kind.changes() && o.fill == nil && !e.unlogged {
 		from, to := e.g.regions(o.off, o.n)
 		for i := from; i < to; i++ {
 			e.active.touch(i, e.flush.round, e.now)
@@ -392,6 +398,11 @@ func (e *Engine) readSomewhere(o *op) {
 	o.src = m.slot
 	msg := e.send(m, KindRead, o, nil)
 	msg.Off, msg.Len = o.off, o.n
+	if !o.lent {
+		msg.Data, o.lent = o.data, true
+	} else if o.data != nil {
+		o.busy = true // another may still be reading to it
+	}
 	if o.fill != nil {
 		msg.Snapshot = o.fill.snapshot()
 	}
@@ -567,8 +578,11 @@ func (e *Engine) settleAll() {
 func (e *Engine) answer(o *op, r Result) {
 	f := e.emit(EffectAnswer)
 	f.Tag, f.Result = o.tag, r
-	if o.kind == opRead && r == ResultOK {
-		f.Data, f.Hole = o.data, o.hole
+	if o.kind == opRead {
+		f.Busy = o.busy || o.lent && o.sent != 0
+		if r == ResultOK {
+			f.Data, f.Hole = o.data, o.hole
+		}
 	}
 	if o.kind == opWrite && r == ResultOK && o.want&e.mirrors&^o.acked != 0 {
 		f.Busy, o.busy = true, true

@@ -287,7 +287,7 @@ func (e *Engine) valid(m *member) bool {
 
 // returned takes a member back after its session was lost: a blip, if it lost nothing.
 func (e *Engine) returned(m *member, rebooted bool) {
-	flushed := e.u.Empty() && m.u.Empty()
+	flushed := e.flushed() && m.u.Empty()
 	if !e.valid(m) || rebooted && !flushed && !e.cfg.Rules.WithoutBootCheck && !(e.lastMember(m) && e.cfg.Rules.WithoutLastBootCheck) {
 		e.lose(m)
 		return

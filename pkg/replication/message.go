@@ -16,7 +16,8 @@ const (
 	KindConfigure
 	// KindPing renews the lease.
 	KindPing
-	// KindRead: Off, Len, Snapshot ("": the head) → Data, or Hole where all of it reads as zeros.
+	// KindRead: Off, Len, Snapshot ("": the head) → Data, or Hole where all of it reads as zeros. Data of the request, where
+	// it is not nil, is where to read to; it is of use only within a process, and not sent.
 	KindRead
 	// KindWrite: Off, Data (Len is its length), FUA, Missed.
 	KindWrite
@@ -177,6 +178,8 @@ type Config struct {
 	Absent []AbsentPeer
 	// Reset begins a resync of the receiver: it drops all that it knew of absent peers, and is no longer poisoned.
 	Reset bool
+	// Unlogged is set while the volume has one replica: there is nothing to reconcile, and no write-intent log is kept.
+	Unlogged bool
 }
 
 // AbsentPeer is a non-member: its slot in Message.Missed, and the version at which tracking begins where it is not tracked.

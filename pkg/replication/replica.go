@@ -45,6 +45,7 @@ type Replica struct {
 	session    Session
 	open       bool
 	configured bool
+	unlogged   bool     // the volume has one replica: the write-intent log is not kept
 	fence      *Message // being answered
 	epochSaved bool     // the epoch in st is durable
 	poisoned   bool     // in this life: nothing but a restart helps
@@ -212,7 +213,7 @@ func (r *Replica) read(m *Message) {
 		return
 	}
 	if r.inRange(m, m.Len) {
-		r.store(m, StoreOp{Kind: kind, Off: m.Off, Len: m.Len, Snapshot: m.Snapshot})
+		r.store(m, StoreOp{Kind: kind, Off: m.Off, Len: m.Len, Snapshot: m.Snapshot, Data: m.Data})
 	}
 }
 

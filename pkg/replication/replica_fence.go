@@ -99,7 +99,7 @@ func (r *Replica) configure(m *Message) {
 		case req.Session != r.session || req.Epoch != r.st.Epoch:
 			st = StatusStaleSession
 		default:
-			r.configured = true
+			r.configured, r.unlogged = true, c.Unlogged
 			r.slots = [MaxMembers]MissedTag{}
 			for _, a := range c.Absent {
 				r.slots[a.Slot] = MissedTag{Peer: a.ID, Since: a.Since}

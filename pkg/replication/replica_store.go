@@ -109,6 +109,10 @@ func (r *Replica) ended(c *call, res StoreResult) {
 	m := &c.req
 	st := res.Status
 	switch c.op.Kind {
+	case StoreWrite, StoreZero:
+		if st == StatusIO && c.op.FUA && !r.cfg.Rules.WithoutPoison {
+			r.poison() // it may have been the sync: the kernel reports a failed one once
+		}
 	case StoreSync, StoreSeal:
 		if st == StatusIO && !r.cfg.Rules.WithoutPoison {
 			r.poison()

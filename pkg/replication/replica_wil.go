@@ -39,7 +39,7 @@ func (r *Replica) write(m *Message) {
 	op.Marks = r.tags(m.Missed)
 	c := r.calls.add()
 	c.req, c.op = *m, op
-	if r.cfg.Rules.WithoutWIL {
+	if r.unlogged || r.cfg.Rules.WithoutWIL {
 		r.emit(c)
 		return
 	}

@@ -79,5 +79,6 @@ type Rules struct {
 	WithoutGroupDrain    bool // a group's volume is cut before all of the group have drained
 	WithoutExpandAll     bool // a size is exposed before all members have it
 	WithoutExpandOnFence bool // a returning member is not extended
+	WithoutLogFirst      bool // a second replica is added while the first has unlogged writes
 	WithoutSealAll       bool // a snapshot is ready when one member has sealed it
 }
