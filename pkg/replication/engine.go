@@ -2,6 +2,7 @@ package replication
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/ballast-csi/ballast/pkg/region"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -58,9 +59,10 @@ type Engine struct {
 	src      Slot // preferred for reads
 
 	calls  pendingTable
-	ops    opList // holding or awaiting a range lock, in order of arrival
-	parked []*op  // not yet admitted
-	held   []*op  // reads that are complete and await the lease
+	ops    opList   // holding or awaiting a range lock, in order of arrival
+	parked []*op    // not yet admitted
+	held   []*op    // reads that are complete and await the lease
+	short  []uint64 // writes that all members have, who are not enough
 	free   *op
 	leased Now // how long an older engine's lease may run
 
@@ -252,7 +254,7 @@ func (e *Engine) over(kind EffectKind, why Reason) {
 	for _, o := range e.parked {
 		e.answer(o, ResultGone)
 	}
-	for _, tag := range append(e.flush.waiting, e.flush.current...) {
+	for _, tag := range slices.Concat(e.short, e.flush.waiting, e.flush.current) {
 		f := e.emit(EffectAnswer)
 		f.Tag, f.Result = tag, ResultGone
 	}
@@ -260,7 +262,7 @@ func (e *Engine) over(kind EffectKind, why Reason) {
 		f := e.emit(EffectBarrier)
 		f.Number, f.Result, f.Version = b.b.Number, ResultGone, b.b.ConfigVersion
 	}
-	e.ops, e.parked, e.held, e.flush = opList{}, nil, nil, flushRound{}
+	e.ops, e.parked, e.held, e.short, e.flush = opList{}, nil, nil, nil, flushRound{}
 	e.emit(kind).Reason = why
 }
 

@@ -29,16 +29,6 @@ func (e *Engine) Flush(now Now, tag uint64) {
 	e.pump()
 }
 
-func (e *Engine) cancelFlush(tag uint64) {
-	for _, list := range []*[]uint64{&e.flush.waiting, &e.flush.current} {
-		if i := slices.Index(*list, tag); i >= 0 {
-			*list = slices.Delete(*list, i, i+1)
-			f := e.emit(EffectAnswer)
-			f.Tag, f.Result = tag, ResultIO
-		}
-	}
-}
-
 // flushProgress begins a round where one is due.
 func (e *Engine) flushProgress() {
 	f := &e.flush
@@ -126,11 +116,7 @@ func (e *Engine) flushSettle() {
 	if e.cfg.Rules.WithoutFlushAll {
 		enough = f.acked != 0
 	}
-	unsynced := e.unsynced & (e.isr | e.adding)
-	if e.cfg.Rules.WithoutShrinkBeforeAck {
-		unsynced &^= e.failed
-	}
-	if !enough || unsynced != 0 {
+	if !enough || !e.mayAck() {
 		for _, m := range e.members {
 			if m != nil && m.ready && need.Has(m.slot) {
 				e.flushTo(m) // a member that joined meanwhile

@@ -170,7 +170,13 @@ func (e *Engine) Cancel(now Now, tag uint64) {
 			break
 		}
 	}
-	e.cancelFlush(tag)
+	for _, list := range []*[]uint64{&e.short, &e.flush.waiting, &e.flush.current} {
+		if i := slices.Index(*list, tag); i >= 0 {
+			*list = slices.Delete(*list, i, i+1)
+			f := e.emit(EffectAnswer)
+			f.Tag, f.Result = tag, ResultIO
+		}
+	}
 	e.pump()
 }
 
@@ -526,11 +532,18 @@ func (e *Engine) settle(o *op) {
 		o.want |= miss
 		e.sendAll(o)
 	}
+	all := o.want&(need|e.mirrors)&^o.acked == 0
 	if !o.answered && o.acked&need == need && e.mayAck() {
-		e.answer(o, ResultOK)
-		o.answered = true
+		switch {
+		case e.enough():
+			e.answer(o, ResultOK)
+		case all:
+			// It is the same on all, and must not keep out the copies that will make them enough.
+			e.short = append(e.short, o.tag)
+			o.answered = true
+		}
 	}
-	if o.answered && o.want&(need|e.mirrors)&^o.acked == 0 {
+	if o.answered && all {
 		if o.busy {
 			e.emit(EffectReleased).Tag = o.tag
 		}
@@ -538,13 +551,29 @@ func (e *Engine) settle(o *op) {
 	}
 }
 
-// mayAck tells whether nothing forbids to acknowledge: all members know the configuration, and there are enough.
+// enough tells whether there are as many members in sync as the volume asks for.
+func (e *Engine) enough() bool {
+	return e.isr.Len() >= e.m.MinInSync || e.cfg.Rules.WithoutMinInSync
+}
+
+// answerShort answers the writes that waited for there to be enough members. Those that were added since have them.
+func (e *Engine) answerShort() {
+	if len(e.short) == 0 || !e.enough() || !e.mayAck() {
+		return
+	}
+	for _, tag := range e.short {
+		e.emit(EffectAnswer).Tag = tag
+	}
+	e.short = e.short[:0]
+}
+
+// mayAck tells whether all members know the configuration.
 func (e *Engine) mayAck() bool {
 	unsynced := e.unsynced & (e.isr | e.adding)
 	if e.cfg.Rules.WithoutShrinkBeforeAck {
 		unsynced &^= e.failed
 	}
-	return unsynced == 0 && (e.isr.Len() >= e.m.MinInSync || e.cfg.Rules.WithoutMinInSync)
+	return unsynced == 0
 }
 
 // settleAll looks at all operations again after who counts has changed.
@@ -570,6 +599,7 @@ func (e *Engine) settleAll() {
 		o = next
 	}
 	e.endDoomed()
+	e.answerShort()
 	e.releaseHeld()
 	e.flushSettle()
 }
