@@ -18,6 +18,15 @@ func (p extentPool) CreateReplica(ctx context.Context, r control.ReplicaSpec) er
 	return p.Pool.CreateReplica(ctx, extentstore.ReplicaSpec{ID: r.ID, Volume: r.Volume, Tenant: r.Tenant, Size: r.Size, Parent: r.Parent})
 }
 
+// OpenReplica implements Pool.
+func (p extentPool) OpenReplica(ctx context.Context, id volume.ReplicaID) (Replica, error) {
+	r, err := p.Pool.OpenReplica(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
 // Usage implements Pool.
 func (p extentPool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64) {
 	u := p.Pool.Usage()

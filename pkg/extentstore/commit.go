@@ -16,10 +16,11 @@ type committer struct {
 }
 
 type round struct {
-	layers  []*chain
-	started bool
-	done    chan struct{}
-	err     error
+	layers   []*chain
+	journals []*journal
+	started  bool
+	done     chan struct{}
+	err      error
 }
 
 // copied is a dirty page as it will be stored.
@@ -30,20 +31,24 @@ type copied struct {
 
 // batch is what one round makes durable.
 type batch struct {
-	units [][]op
-	pages []copied
-	freed []layer.Slot
+	units  [][]op
+	pages  []copied
+	missed []missedCopy
+	freed  []layer.Slot
 }
 
 // flush makes durable all that was written to these layers before it was called: data first, then their dirty pages.
-func (p *Pool) flush(layers ...*chain) error {
+func (p *Pool) flush(layers ...*chain) error { return p.flushAll(layers, nil) }
+
+// flushAll is flush, and makes durable what was noted in journals, in the same commit.
+func (p *Pool) flushAll(layers []*chain, journals []*journal) error {
 	c := &p.commits
 	c.mu.Lock()
 	if c.open == nil {
 		c.open = &round{done: make(chan struct{})}
 	}
 	r := c.open
-	r.layers = append(r.layers, layers...)
+	r.layers, r.journals = append(r.layers, layers...), append(r.journals, journals...)
 	c.mu.Unlock()
 
 	c.prepare.Lock()
@@ -92,6 +97,14 @@ func (p *Pool) prepare(r *round, b *batch) error {
 	for _, l := range r.layers {
 		p.copyDirty(l, b)
 	}
+	for _, l := range r.journals {
+		if p.opts.broken.missedLeftOut {
+			break
+		}
+		if err := l.copyMissed(b); err != nil {
+			return err
+		}
+	}
 	if p.opts.broken.reuseBeforeCommit {
 		p.recycle(b.freed)
 	}
@@ -100,7 +113,7 @@ func (p *Pool) prepare(r *round, b *batch) error {
 			return err
 		}
 	}
-	if p.opts.broken.syncBeforeSnapshot {
+	if p.opts.broken.syncBeforeSnapshot || len(r.layers) == 0 {
 		return nil
 	}
 	return p.sync()
@@ -157,6 +170,9 @@ func (p *Pool) copyPage(l *chain, pg *page, b *batch) []op {
 
 // committed lets the pages go that are stored, and forgets those of which nothing is left.
 func (p *Pool) committed(b *batch) {
+	for _, c := range b.missed {
+		c.committed()
+	}
 	for _, c := range b.pages {
 		st := p.stripe(c.pg.idx)
 		st.Lock()

@@ -6,7 +6,7 @@
 // the format.
 //
 // Locks, in the order in which they are taken: replica.gate, a range of replica.ranges, Pool.mu, the committer's turns, a
-// stripe, and then the small ones (chain.dirtyMu, allocator.mu), under which nothing else is taken.
+// stripe, and then the small ones (chain.dirtyMu, allocator.mu, journal.mu), under which nothing else is taken.
 package extentstore
 
 import (
@@ -55,6 +55,8 @@ type Options struct {
 	salvage bool
 	// maxDirty replaces maxDirtyPages.
 	maxDirty int64
+	// maxMissed replaces maxMissedDirty.
+	maxMissed int64
 	// manual leaves all background work to Pool.step, for tests that decide what happens when.
 	manual bool
 }
@@ -78,6 +80,9 @@ func (o Options) withDefaults() Options {
 	if o.maxDirty == 0 {
 		o.maxDirty = maxDirtyPages
 	}
+	if o.maxMissed == 0 {
+		o.maxMissed = maxMissedDirty
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -100,4 +105,10 @@ type rules struct {
 	mergeWithoutCopy    bool // a merge marks blocks valid that it did not copy
 	retryFailedSync     bool // a failed sync does not poison the pool
 	resizeInMemory      bool // a new size is answered before it is durable
+	markBeforeCommit    bool // a mark in the write-intent log is answered before it is durable
+	clearStaysStored    bool // a region that is being taken out of the log counts as durably in it
+	missedLeftOut       bool // a flush leaves out what peers missed
+	tagBeforeMissed     bool // a tag is durable before what it vouches for
+	dropInMemory        bool // a peer is forgotten in memory only
+	stateInMemory       bool // a state is answered before it is durable
 }

@@ -116,7 +116,7 @@ type target struct {
 }
 
 // write stores b at off. It waits while the pool is full, with no lock held, and goes on where it stopped.
-func (h *handle) write(ctx context.Context, b []byte, off int64) error {
+func (h *Replica) write(ctx context.Context, b []byte, off int64) error {
 	var hand []layer.Slot // slots that are ours and not yet in use
 	defer func() { h.r.p.giveBack(hand...) }()
 	for len(b) > 0 {
@@ -153,7 +153,7 @@ func (h *handle) write(ctx context.Context, b []byte, off int64) error {
 }
 
 // starve waits a moment for room in the filesystem.
-func (h *handle) starve(ctx context.Context) error {
+func (h *Replica) starve(ctx context.Context) error {
 	p := h.r.p
 	p.starved.Add(1)
 	defer p.starved.Add(-1)
@@ -382,7 +382,7 @@ func (p *Pool) freeSlot(l *chain, pg *page, s layer.Slot) {
 }
 
 // zero makes a range read as zeros: whole blocks by the map alone, parts of blocks by writing.
-func (h *handle) zero(ctx context.Context, off, n int64) error {
+func (h *Replica) zero(ctx context.Context, off, n int64) error {
 	p := h.r.p
 	end := off + n
 	first, last := blockUp(off), blockDown(end)
@@ -426,7 +426,7 @@ func (h *handle) zero(ctx context.Context, off, n int64) error {
 }
 
 // zeroPart zeroes a part of one block. What reads as zeros already needs nothing.
-func (h *handle) zeroPart(ctx context.Context, off, n int64) error {
+func (h *Replica) zeroPart(ctx context.Context, off, n int64) error {
 	var buf [layer.BlockSize]byte
 	if err := h.r.p.read(h.r.head.Load(), buf[:n], off); err != nil {
 		return err

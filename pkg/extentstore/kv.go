@@ -83,7 +83,7 @@ func openBadger(dir string) (*badgerKV, error) {
 		WithNumCompactors(0). // they poll; Compact does it by need
 		WithNumLevelZeroTables(fewTables).
 		WithNumLevelZeroTablesStall(100 * manyTables).
-		WithValueThreshold(64 << 10).
+		WithValueThreshold(128 << 10). // nothing goes to the value log
 		WithValueLogFileSize(4 << 20).
 		WithNumGoroutines(2)
 	db, err := badger.Open(o)

@@ -176,7 +176,7 @@ func (w *world) quiet() error {
 		}
 	}
 	for _, v := range w.vols {
-		if err := w.p.flush(v.dev.(*handle).r.head.Load()); err != nil {
+		if err := w.p.flush(v.dev.r.head.Load()); err != nil {
 			return err
 		}
 	}

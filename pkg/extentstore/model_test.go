@@ -37,7 +37,7 @@ type modelVolume struct {
 	// touched since the layer below was sealed.
 	touched map[int64]bool
 	parent  *modelSnapshot
-	dev     Device
+	dev     *Replica
 }
 
 // now is a block's present value: the last of those that it may have after a crash.

@@ -48,7 +48,10 @@ type Pool struct {
 	grace      grace
 	alloc      allocator
 	commits    committer
-	freed      struct {
+	wil        wilCommits
+	// missedDirty and missedPages count pages of what peers missed: those to be stored, and those in memory.
+	missedDirty, missedPages atomic.Int64
+	freed                    struct {
 		mu    sync.Mutex
 		slots []layer.Slot
 		some  chan struct{}
@@ -59,6 +62,7 @@ type Pool struct {
 	replicas  map[volume.ReplicaID]*replica
 	snapshots map[volume.SnapshotID]*snapshot
 	nextLayer uint64
+	purges    []purge
 	closed    bool
 
 	users   sync.RWMutex // shared by what neither mu nor a handle keeps the pool open for
@@ -112,6 +116,7 @@ func (l *chain) record() layerRecord {
 type snapshot struct {
 	id      volume.SnapshotID
 	layer   *chain
+	number  uint64 // of the barrier that cut it; 0 is none
 	size    int64
 	volume  volume.ID
 	tenant  string
@@ -260,7 +265,7 @@ func (l *chain) owner() string {
 func (p *Pool) Close() error {
 	p.mu.Lock()
 	p.closed = true
-	var open []*handle
+	var open []*Replica
 	for _, r := range p.replicas {
 		if r.open != nil {
 			open = append(open, r.open)
@@ -324,6 +329,7 @@ func (p *Pool) runFlusher() error {
 				}
 			}
 			p.keepRoom() // also while nobody commits: the database compacts by itself
+			p.settleWIL()
 		case <-p.flushMe:
 		}
 		p.selfFlush()
@@ -340,16 +346,23 @@ func (p *Pool) flushSoon() {
 
 func (p *Pool) selfFlush() {
 	var layers []*chain
+	var journals []*journal
 	var seen []func()
 	p.mu.Lock()
 	for _, r := range p.replicas {
 		if w := r.writes.Load(); w > r.flushed.Load() {
 			layers = append(layers, r.head.Load())
-			seen = append(seen, func() { r.setFlushed(w) })
+			seen = append(seen, func() { raise(&r.flushed, w) })
+		}
+		if l := r.log; l != nil {
+			if n := l.noted.Load(); n > l.saved.Load() {
+				journals = append(journals, l)
+				seen = append(seen, func() { raise(&l.saved, n) })
+			}
 		}
 	}
 	p.mu.Unlock()
-	if len(layers) == 0 || p.flush(layers...) != nil {
+	if len(seen) == 0 || p.flushAll(layers, journals) != nil {
 		return
 	}
 	for _, f := range seen {

@@ -35,7 +35,7 @@ func openDir(t testing.TB, dir string, o Options) *Pool {
 	return p
 }
 
-func newReplica(t testing.TB, p *Pool, id volume.ReplicaID, size int64, parent volume.SnapshotID) Device {
+func newReplica(t testing.TB, p *Pool, id volume.ReplicaID, size int64, parent volume.SnapshotID) *Replica {
 	t.Helper()
 	must(t, p.CreateReplica(t.Context(), ReplicaSpec{ID: id, Volume: "vol-" + volume.ID(id), Tenant: "t", Size: size, Parent: parent}))
 	d, err := p.OpenReplica(t.Context(), id)

@@ -297,7 +297,7 @@ func TestCloseEndsLongZero(t *testing.T) {
 	go func() { zeroed <- d.Zero(context.Background(), 0, 8<<30) }()
 	time.Sleep(5 * time.Millisecond)
 	go func() { closed <- d.Close() }()
-	eventually(t, "the close", d.(*handle).isClosed)
+	eventually(t, "the close", d.isClosed)
 	st.Unlock()
 	if err := <-zeroed; !errors.Is(err, block.ErrClosed) {
 		t.Fatalf("zero: %v", err)

@@ -6,6 +6,7 @@ import (
 	"hash/crc32"
 
 	"github.com/ballast-csi/ballast/pkg/layer"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -21,6 +22,11 @@ const (
 	keyReplica  = 'r'
 	keySnapshot = 's'
 	keyScrub    = 'x'
+	// Those of the replication protocol: journalKey.
+	keyState  = 't'
+	keyWIL    = 'w'
+	keyPeer   = 'a'
+	keyMissed = 'm'
 )
 
 func layerKey(id uint64) []byte { return binary.BigEndian.AppendUint64([]byte{keyLayer}, id) }
@@ -153,7 +159,7 @@ func decodeLayer(b []byte) (r layerRecord, err error) {
 }
 
 type replicaRecord struct {
-	head           uint64
+	head, journal  uint64
 	size           int64
 	volume, tenant string
 }
@@ -161,6 +167,7 @@ type replicaRecord struct {
 func (r replicaRecord) encode() []byte {
 	e := newEncoder()
 	e.u64(r.head)
+	e.u64(r.journal)
 	e.u64(uint64(r.size))
 	e.str(r.volume)
 	e.str(r.tenant)
@@ -169,7 +176,7 @@ func (r replicaRecord) encode() []byte {
 
 func decodeReplica(b []byte) (r replicaRecord, err error) {
 	d := newDecoder(b)
-	r.head = d.u64()
+	r.head, r.journal = d.u64(), d.u64()
 	r.size = int64(d.u64())
 	r.volume, r.tenant = d.str(), d.str()
 	d.bad = d.bad || badSize(r.size)
@@ -177,7 +184,7 @@ func decodeReplica(b []byte) (r replicaRecord, err error) {
 }
 
 type snapshotRecord struct {
-	layer                   uint64
+	layer, number           uint64
 	size                    int64
 	volume, tenant, replica string
 }
@@ -185,6 +192,7 @@ type snapshotRecord struct {
 func (r snapshotRecord) encode() []byte {
 	e := newEncoder()
 	e.u64(r.layer)
+	e.u64(r.number)
 	e.u64(uint64(r.size))
 	e.str(r.volume)
 	e.str(r.tenant)
@@ -194,7 +202,7 @@ func (r snapshotRecord) encode() []byte {
 
 func decodeSnapshot(b []byte) (r snapshotRecord, err error) {
 	d := newDecoder(b)
-	r.layer = d.u64()
+	r.layer, r.number = d.u64(), d.u64()
 	r.size = int64(d.u64())
 	r.volume, r.tenant, r.replica = d.str(), d.str(), d.str()
 	d.bad = d.bad || badSize(r.size)
@@ -285,4 +293,56 @@ func decodeSums(b []byte) (s sums, err error) {
 		s.crcs = append(s.crcs, d.u32())
 	}
 	return s, d.end("checksums")
+}
+
+// Records of the replication protocol.
+
+func badKey(k []byte) error { return fmt.Errorf("record with key %x: %w", k, layer.ErrCorrupt) }
+
+func encodeState(b []byte) []byte {
+	e := newEncoder()
+	e.u32(uint32(len(b)))
+	e.b = append(e.b, b...)
+	return e.bytes()
+}
+
+func decodeState(b []byte) ([]byte, error) {
+	d := newDecoder(b)
+	n := d.u32()
+	if n > replication.MaxState {
+		d.bad, n = true, 0
+	}
+	state := append([]byte{}, d.take(int(n))...)
+	return state, d.end("the protocol's state")
+}
+
+// encodeWords is a bitmap of a fixed size.
+func encodeWords(words []uint64) []byte {
+	e := newEncoder()
+	for _, w := range words {
+		e.u64(w)
+	}
+	return e.bytes()
+}
+
+func decodeWords(what string, b []byte, words []uint64) error {
+	d := newDecoder(b)
+	for i := range words {
+		words[i] = d.u64()
+	}
+	return d.end(what)
+}
+
+func encodePeer(t replication.MissedTag) []byte {
+	e := newEncoder()
+	e.u64(uint64(t.Since))
+	e.str(string(t.Peer))
+	return e.bytes()
+}
+
+func decodePeer(b []byte) (t replication.MissedTag, err error) {
+	d := newDecoder(b)
+	t.Since = volume.ConfigVersion(d.u64())
+	t.Peer = volume.ReplicaID(d.str())
+	return t, d.end("an absent peer")
 }

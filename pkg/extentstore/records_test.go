@@ -17,6 +17,13 @@ var decoders = map[string]func(b []byte) ([]byte, error){
 	"snapshot": func(b []byte) ([]byte, error) { r, err := decodeSnapshot(b); return r.encode(), err },
 	"sums":     func(b []byte) ([]byte, error) { r, err := decodeSums(b); return r.encode(), err },
 	"scrub":    func(b []byte) ([]byte, error) { r, err := decodeScrub(b); return r.encode(), err },
+	"state":    func(b []byte) ([]byte, error) { s, err := decodeState(b); return encodeState(s), err },
+	"peer":     func(b []byte) ([]byte, error) { t, err := decodePeer(b); return encodePeer(t), err },
+	"wil": func(b []byte) ([]byte, error) {
+		var w [groupRegions / 64]uint64
+		err := decodeWords("log", b, w[:])
+		return encodeWords(w[:]), err
+	},
 	"super": func(b []byte) ([]byte, error) {
 		r, none, err := decodeSuper(b)
 		if none {
@@ -29,11 +36,14 @@ var decoders = map[string]func(b []byte) ([]byte, error){
 var records = map[string][]byte{
 	"pool":     poolRecord{formatVersion, "pool-1", "dir"}.encode(),
 	"layer":    layerRecord{parent: 7, summed: true}.encode(),
-	"replica":  replicaRecord{head: 3, size: 1 << 30, volume: "vol-1", tenant: "t"}.encode(),
-	"snapshot": snapshotRecord{layer: 3, size: 1 << 30, volume: "vol-1", tenant: "t", replica: "r"}.encode(),
+	"replica":  replicaRecord{head: 3, journal: 2, size: 1 << 30, volume: "vol-1", tenant: "t"}.encode(),
+	"snapshot": snapshotRecord{layer: 3, number: 4, size: 1 << 30, volume: "vol-1", tenant: "t", replica: "r"}.encode(),
 	"sums":     sums{page: 9, crcs: []uint32{1, 2, 3}}.encode(),
 	"damaged":  layerRecord{parent: 7, damaged: true}.encode(),
 	"scrub":    scrubRecord{1 << 33, 7, 9}.encode(),
+	"state":    encodeState([]byte("opaque")),
+	"peer":     encodePeer(tag("r", 9)),
+	"wil":      encodeWords(make([]uint64, groupRegions/64)),
 	"super":    encodeSuper(poolRecord{formatVersion, "pool-1", "dir"}),
 }
 

@@ -25,6 +25,9 @@ func (p *Pool) recover() error {
 	if err := p.readRecords(); err != nil {
 		return err
 	}
+	if err := p.findPurges(); err != nil {
+		return err
+	}
 	return p.readPages()
 }
 
@@ -162,7 +165,7 @@ func (p *Pool) readRecords() error {
 		if l == nil || l.snap != nil {
 			return p.damaged(fmt.Errorf("snapshot %s has layer %d, which is missing or another's: %w", k[1:], r.layer, layer.ErrCorrupt))
 		}
-		s := &snapshot{id: volume.SnapshotID(k[1:]), layer: l, size: r.size, volume: volume.ID(r.volume), tenant: r.tenant,
+		s := &snapshot{id: volume.SnapshotID(k[1:]), layer: l, number: r.number, size: r.size, volume: volume.ID(r.volume), tenant: r.tenant,
 			replica: volume.ReplicaID(r.replica)}
 		l.snap, p.snapshots[s.id] = s, s
 		return nil
@@ -179,7 +182,7 @@ func (p *Pool) readRecords() error {
 		if l == nil || l.head != nil || l.snap != nil || l.children != 0 {
 			return p.damaged(fmt.Errorf("replica %s has layer %d, which is missing or not its own: %w", k[1:], r.head, layer.ErrCorrupt))
 		}
-		n := &replica{p: p, id: volume.ReplicaID(k[1:]), volume: volume.ID(r.volume), tenant: r.tenant}
+		n := &replica{p: p, id: volume.ReplicaID(k[1:]), volume: volume.ID(r.volume), tenant: r.tenant, journal: r.journal}
 		n.size.Store(r.size)
 		n.head.Store(l)
 		l.head, p.replicas[n.id] = n, n

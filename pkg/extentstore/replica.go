@@ -26,36 +26,32 @@ type replica struct {
 	// writes counts what changed bytes; flushed is its value that is known to be durable.
 	writes, flushed atomic.Uint64
 	unflushed       atomic.Int64 // bytes since somebody last asked for a flush
-	open            *handle      // guarded by Pool.mu
+	open            *Replica     // guarded by Pool.mu
+	log             *journal     // while it is open; guarded by Pool.mu
+	journal         uint64       // its number
 }
 
 func (r *replica) record() replicaRecord {
-	return replicaRecord{head: r.head.Load().id, size: r.size.Load(), volume: string(r.volume), tenant: r.tenant}
-}
-
-func (r *replica) setFlushed(w uint64) {
-	for {
-		old := r.flushed.Load()
-		if w <= old || r.flushed.CompareAndSwap(old, w) {
-			return
-		}
-	}
+	return replicaRecord{head: r.head.Load().id, journal: r.journal, size: r.size.Load(), volume: string(r.volume), tenant: r.tenant}
 }
 
 // flush makes durable all that returned before it was called.
-func (r *replica) flush() error {
-	if err := r.p.failure(); err != nil {
-		return err
-	}
-	w := r.writes.Load()
+func (h *Replica) flush() error {
+	r, l := h.r, h.log
+	w, n := r.writes.Load(), l.noted.Load()
 	if r.flushed.Load() >= w {
-		return nil
+		return l.flush()
 	}
 	r.unflushed.Store(0)
-	if err := r.p.flush(r.head.Load()); err != nil {
+	var journals []*journal
+	if l.saved.Load() < n {
+		journals = append(journals, l)
+	}
+	if err := r.p.flushAll([]*chain{r.head.Load()}, journals); err != nil {
 		return err
 	}
-	r.setFlushed(w)
+	raise(&r.flushed, w)
+	raise(&l.saved, n)
 	return nil
 }
 
@@ -69,19 +65,21 @@ func (r *replica) wrote(n int64) {
 	r.p.flushSoon()
 }
 
-// handle is an open replica.
-type handle struct {
+// Replica is an open replica: a Device, and what the replication protocol keeps with it. All methods may be called at once;
+// after Close each returns block.ErrClosed, or what there was.
+type Replica struct {
 	r      *replica
+	log    *journal
 	life   sync.RWMutex // shared by requests; Close waits for them
 	closed chan struct{}
 	once   sync.Once
 	err    error
 }
 
-var _ Device = (*handle)(nil)
+var _ Device = (*Replica)(nil)
 
 // enter begins a request.
-func (h *handle) enter(off, n int64) error {
+func (h *Replica) enter(off, n int64) error {
 	h.life.RLock()
 	err := error(block.ErrClosed)
 	if !h.isClosed() {
@@ -93,7 +91,7 @@ func (h *handle) enter(off, n int64) error {
 	return err
 }
 
-func (h *handle) isClosed() bool {
+func (h *Replica) isClosed() bool {
 	select {
 	case <-h.closed:
 		return true
@@ -102,7 +100,7 @@ func (h *handle) isClosed() bool {
 	}
 }
 
-func (h *handle) ReadAt(ctx context.Context, p []byte, off int64) error {
+func (h *Replica) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := h.enter(off, int64(len(p))); err != nil {
 		return err
 	}
@@ -116,7 +114,7 @@ func (h *handle) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return r.p.read(r.head.Load(), p, off)
 }
 
-func (h *handle) WriteAt(ctx context.Context, p []byte, off int64) error {
+func (h *Replica) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if err := h.enter(off, int64(len(p))); err != nil {
 		return err
 	}
@@ -125,12 +123,15 @@ func (h *handle) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if n == 0 {
 		return nil
 	}
+	if err := h.log.bound(2 * h.r.p.opts.maxMissed); err != nil {
+		return err
+	}
 	err := h.write(ctx, p, off)
 	h.r.wrote(n)
 	return err
 }
 
-func (h *handle) Zero(ctx context.Context, off, n int64) error {
+func (h *Replica) Zero(ctx context.Context, off, n int64) error {
 	if err := h.enter(off, n); err != nil {
 		return err
 	}
@@ -138,11 +139,14 @@ func (h *handle) Zero(ctx context.Context, off, n int64) error {
 	if n == 0 {
 		return nil
 	}
+	if err := h.log.bound(2 * h.r.p.opts.maxMissed); err != nil {
+		return err
+	}
 	defer h.r.wrote(0)
 	return h.zero(ctx, off, n)
 }
 
-func (h *handle) Flush(ctx context.Context) error {
+func (h *Replica) Flush(ctx context.Context) error {
 	if err := h.enter(0, 0); err != nil {
 		return err
 	}
@@ -154,28 +158,54 @@ func (h *handle) Flush(ctx context.Context) error {
 	if err := h.r.p.waitRoom(ctx); err != nil {
 		return err
 	}
-	return h.r.flush()
+	return h.flush()
 }
 
-func (h *handle) Size() int64 { return h.r.size.Load() }
+func (h *Replica) Size() int64 { return h.r.size.Load() }
 
 // Close ends requests that wait, waits for the others, and flushes. A second call returns what the first did.
-func (h *handle) Close() error {
+func (h *Replica) Close() error {
 	h.once.Do(func() {
 		close(h.closed)
 		h.life.Lock()
 		defer h.life.Unlock()
-		r := h.r
-		h.err = r.flush()
-		r.p.mu.Lock()
-		r.open = nil
-		r.p.mu.Unlock()
+		if h.log == nil {
+			return // it did not come to be open
+		}
+		p := h.r.p
+		h.err = h.flush()
+		p.settleWIL()
+		p.mu.Lock()
+		h.r.log = nil
+		p.mu.Unlock()
+		h.log.release()
+		p.mu.Lock()
+		h.r.open = nil
+		p.mu.Unlock()
 	})
 	return h.err
 }
 
 // OpenReplica returns a replica's device. It is open once at a time: volume.ErrInUse.
-func (p *Pool) OpenReplica(ctx context.Context, id volume.ReplicaID) (Device, error) {
+func (p *Pool) OpenReplica(ctx context.Context, id volume.ReplicaID) (*Replica, error) {
+	h, err := p.reserve(id)
+	if err != nil {
+		return nil, err
+	}
+	defer h.life.Unlock()
+	log, err := p.loadJournal(h.r.journal)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err != nil {
+		h.r.open = nil
+		return nil, fmt.Errorf("open replica %s: %w", id, err)
+	}
+	h.log, h.r.log = log, log
+	return h, nil
+}
+
+// reserve makes a handle whose life is locked until it has its journal.
+func (p *Pool) reserve(id volume.ReplicaID) (*Replica, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	r := p.replicas[id]
@@ -187,7 +217,8 @@ func (p *Pool) OpenReplica(ctx context.Context, id volume.ReplicaID) (Device, er
 	case r.open != nil:
 		return nil, fmt.Errorf("replica %s is open already: %w", id, volume.ErrInUse)
 	}
-	r.open = &handle{r: r, closed: make(chan struct{})}
+	r.open = &Replica{r: r, closed: make(chan struct{})}
+	r.open.life.Lock()
 	return r.open, nil
 }
 

@@ -196,10 +196,8 @@ func (p *Pool) pinBoth(snap, base volume.SnapshotID) (s, b *snapshot, err error)
 		s.readers--
 		return nil, nil, err
 	}
-	for l := s.layer; l != nil; l = l.parent.Load() {
-		if l == b.layer {
-			return s, b, nil
-		}
+	if s.layer.descends(b.layer) {
+		return s, b, nil
 	}
 	s.readers--
 	b.readers--

@@ -50,7 +50,7 @@ func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 		parent = from.layer
 	}
 	head := p.newLayer(parent)
-	r := &replica{p: p, id: s.ID, volume: s.Volume, tenant: s.Tenant}
+	r := &replica{p: p, id: s.ID, volume: s.Volume, tenant: s.Tenant, journal: head.id}
 	r.size.Store(s.Size)
 	r.head.Store(head)
 	if err := p.commitOps([]op{{layerKey(head.id), head.record().encode()}, {replicaKey(s.ID), r.record().encode()}}); err != nil {
@@ -122,9 +122,10 @@ func (p *Pool) DeleteReplica(ctx context.Context, id volume.ReplicaID) error {
 	if r.open != nil {
 		return fmt.Errorf("replica %s is open: %w", id, volume.ErrInUse)
 	}
-	if err := p.commitOps([]op{{key: replicaKey(id)}}); err != nil {
+	if err := p.commitOps([]op{{key: replicaKey(id)}, {key: journalKey(keyState, r.journal)}}); err != nil {
 		return err
 	}
+	p.purges = append(p.purges, purge{id: r.journal, all: true})
 	r.head.Load().head = nil
 	delete(p.replicas, id)
 	p.urgent = true
@@ -160,14 +161,43 @@ func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error {
 // Cut seals a replica's present state as a snapshot: all writes that returned before the call are in it. Writes wait for
 // a short moment that does not depend on the replica's size. A snapshot of that id of the same replica is nil.
 func (p *Pool) Cut(ctx context.Context, id volume.ReplicaID, snap volume.SnapshotID) error {
-	if err := volume.CheckName("snapshot id", string(snap)); err != nil {
+	return p.cut(ctx, cutting{replica: id, snap: snap})
+}
+
+// cutting says what is to be sealed as what.
+type cutting struct {
+	replica volume.ReplicaID
+	snap    volume.SnapshotID
+	number  uint64 // of the barrier
+	// replace: a snapshot of that name with another number is of an earlier try, and makes way.
+	replace bool
+}
+
+// done tells whether the snapshot is there already. Pool.mu is held.
+func (c cutting) done(p *Pool) (bool, error) {
+	s := p.snapshots[c.snap]
+	switch {
+	case s == nil:
+		return false, nil
+	case s.replica != c.replica:
+		return false, fmt.Errorf("snapshot %s is of replica %s: %w", c.snap, s.replica, volume.ErrExists)
+	case !c.replace || s.number == c.number:
+		return true, nil
+	case s.readers > 0:
+		return false, fmt.Errorf("snapshot %s of barrier %d is being read: %w", c.snap, s.number, volume.ErrBusy)
+	}
+	return false, nil
+}
+
+func (p *Pool) cut(ctx context.Context, c cutting) error {
+	if err := volume.CheckName("snapshot id", string(c.snap)); err != nil {
 		return err
 	}
 	if err := p.use(); err != nil {
 		return err
 	}
 	defer p.users.RUnlock()
-	r, done, err := p.cutState(id, snap)
+	r, done, err := p.cutState(c)
 	if done || err != nil {
 		return err
 	}
@@ -180,11 +210,22 @@ func (p *Pool) Cut(ctx context.Context, id volume.ReplicaID, snap volume.Snapsho
 		defer r.gate.Unlock()
 	}
 	if !p.opts.broken.cutWithoutFlush {
-		if err := p.flush(r.head.Load()); err != nil {
+		if err := p.flushHead(r); err != nil {
 			return err
 		}
 	}
-	return p.seal(r, snap)
+	return p.seal(r, c)
+}
+
+// flushHead makes durable what a replica and its journal have.
+func (p *Pool) flushHead(r *replica) error {
+	var journals []*journal
+	p.mu.Lock()
+	if r.log != nil {
+		journals = append(journals, r.log)
+	}
+	p.mu.Unlock()
+	return p.flushAll([]*chain{r.head.Load()}, journals)
 }
 
 // flushBeforeCut flushes until little is left to be flushed while writes are kept out, or writes come as fast as that.
@@ -194,7 +235,7 @@ func (p *Pool) flushBeforeCut(ctx context.Context, r *replica) error {
 			return err
 		}
 		l := r.head.Load()
-		if err := p.flush(l); err != nil {
+		if err := p.flushHead(r); err != nil {
 			return err
 		}
 		l.dirtyMu.Lock()
@@ -208,27 +249,24 @@ func (p *Pool) flushBeforeCut(ctx context.Context, r *replica) error {
 }
 
 // cutState tells whether the snapshot is there already.
-func (p *Pool) cutState(id volume.ReplicaID, snap volume.SnapshotID) (_ *replica, done bool, err error) {
+func (p *Pool) cutState(c cutting) (_ *replica, done bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.ready(); err != nil {
 		return nil, false, err
 	}
-	if s := p.snapshots[snap]; s != nil {
-		if s.replica != id {
-			return nil, false, fmt.Errorf("snapshot %s is of replica %s: %w", snap, s.replica, volume.ErrExists)
-		}
-		return nil, true, nil
+	if done, err := c.done(p); done || err != nil {
+		return nil, done, err
 	}
-	r := p.replicas[id]
+	r := p.replicas[c.replica]
 	if r == nil {
-		return nil, false, noReplica(p, id)
+		return nil, false, noReplica(p, c.replica)
 	}
 	return r, false, nil
 }
 
 // seal makes the head the snapshot's layer and opens a new one, in one transaction. Writes are kept out.
-func (p *Pool) seal(r *replica, snap volume.SnapshotID) error {
+func (p *Pool) seal(r *replica, c cutting) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.ready(); err != nil {
@@ -237,19 +275,16 @@ func (p *Pool) seal(r *replica, snap volume.SnapshotID) error {
 	if p.replicas[r.id] != r {
 		return noReplica(p, r.id)
 	}
-	if s := p.snapshots[snap]; s != nil {
-		if s.replica != r.id {
-			return fmt.Errorf("snapshot %s is of replica %s: %w", snap, s.replica, volume.ErrExists)
-		}
-		return nil
+	if done, err := c.done(p); done || err != nil {
+		return err
 	}
 	old := r.head.Load()
-	s := &snapshot{id: snap, layer: old, size: r.size.Load(), volume: r.volume, tenant: r.tenant, replica: r.id}
+	s := &snapshot{id: c.snap, layer: old, number: c.number, size: r.size.Load(), volume: r.volume, tenant: r.tenant, replica: r.id}
 	head := p.newLayer(old)
 	rec := r.record()
 	rec.head = head.id
 	err := p.commitOps([]op{
-		{snapshotKey(snap), s.record().encode()},
+		{snapshotKey(c.snap), s.record().encode()},
 		{layerKey(head.id), head.record().encode()},
 		{replicaKey(r.id), rec.encode()},
 	})
@@ -257,16 +292,20 @@ func (p *Pool) seal(r *replica, snap volume.SnapshotID) error {
 		return err
 	}
 	p.adopt(head, old)
+	if earlier := p.snapshots[c.snap]; earlier != nil {
+		earlier.layer.snap = nil
+		p.urgent = true
+	}
 	old.snap, old.head = s, nil
 	head.head = r
-	p.snapshots[snap] = s
+	p.snapshots[c.snap] = s
 	r.head.Store(head)
 	p.kick()
 	return nil
 }
 
 func (s *snapshot) record() snapshotRecord {
-	return snapshotRecord{layer: s.layer.id, size: s.size, volume: string(s.volume), tenant: s.tenant, replica: string(s.replica)}
+	return snapshotRecord{layer: s.layer.id, number: s.number, size: s.size, volume: string(s.volume), tenant: s.tenant, replica: string(s.replica)}
 }
 
 // Resize grows a replica; the new bytes read as zeros. It is durable before it is seen. A size that the replica has

@@ -79,6 +79,9 @@ func (p *Pool) stepBytes() (more bool, bytes int64, err error) {
 	if err := errors.Join(p.failure(), p.waitRoom(p.ctx)); err != nil {
 		return false, 0, err
 	}
+	if done, err := p.stepPurge(); !done {
+		return true, maxCommit, err
+	}
 	j := p.pick()
 	if j == nil {
 		return false, 0, nil
