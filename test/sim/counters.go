@@ -1,0 +1,85 @@
+package sim
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+
+	"github.com/ballast-csi/ballast/pkg/replication"
+)
+
+// Counters count what a run, or many, came across: a suite in which something never happened proves nothing about it.
+type Counters struct {
+	// Clients.
+	Reads, Writes, Zeros, Flushes, FUAs, Cancels, Acked, Errors, Reissued int
+	// Machines.
+	Messages, StoreOps, Ticks, Attaches, Lives, KeptLives, FencedOnly, Reconnects, Cleared int
+	FailedSuperseded, FailedLost                                                           int
+	// Controllers.
+	CommitDone, CommitRefused, CommitUnknown, CtlLost, CtlReplyLost, CtlLate, CtlTwice int
+	ISRChanges, ISRAdded, ISRRemoved, MinInSync                                        int
+	// Network.
+	Connected, Broken, Dropped, Delayed, Duplicated, Held, Late, Partitions, OneWay, CtlCuts, CtlDowns int
+	// Nodes and disks.
+	Kills, KeptKills, PowerLosses, SitePowerLosses, Boots, Pauses, Swaps, Hangs, Full, Slow int
+	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost                               int
+	// Operations.
+	CleanDetaches, Detached, ForcedDetaches, ForcedAttaches, Deletes, Salvages      int
+	Prepared, Sealed, Ready, Aborted, Unsnapped, LayersDeleted, Groups, GroupsReady int
+	Expands, Resized, Added, Evicted, Removed, Drains                               int
+	HealedLives, Rejoined, HealedSnapshots, HealedExpands, HungEvicted              int
+}
+
+func (c *Counters) outcome(o replication.CommitOutcome) {
+	switch o {
+	case replication.CommitDone:
+		c.CommitDone++
+	case replication.CommitRefused:
+		c.CommitRefused++
+	case replication.CommitUnknown:
+		c.CommitUnknown++
+	}
+}
+
+func (c *Counters) failed(r replication.Reason) {
+	switch r {
+	case replication.ReasonSuperseded:
+		c.FailedSuperseded++
+	case replication.ReasonLostWrites:
+		c.FailedLost++
+	}
+}
+
+// Add sums up.
+func (c *Counters) Add(o *Counters) {
+	a, b := reflect.ValueOf(c).Elem(), reflect.ValueOf(o).Elem()
+	for i := range a.NumField() {
+		a.Field(i).SetInt(a.Field(i).Int() + b.Field(i).Int())
+	}
+}
+
+// Zeros names what never happened.
+func (c *Counters) Never() []string {
+	var names []string
+	v := reflect.ValueOf(c).Elem()
+	for i := range v.NumField() {
+		if v.Field(i).Int() == 0 {
+			names = append(names, v.Type().Field(i).Name)
+		}
+	}
+	return names
+}
+
+func (c *Counters) String() string {
+	var s strings.Builder
+	v := reflect.ValueOf(c).Elem()
+	for i := range v.NumField() {
+		fmt.Fprintf(&s, "%-17s%9d", v.Type().Field(i).Name, v.Field(i).Int())
+		if i%5 == 4 {
+			s.WriteByte('\n')
+		} else {
+			s.WriteString("   ")
+		}
+	}
+	return s.String()
+}

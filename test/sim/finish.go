@@ -1,0 +1,155 @@
+package sim
+
+import (
+	"reflect"
+
+	"github.com/ballast-csi/ballast/pkg/replication"
+)
+
+// heal ends all faults, and checks what must come back by itself: L1 to L5.
+func (w *world) heal() {
+	w.tracef("-- faults end")
+	w.calm = true
+	w.blocked = [maxNodes][maxNodes]bool{}
+	w.ctlDown = 0
+	p := &w.prof
+	p.drop, p.duplicate, p.tail, p.ctlLost, p.ctlAgain, p.cancel = 0, 0, 0, 0, 0, 0
+	p.netMax, p.ctlMax, p.storeMax = min(p.netMax, 5*millisecond), min(p.ctlMax, 5*millisecond), min(p.storeMax, 3*millisecond)
+	for _, n := range w.nodes {
+		n.cut = false
+		if n.paused > w.now {
+			n.paused = w.now
+		}
+		if !n.up {
+			w.boot(n)
+		}
+	}
+	for _, v := range w.vols {
+		for _, pl := range v.places {
+			d := pl.disk
+			d.hungUntil, d.fullUntil, d.slow = 0, 0, 1
+			d.failSyncs, d.failWrites, d.failReads, d.failMetas = 0, 0, 0, 0
+		}
+		if v.want < 0 {
+			v.want = w.pick(len(w.nodes))
+		}
+	}
+	began := w.now
+	w.await("L1", "no operation succeeded", 4*second, func(v *vol) bool {
+		return v.client != nil && !v.client.dead && !v.client.superseded && v.client.done > began
+	})
+	if w.failure != nil {
+		return
+	}
+	w.count.HealedLives++
+	w.await("L2", "not all replicas are in sync", 20*second, func(v *vol) bool {
+		for i := range v.m.Members {
+			if v.m.Members[i].Role != replication.RoleISR {
+				return false
+			}
+		}
+		return true
+	})
+	if w.failure != nil {
+		return
+	}
+	w.count.Rejoined++
+	w.exercise()
+}
+
+// live are the volumes of which something can be expected.
+func (w *world) expected(v *vol) bool { return !v.lost && !v.m.Deleted && !v.deleted }
+
+// await runs until done holds for each volume, and fails where it takes longer than most.
+func (w *world) await(invariant, what string, most int64, done func(v *vol) bool) {
+	end := w.now + most
+	late := -1
+	w.loop(func() bool {
+		late = -1
+		for i, v := range w.vols {
+			if w.expected(v) && !done(v) {
+				late = i
+				break
+			}
+		}
+		return late < 0 || w.now > end
+	})
+	if late >= 0 && w.failure == nil {
+		v := w.vols[late]
+		w.fail(invariant, "%s: %s %d ms after faults ended (owner %q, epoch %d, members %+v, engines %s)", v.id, what, most/millisecond, v.m.Owner, v.m.Epoch, v.m.Members, v.engineNames())
+	}
+}
+
+func (v *vol) engineNames() string {
+	s := ""
+	for _, g := range v.engines {
+		s += g.String() + " "
+	}
+	return s
+}
+
+// exercise has a snapshot, an expand and a flush happen together, once all is well: L3 and L4. Then a member's disk hangs,
+// and I/O must go on without it: L5.
+func (w *world) exercise() {
+	for _, v := range w.vols {
+		if !w.expected(v) {
+			continue
+		}
+		v.expand()
+		if v.pend == nil {
+			v.snapshot(false)
+		}
+	}
+	w.await("L4", "a snapshot or an expand did not end", 4*second, func(v *vol) bool { return v.pend == nil && v.m.Target == 0 })
+	if w.failure != nil {
+		return
+	}
+	w.count.HealedSnapshots++
+	w.count.HealedExpands++
+	hung := map[*vol]*place{}
+	for _, v := range w.vols {
+		if isr := v.isr(); w.expected(v) && len(isr) > max(1, v.m.MinInSync) && w.chance(0.3) {
+			p := isr[w.pick(len(isr))]
+			p.disk.hungUntil = w.now + 3*second
+			hung[v] = p
+			w.tracef("the disk of %s hangs", p.id)
+		}
+	}
+	began := w.now + second
+	w.await("L5", "I/O waits for a disk that hangs", 2*second, func(v *vol) bool { return hung[v] == nil || v.client != nil && v.client.done > began })
+	w.count.HungEvicted += len(hung)
+}
+
+// finish stops the clients and looks at everything once more.
+func (w *world) finish() {
+	w.quiet = true
+	w.tracef("-- clients stop")
+	w.await("L4", "operations are still open", 4*second, func(v *vol) bool { return v.client != nil && len(v.client.ops) == 0 })
+	if w.failure != nil {
+		return
+	}
+	w.await("S7", "an engine that was replaced goes on", 2*second, func(v *vol) bool { return len(v.engines) == 1 })
+	if w.failure != nil {
+		return
+	}
+	for _, v := range w.vols {
+		v.check()
+		v.replay()
+	}
+}
+
+// replay is S15: the same changes lead to the same record, and those that were applied are not applied again.
+func (v *vol) replay() {
+	m := v.first
+	for i, c := range v.log {
+		n, err := m.ApplyWithout(c, v.w.opt.Rules)
+		if err != nil {
+			v.w.fail("S15", "change %d, %s, is refused in a replay: %v", i, describeChange(&c), err)
+			return
+		}
+		m = n
+	}
+	if !reflect.DeepEqual(m, v.m) {
+		v.w.fail("S15", "a replay came to %+v instead of %+v", m, v.m)
+	}
+}
