@@ -42,7 +42,7 @@ lint: ## gofmt, go vet, staticcheck
 
 .PHONY: unit
 unit: ## Unit and integration tests with the race detector (root: real mounts, FUSE and loop devices)
-	$(GO) test -race -p 2 -timeout 20m ./cmd/... ./pkg/... ./test/arch/... ./test/netlab/... ./deploy/...
+	$(GO) test -race -p 2 -timeout 20m ./cmd/... ./pkg/... ./test/arch/... ./test/netlab/... ./test/cluster/history/... ./deploy/...
 
 .PHONY: sanity
 sanity: ## csi-sanity against the real daemon, mount and block (root)
