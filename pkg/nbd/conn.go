@@ -266,6 +266,7 @@ func (c *conn) admit(t *task) error {
 
 // hand gives a task to a worker that is idle, or to a new one. The window bounds their number.
 func (c *conn) hand(t task) {
+	c.out.running.Add(1)
 	select {
 	case c.work <- t:
 		return

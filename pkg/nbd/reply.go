@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"crypto/tls"
 	"net"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -24,6 +26,8 @@ type replies struct {
 	conn   net.Conn
 	window *window
 	stall  time.Duration
+	// running is how many requests have no answer yet.
+	running atomic.Int32
 	// fail is told of the first error.
 	fail func(error)
 
@@ -61,6 +65,12 @@ func (w *replies) send(r reply) {
 		return
 	}
 	w.sending = true
+	if w.running.Load() > 0 {
+		// Let those that are about to have an answer add it: a turn of the scheduler costs less than a system call.
+		w.mu.Unlock()
+		runtime.Gosched()
+		w.mu.Lock()
+	}
 	for len(w.queue) > 0 {
 		batch := w.queue
 		w.queue = w.spare[:0]

@@ -40,6 +40,7 @@ func (c *conn) run(t task) {
 	}
 	t.payload.release()
 	r.charge = t.charge
+	c.out.running.Add(-1)
 	c.out.send(r)
 }
 

@@ -23,6 +23,7 @@ var benchmarks = []struct {
 	run  func(ctx context.Context, w io.Writer) error
 }{
 	{"frontend", benchFrontend},
+	{"nbd", benchNBD},
 	{"store", benchStore},
 	{"rpc", benchRPC},
 	{"idle", benchIdle},

@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ballast-csi/ballast/pkg/nbd"
+)
+
+// benchNBD measures pkg/nbd against nbdkit's file plugin, each on a file of its own in memory, over a Unix socket.
+func benchNBD(ctx context.Context, w io.Writer) (err error) {
+	fmt.Fprintf(w, "## NBD server\n\nfio's nbd engine, one connection over a Unix socket, for %v, the two in turns; medians of %d. Each serves a file of "+
+		"%d MiB in memory (tmpfs).\n\n", frontendFor, frontendRounds, frontendSize>>20)
+	dir, err := os.MkdirTemp("/dev/shm", "ballast-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	var uris []string
+	for _, up := range []func(context.Context, string) (string, func() error, error){nbdUp, nbdkitUp} {
+		uri, down, err := up(ctx, dir)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, down()) }()
+		uris = append(uris, uri)
+	}
+	fmt.Fprintf(w, "| Workload | Ballast | nbdkit | Ballast / nbdkit |\n|---|---|---|---|\n")
+	for _, load := range workloads {
+		results := make([][]float64, len(uris))
+		for range frontendRounds {
+			for i, uri := range uris {
+				v, err := runFio(ctx, load, "--ioengine=nbd", "--uri="+uri)
+				if err != nil {
+					return fmt.Errorf("%s: %w", load.name, err)
+				}
+				results[i] = append(results[i], v)
+			}
+		}
+		ours, theirs := median(results[0]), median(results[1])
+		fmt.Fprintf(w, "| %s | %s | %s | %.2f |\n", load.name, load.show(ours), load.show(theirs), ours/theirs)
+	}
+	fmt.Fprintln(w)
+	return nil
+}
+
+func nbdURI(socket string) string { return "nbd+unix:///?socket=" + socket }
+
+func nbdUp(ctx context.Context, dir string) (string, func() error, error) {
+	path, err := backingFile(ctx, dir, "ballast")
+	if err != nil {
+		return "", nil, err
+	}
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return "", nil, err
+	}
+	socket := filepath.Join(dir, "ballast.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return "", nil, errors.Join(err, file.Close())
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() {
+		done <- nbd.Serve(ctx, l, []nbd.Export{{Device: fileDevice{int(file.Fd())}}}, nbd.Options{})
+	}()
+	return nbdURI(socket), func() error {
+		cancel()
+		return errors.Join(<-done, file.Close())
+	}, nil
+}
+
+func nbdkitUp(ctx context.Context, dir string) (string, func() error, error) {
+	path, err := backingFile(ctx, dir, "nbdkit")
+	if err != nil {
+		return "", nil, err
+	}
+	socket, ready := filepath.Join(dir, "nbdkit.sock"), filepath.Join(dir, "nbdkit.pid")
+	cmd := exec.Command("nbdkit", "--foreground", "--unix", socket, "--pidfile", ready, "file", path)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		return "", nil, err
+	}
+	stop := func() error {
+		err := cmd.Process.Signal(unix.SIGTERM)
+		_ = cmd.Wait() // it ends with the signal's status
+		return err
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(ready); err == nil {
+			return nbdURI(socket), stop, nil
+		}
+		if time.Now().After(end) {
+			return "", nil, errors.Join(errors.New("nbdkit does not come up"), stop())
+		}
+	}
+}
