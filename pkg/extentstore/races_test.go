@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -234,9 +235,9 @@ func (k slowKV) Commit(ops []op) error { k.before(); return k.memKV.Commit(ops) 
 func TestWritesWaitForFlushes(t *testing.T) {
 	m := newMachine()
 	slow := make(chan struct{})
-	stuck := false
+	var stuck atomic.Bool
 	before := func() {
-		if stuck {
+		if stuck.Load() {
 			<-slow
 		}
 	}
@@ -245,7 +246,7 @@ func TestWritesWaitForFlushes(t *testing.T) {
 	must(t, err)
 	defer p.Close()
 	d := newReplica(t, p, "r", 8<<30, "")
-	stuck = true
+	stuck.Store(true)
 	done := make(chan error, 1)
 	go func() {
 		var err error
