@@ -1,44 +1,24 @@
 package replicanet
 
 import (
+	"context"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ballast-csi/ballast/pkg/replication"
 )
 
-// driver keeps a number of requests under way until all are answered.
-type driver struct {
-	msg       replication.Message
-	left      int
-	underway  int
-	connected chan *Link
-	done      chan struct{}
+// driver hands answers to those who wait for them.
+type driver struct{ waiters []chan bool }
+
+func (d *driver) Receive(_ *Link, m *replication.Message) {
+	Free(m.Data)
+	d.waiters[m.Op] <- true
 }
 
-func (d *driver) Connected(l *Link) { d.connected <- l }
-
-func (d *driver) Receive(l *Link, m *replication.Message) {
-	l.Free(m.Data)
-	if d.left > 0 {
-		d.left--
-		d.send(l)
-		return
-	}
-	if d.underway--; d.underway == 0 {
-		close(d.done)
-	}
-}
-
-func (d *driver) send(l *Link) {
-	d.msg.Seq++
-	d.msg.Op++
-	l.Send(&d.msg, nil)
-}
-
-func (d *driver) EndBatch(l *Link) { l.Flush() }
-
-func (d *driver) Disconnected(_ *Link, err error) { panic(err) }
+func (d *driver) Closed(_ *Link, err error) { panic(err) }
 
 func BenchmarkLoopback(b *testing.B) {
 	for _, secure := range []bool{false, true} {
@@ -61,26 +41,39 @@ func BenchmarkLoopback(b *testing.B) {
 			}
 			b.Run(fmt.Sprintf("%s/%s/qd%d", name, w.name, w.depth), func(b *testing.B) {
 				_, addr := serve(b, newReplica(b), secure)
-				c := dial(b, secure)
-				d := &driver{connected: make(chan *Link, 1), done: make(chan struct{})}
-				d.msg = replication.Message{Kind: w.kind, Epoch: 1, Session: 1, Len: int64(w.size)}
-				if w.kind == replication.KindWrite {
-					d.msg.Data = make([]byte, w.size)
+				d := new(driver)
+				for range w.depth {
+					d.waiters = append(d.waiters, make(chan bool, 1))
 				}
-				p := c.Open(target(addr, 1), d)
-				defer p.Close()
-				l := <-d.connected
+				l, err := dial(b, secure).Dial(context.Background(), target(addr, 1), d)
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer l.Close()
 				b.SetBytes(int64(w.size))
 				b.ReportAllocs()
 				reads, writes := calls.reads.Load(), calls.writes.Load()
+				var seq atomic.Int64
+				var wg sync.WaitGroup
 				b.ResetTimer()
-				n := min(w.depth, b.N)
-				d.left, d.underway = b.N-n, n
-				for range n {
-					d.send(l)
+				for i := range w.depth {
+					m := replication.Message{Kind: w.kind, Epoch: 1, Session: 1, Len: int64(w.size), Op: uint64(i)}
+					if w.kind == replication.KindWrite {
+						m.Data = make([]byte, w.size)
+					}
+					wg.Go(func() {
+						for {
+							n := seq.Add(1)
+							if n > int64(b.N) {
+								return
+							}
+							m.Seq = uint64(n)
+							l.Send(&m)
+							<-d.waiters[i]
+						}
+					})
 				}
-				l.Flush()
-				<-d.done
+				wg.Wait()
 				b.ReportMetric(float64(calls.reads.Load()-reads)/float64(b.N), "reads/op")
 				b.ReportMetric(float64(calls.writes.Load()-writes)/float64(b.N), "writes/op")
 			})

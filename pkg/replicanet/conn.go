@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/replication"
@@ -49,10 +51,11 @@ func (f *frame) len() int { return headLen + len(f.rest) + len(f.data) }
 
 // control is who opens the links of a connection. It is called by the reader; an error ends the connection.
 type control interface {
-	open(num uint32, rest []byte) error
+	// asks is called for kindOpen, opened for kindOpened.
+	asks(num uint32, rest []byte) error
 	opened(num uint32, rest []byte) error
-	// close is told before the link, if there is one, ends.
-	close(num uint32)
+	// closes is called for kindClose, before the link, if there is one, ends.
+	closes(num uint32)
 }
 
 // conn is one connection with a peer that has proved itself.
@@ -62,8 +65,8 @@ type conn struct {
 	out  output
 	in   *bufio.Reader
 	sink *sink // what in reads from through TLS; nil without
-	// budget bounds the data that was received and not freed, in bytes; 0 is no bound.
-	budget int64
+	// budget bounds held; 0 is no bound.
+	budget int
 
 	mu    sync.Mutex
 	queue []frame
@@ -73,9 +76,17 @@ type conn struct {
 	batches      uint64
 	queued       int // bytes in queue
 	writing      bool
+	flushing     bool // somebody is about to take the queue
+	corked       bool // the reader will flush, when it has handed over what has come
+	over         bool // nothing of the connection is used any more
 	broken       error
+	waiting      int // calls of await
 	links        map[uint32]*Link
-	held         int64 // received data that was not freed
+	held         int // received data that is lent to handlers, in bytes
+
+	cork bool // as the reader has set it
+	// balance is messages sent less messages received: how many requests are under way, negative where they are the peer's.
+	balance atomic.Int64
 
 	changed *sync.Cond // on mu: held shrank, writing ended, or the connection broke
 	handoff chan struct{}
@@ -84,7 +95,7 @@ type conn struct {
 }
 
 // newConn takes over a connection after its handshake; it must be run.
-func newConn(t *transport, budget int64) *conn {
+func newConn(t *transport, budget int) *conn {
 	c := &conn{
 		peer: t.peer, sums: t.sink == nil, out: t.out, in: t.in, sink: t.sink, budget: budget,
 		links: map[uint32]*Link{}, handoff: make(chan struct{}, 1), done: make(chan struct{}),
@@ -157,6 +168,18 @@ func (c *conn) take() bool {
 // flush writes what is queued, as far as the socket takes it at once; the writer goes on with the rest.
 func (c *conn) flush() {
 	c.mu.Lock()
+	if c.writing || c.flushing || c.corked || len(c.queue) == 0 {
+		c.mu.Unlock()
+		return
+	}
+	if n := c.balance.Load(); n < -1 || n > 1 {
+		// Others are likely to have something to send too: let them, and write it together.
+		c.flushing = true
+		c.mu.Unlock()
+		runtime.Gosched()
+		c.mu.Lock()
+		c.flushing = false
+	}
 	if c.writing || !c.take() {
 		c.mu.Unlock()
 		return
@@ -242,16 +265,18 @@ func (c *conn) write(block bool) bool {
 
 // release lets go of the next n frames of the batch.
 func (c *conn) release(n int) {
-	done := c.batch[c.sent : c.sent+n]
-	c.mu.Lock()
-	c.sent += n
-	c.mu.Unlock()
-	for i := range done {
-		if o := done[i].owner; o != nil {
+	for i := range n {
+		if o := c.batch[c.sent+i].owner; o != nil {
 			o.Release()
 		}
-		done[i] = frame{}
 	}
+	c.mu.Lock()
+	clear(c.batch[c.sent : c.sent+n])
+	c.sent += n
+	if c.waiting > 0 {
+		c.changed.Broadcast()
+	}
+	c.mu.Unlock()
 }
 
 // run reads until the connection breaks, and then ends every link. It returns why.
@@ -269,11 +294,11 @@ func (c *conn) run(k control) error {
 		c.changed.Wait()
 	}
 	left := append(c.batch[min(c.sent, len(c.batch)):], c.queue...)
-	c.batch, c.queue = nil, nil
+	c.queue = nil
 	links := c.links
 	c.links = nil
 	for _, l := range links {
-		l.ended = true
+		c.end(l)
 	}
 	c.mu.Unlock()
 	for i := range left {
@@ -281,8 +306,12 @@ func (c *conn) run(k control) error {
 			o.Release()
 		}
 	}
+	c.mu.Lock()
+	c.batch, c.over = nil, true
+	c.changed.Broadcast()
+	c.mu.Unlock()
 	for _, l := range links {
-		l.h.Closed(l, err)
+		l.close(err)
 	}
 	return err
 }
@@ -290,22 +319,14 @@ func (c *conn) run(k control) error {
 // read takes frames until there are no more.
 func (c *conn) read(k control) error {
 	var (
-		h     [headLen]byte
-		rest  []byte
-		m     replication.Message
-		dirty []*Link // got messages since the last EndBatch
-		last  *Link
+		h    [headLen]byte
+		rest []byte
+		m    replication.Message
+		last *Link
 	)
-	endBatch := func() {
-		for _, l := range dirty {
-			l.dirty = false
-			l.h.EndBatch(l)
-		}
-		dirty = dirty[:0]
-	}
 	for {
-		if len(dirty) > 0 && !c.ready(headLen) {
-			endBatch()
+		if !c.ready(headLen) {
+			c.setCork(false)
 		}
 		if _, err := io.ReadFull(c.in, h[:]); err != nil {
 			return err
@@ -314,8 +335,8 @@ func (c *conn) read(k control) error {
 		if err != nil {
 			return err
 		}
-		if cap(rest) < hd.rest {
-			rest = make([]byte, hd.rest)
+		if cap(rest) < hd.rest || cap(rest) > readAhead {
+			rest = make([]byte, hd.rest) // long ones are rare and not kept
 		}
 		rest = rest[:hd.rest]
 		if _, err := io.ReadFull(c.in, rest); err != nil {
@@ -326,49 +347,30 @@ func (c *conn) read(k control) error {
 		}
 		switch hd.kind {
 		case kindOpen:
-			if err := k.open(hd.link, rest); err != nil {
-				return err
-			}
-			continue
+			err = k.asks(hd.link, rest)
 		case kindOpened:
-			if err := k.opened(hd.link, rest); err != nil {
-				return err
-			}
-			continue
+			err = k.opened(hd.link, rest)
 		case kindClose:
-			k.close(hd.link)
-			if l := c.drop(hd.link); l != nil {
-				endBatch()
+			k.closes(hd.link)
+			if l := c.link(hd.link); l != nil && c.drop(l) {
+				l.close(fmt.Errorf("node %s closed the link: %w", c.peer, io.EOF))
+			}
+		default:
+			c.balance.Add(-1)
+			c.setCork(c.ready(hd.data + headLen))
+			if last == nil || last.num != hd.link {
+				last = c.link(hd.link)
+			}
+			if hd.data > 0 {
+				err = c.receive(&m, hd, last)
+			}
+			if err == nil && last != nil && !last.receive(&m) {
 				last = nil
-				l.h.Closed(l, fmt.Errorf("node %s closed the link: %w", c.peer, io.EOF))
-			}
-			continue
-		}
-		if cap(rest) > readAhead {
-			rest = nil // rare
-		}
-		if last == nil || last.num != hd.link {
-			last = c.link(hd.link)
-		}
-		if hd.data > 0 {
-			if len(dirty) > 0 && !c.ready(hd.data) {
-				endBatch() // what is there should not wait for what is still to come
-			}
-			if err := c.receive(&m, hd, last); err != nil {
-				return err
 			}
 		}
-		if last == nil || last.gone.Load() {
-			c.Free(m.Data)
-			last = nil
-			continue // it was on its way when this side closed the link
+		if err != nil {
+			return err
 		}
-		m.Volume, m.Replica, m.Conn = last.volume, last.replica, last.id
-		if !last.dirty {
-			last.dirty = true
-			dirty = append(dirty, last)
-		}
-		last.h.Receive(last, &m)
 	}
 }
 
@@ -378,28 +380,63 @@ func (c *conn) ready(n int) bool {
 	return n <= 0 || c.sink != nil && c.sink.ready() >= n
 }
 
-// receive reads a message's data into memory of its own.
+// setCork says whether what is sent is to wait until the reader has handed over what has come: answers to it go out
+// together.
+func (c *conn) setCork(on bool) {
+	if c.cork == on {
+		return
+	}
+	c.cork = on
+	c.mu.Lock()
+	c.corked = on
+	c.mu.Unlock()
+	if !on {
+		c.flush()
+	}
+}
+
+// receive reads a message's data into memory of its own. That of a request is lent to the link's handler.
 func (c *conn) receive(m *replication.Message, hd head, l *Link) error {
-	if err := c.hold(int64(hd.data)); err != nil {
+	if err := c.hold(hd.data); err != nil {
 		return err
 	}
 	m.Data = getBuffer(hd.data)
-	if _, err := io.ReadFull(c.in, m.Data); err != nil {
-		c.Free(m.Data)
-		return err
+	_, err := io.ReadFull(c.in, m.Data)
+	if err == nil && (c.sums && checksum(m.Data) != hd.dataSum || !c.sums && hd.dataSum != 0) {
+		err = fmt.Errorf("wrong checksum of data: %w", errWire)
 	}
-	if c.sums && checksum(m.Data) != hd.dataSum || !c.sums && hd.dataSum != 0 {
-		c.Free(m.Data)
-		return fmt.Errorf("wrong checksum of data: %w", errWire)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil && l != nil && !l.ended && !m.Reply {
+		if l.lent == nil {
+			l.lent = map[request][]byte{}
+		}
+		r := request{m.Session, m.Seq}
+		if l.lent[r] == nil {
+			l.lent[r] = m.Data
+			return nil
+		}
+		err = fmt.Errorf("request %d of session %d comes twice: %w", m.Seq, m.Session, errWire)
 	}
-	return nil
+	c.unhold(hd.data)
+	if err != nil || l == nil || l.ended {
+		putBuffer(m.Data)
+		m.Data = nil
+	}
+	return err
 }
 
 // hold waits until n more bytes may be received.
-func (c *conn) hold(n int64) error {
+func (c *conn) hold(n int) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for c.budget > 0 && c.held > 0 && c.held+n > c.budget && c.broken == nil {
+		if c.cork {
+			c.mu.Unlock()
+			c.setCork(false)
+			c.mu.Lock()
+			continue
+		}
 		c.changed.Wait()
 	}
 	if c.broken != nil {
@@ -409,16 +446,13 @@ func (c *conn) hold(n int64) error {
 	return nil
 }
 
-// Free takes received data back.
-func (c *conn) Free(data []byte) {
-	if len(data) == 0 {
-		return
+// unhold is the reverse; mu is held.
+func (c *conn) unhold(n int) {
+	full := c.budget > 0 && c.held+replication.MaxData > c.budget
+	c.held -= n
+	if full {
+		c.changed.Broadcast()
 	}
-	c.mu.Lock()
-	c.held -= int64(len(data))
-	c.changed.Broadcast()
-	c.mu.Unlock()
-	putBuffer(data)
 }
 
 func (c *conn) link(num uint32) *Link {
@@ -445,17 +479,15 @@ func (c *conn) add(l *Link) bool {
 	return true
 }
 
-// drop forgets a link and what is queued for it.
-func (c *conn) drop(num uint32) *Link {
+// drop forgets a link and what is queued for it. It tells whether it was there.
+func (c *conn) drop(l *Link) bool {
 	c.mu.Lock()
-	l := c.links[num]
-	if l == nil {
+	if c.links[l.num] != l {
 		c.mu.Unlock()
-		return nil
+		return false
 	}
-	delete(c.links, num)
-	l.ended = true
-	l.gone.Store(true)
+	delete(c.links, l.num)
+	c.end(l)
 	var owners []Owner
 	kept := c.queue[:0]
 	for i := range c.queue {
@@ -471,28 +503,51 @@ func (c *conn) drop(num uint32) *Link {
 	}
 	clear(c.queue[len(kept):])
 	c.queue = kept
-	stuck, batch := c.busyWith(l), c.batches
 	c.mu.Unlock()
 	for _, o := range owners {
 		o.Release()
 	}
-	if stuck {
-		time.AfterFunc(stuckAfter, func() { c.unstick(l, batch) })
+	if l.over != nil {
+		l.over()
 	}
-	return l
+	return true
 }
 
-// unstick gives the connection up where a frame of a closed link is still being written: its data is wanted back.
-func (c *conn) unstick(l *Link, batch uint64) {
+// end marks a link as ended; mu is held.
+func (c *conn) end(l *Link) {
+	l.ended = true
+	l.gone.Store(true)
+	for _, data := range l.lent {
+		c.unhold(len(data)) // its memory is not used again: the handler may still be at it
+	}
+	l.lent = nil
+}
+
+// await waits until nothing of a dropped link is being written and its owners have been told. If that takes long, the
+// connection is given up: what is half written cannot be taken back.
+func (c *conn) await(l *Link) {
 	c.mu.Lock()
-	stuck := c.batches == batch && c.broken == nil && c.busyWith(l)
-	c.mu.Unlock()
-	if stuck {
-		c.abort(errStuck)
+	defer c.mu.Unlock()
+	if !c.busyWith(l) {
+		return
 	}
+	timer := time.AfterFunc(stuckAfter, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.busyWith(l) {
+			c.breaks(errStuck)
+		}
+	})
+	defer timer.Stop()
+	c.waiting++
+	for c.busyWith(l) {
+		c.changed.Wait()
+	}
+	c.waiting--
 }
 
-// busyWith tells whether a frame of l is being written; mu is held.
+// busyWith tells whether a frame of l is being written, or is being dropped with its connection; mu is held.
 func (c *conn) busyWith(l *Link) bool {
-	return slices.ContainsFunc(c.batch[min(c.sent, len(c.batch)):], func(f frame) bool { return f.link == l })
+	return c.broken != nil && !c.over || c.batch != nil &&
+		slices.ContainsFunc(c.batch[min(c.sent, len(c.batch)):], func(f frame) bool { return f.link == l })
 }

@@ -1,22 +1,23 @@
 package replicanet
 
 import (
+	"sync"
 	"sync/atomic"
 
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// Handler gets what arrives on a link. Its methods are called by the goroutine that reads the connection, one at a time
-// for one link: while one of them runs, nothing else arrives, from any link of the connection. They must not wait for a
-// message.
+// Handler gets what arrives on a link. Its methods are called one at a time, by the goroutine that reads the connection:
+// while one of them runs nothing else arrives, on any link of the connection.
 type Handler interface {
-	// Receive takes a message. It is valid during the call, less its Data and what its pointers refer to: those are the
-	// handler's, who gives Data back by Link.Free when it is not needed any more; if that never happens, a server stops
-	// reading. The message's Conn is the link's ID.
+	// Receive takes a message, which is valid during the call, less its Data and what its pointers refer to. The message's
+	// Conn is the link's ID.
+	//
+	// The Data of a request is the handler's until it sends the answer (the message of the same Session and Seq), or the
+	// link ends and it has no more use for it: every request with Data must be answered, or a server stops reading once
+	// too much of it is out. The Data of an answer is the handler's for good; Free may take it back.
 	Receive(l *Link, m *replication.Message)
-	// EndBatch follows the last Receive of those that arrived together: the time to flush what they gave rise to.
-	EndBatch(l *Link)
 	// Closed is the last call of a link that ended otherwise than by its Close.
 	Closed(l *Link, err error)
 }
@@ -30,10 +31,22 @@ type Link struct {
 	replica volume.ReplicaID
 	c       *conn
 	h       Handler
+	// over is called when a link of a client has ended; it may be nil.
+	over func()
 
-	ended bool        // guarded by c.mu: nothing is queued any more
-	gone  atomic.Bool // nothing is received any more
-	dirty bool        // the reader's
+	calling sync.Mutex  // held by calls of h
+	closed  bool        // guarded by calling: Close was called
+	gone    atomic.Bool // nothing is received any more
+
+	// Guarded by c.mu.
+	ended bool // nothing is sent any more
+	lent  map[request][]byte
+}
+
+// request names a request among those of a link.
+type request struct {
+	session replication.Session
+	seq     uint64
 }
 
 var lastLink atomic.Uint64
@@ -48,38 +61,78 @@ func (l *Link) ID() uint64 { return l.id }
 // Node is the node at the other end.
 func (l *Link) Node() volume.NodeID { return l.c.peer }
 
-// Send queues a message; Flush sends it. The link's own Volume and Replica are sent. Nothing of m is kept but Data, which
-// must not be changed until owner is told; a nil owner never changes it. On a link that has ended the message goes
-// nowhere, and owner is told at once.
-func (l *Link) Send(m *replication.Message, owner Owner) {
+// Send sends a message and does not wait for the peer. The link's own Volume and Replica are sent. Nothing of m is kept
+// but Data: that of a request must not be changed until it is answered or Close has returned, that of an answer never. On
+// a link that has ended the message goes nowhere.
+func (l *Link) Send(m *replication.Message) { l.SendOwned(m, nil) }
+
+// SendOwned is Send of Data that may be changed as soon as owner is told.
+func (l *Link) SendOwned(m *replication.Message, owner Owner) {
 	rest := appendRest(nil, m)
 	var sum uint32
 	if l.c.sums && len(m.Data) > 0 {
 		sum = checksum(m.Data)
 	}
 	l.c.mu.Lock()
+	if m.Reply {
+		l.answered(request{m.Session, m.Seq})
+	}
 	f := l.c.enqueue(l, headLen+len(rest)+len(m.Data))
 	if f != nil {
 		f.rest, f.data, f.owner = rest, m.Data, owner
 		putHead(&f.head, m, l.num, rest, sum)
+		l.c.balance.Add(1)
 	}
 	l.c.mu.Unlock()
-	if f == nil && owner != nil {
+	if f != nil {
+		l.c.flush()
+	} else if owner != nil {
 		owner.Release()
 	}
 }
 
-// Flush sends what is queued on the link's connection. It does not wait for the peer.
-func (l *Link) Flush() { l.c.flush() }
+// answered takes a request's data back; c.mu is held.
+func (l *Link) answered(r request) {
+	if data := l.lent[r]; data != nil {
+		delete(l.lent, r)
+		l.c.unhold(len(data))
+		putBuffer(data)
+	}
+}
 
-// Free takes back the Data of a message that was received on the link. It may be called after the link has ended.
-func (l *Link) Free(data []byte) { l.c.Free(data) }
-
-// Close ends the link. What is queued is dropped and its owners are told; where a message is half-way out they are told
-// soon. A Receive that is under way may still end after Close has returned.
+// Close ends the link. When it returns the handler is not called any more, and no Data of what was sent is read any more;
+// owners have been told. It must not be called by a handler, nor with a lock held that a handler waits for.
 func (l *Link) Close() {
-	if l.c.drop(l.num) == l {
+	if l.c.drop(l) {
 		l.c.post(kindClose, l.num, nil)
 		l.c.flush()
 	}
+	l.c.await(l)
+	l.calling.Lock() // a call may be under way
+	defer l.calling.Unlock()
+	l.closed = true
 }
+
+// receive gives the handler a message; false where the link has ended.
+func (l *Link) receive(m *replication.Message) bool {
+	l.calling.Lock()
+	defer l.calling.Unlock()
+	if l.gone.Load() {
+		return false
+	}
+	m.Volume, m.Replica, m.Conn = l.volume, l.replica, l.id
+	l.h.Receive(l, m)
+	return true
+}
+
+// close tells the handler that the link, which was dropped, ended otherwise than by Close.
+func (l *Link) close(err error) {
+	l.calling.Lock()
+	defer l.calling.Unlock()
+	if !l.closed {
+		l.h.Closed(l, err)
+	}
+}
+
+// Free takes back the Data of an answer.
+func Free(data []byte) { putBuffer(data) }

@@ -129,29 +129,38 @@ func (r *replica) Receive(l *Link, m *replication.Message) {
 	if m.Kind == replication.KindRead {
 		answer.Data = r.fill[:m.Len]
 	}
-	l.Free(m.Data)
-	l.Send(&answer, nil)
+	l.Send(&answer)
 }
-
-func (r *replica) EndBatch(l *Link) { l.Flush() }
 
 func (r *replica) Closed(_ *Link, err error) { r.closed <- err }
 
-// engine is a PeerHandler that tells what happens by channels.
+// engine is a Handler that tells what happens by channels.
 type engine struct {
-	connected    chan *Link
-	disconnected chan error
-	answers      chan replication.Message
+	closed  chan error
+	answers chan replication.Message
 }
 
 func newEngine() *engine {
-	return &engine{make(chan *Link, 100), make(chan error, 100), make(chan replication.Message, 10000)}
+	return &engine{make(chan error, 100), make(chan replication.Message, 10000)}
 }
 
-func (e *engine) Connected(l *Link)                       { e.connected <- l }
 func (e *engine) Receive(_ *Link, m *replication.Message) { e.answers <- *m }
-func (e *engine) EndBatch(*Link)                          {}
-func (e *engine) Disconnected(_ *Link, err error)         { e.disconnected <- err }
+func (e *engine) Closed(_ *Link, err error)               { e.closed <- err }
+
+// open dials until it succeeds.
+func open(t testing.TB, c *Client, to Target, h Handler) *Link {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		l, err := c.Dial(context.Background(), to, h)
+		if err == nil {
+			return l
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+}
+
 func target(addr string, v int) Target {
 	return Target{Node: "server", Address: addr, Volume: volume.ID(fmt.Sprint("vol-", v)), Replica: volume.ReplicaID(fmt.Sprint("rep-", v))}
 }

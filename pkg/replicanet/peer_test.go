@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -57,9 +58,8 @@ func TestMessages(t *testing.T) {
 		for v := range volumes {
 			e := newEngine()
 			engines[v] = e
-			p := c.Open(target(addr, v), e)
-			defer p.Close()
-			l := within(t, "connection", e.connected)
+			l := open(t, c, target(addr, v), e)
+			defer l.Close()
 			wg.Go(func() {
 				r := rand.New(rand.NewPCG(uint64(v), 1))
 				for i := range each {
@@ -68,13 +68,9 @@ func TestMessages(t *testing.T) {
 						data[at] = byte(v*31 + i)
 					}
 					o := new(owner)
-					l.Send(&replication.Message{Kind: replication.KindWrite, Epoch: volume.Epoch(v), Session: 3, Seq: uint64(i), Op: uint64(2 * i),
+					l.SendOwned(&replication.Message{Kind: replication.KindWrite, Epoch: volume.Epoch(v), Session: 3, Seq: uint64(i), Op: uint64(2 * i),
 						Off: int64(i) << 20, Len: int64(len(data)), Data: data, FUA: i%2 == 0}, o)
-					if i%3 == 0 {
-						l.Flush()
-					}
 				}
-				l.Flush()
 			})
 		}
 		next := map[volume.ID]uint64{}
@@ -90,7 +86,6 @@ func TestMessages(t *testing.T) {
 			if n := bytes.Count(m.Data, []byte{byte(v*31 + m.Seq)}); n != len(m.Data) {
 				t.Fatalf("data of %s %d is damaged", m.Volume, m.Seq)
 			}
-			putBuffer(m.Data)
 		}
 		wg.Wait()
 		for v, e := range engines {
@@ -108,72 +103,63 @@ func TestMessages(t *testing.T) {
 type collector struct{ *replica }
 
 func (r *collector) Receive(l *Link, m *replication.Message) {
-	answer := replication.Message{Kind: m.Kind, Reply: true, Epoch: m.Epoch, Seq: m.Seq}
-	m.Data = bytes.Clone(m.Data)
-	kept := m.Data
-	r.got <- *m
-	m.Data = nil
-	l.c.mu.Lock()
-	l.c.held -= int64(len(kept))
-	l.c.changed.Broadcast()
-	l.c.mu.Unlock()
-	l.Send(&answer, nil)
+	kept := *m
+	kept.Data = bytes.Clone(m.Data)
+	r.got <- kept
+	l.Send(&replication.Message{Kind: m.Kind, Reply: true, Epoch: m.Epoch, Session: m.Session, Seq: m.Seq})
 }
 
-// TestReconnect: a new link, and nothing goes over the old one.
-func TestReconnect(t *testing.T) {
+// TestClose: nothing goes over a link that has ended, and its handler hears nothing; another link is of no concern.
+func TestClose(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {
 		rep := newReplica(t)
 		rep.got = make(chan replication.Message, 100)
 		s, addr := serve(t, rep, secure)
+		c := dial(t, secure)
 		e := newEngine()
-		p := dial(t, secure).Open(target(addr, 1), e)
-		old := within(t, "link", e.connected)
-		if err := p.Err(); err != nil {
-			t.Fatal(err)
-		}
-		queued := new(owner)
-		old.Send(&replication.Message{Kind: replication.KindWrite, Data: []byte("x")}, queued) // not flushed
-		p.Reconnect()
-		queued.released(t)
-		l := within(t, "new link", e.connected)
-		if l.ID() == old.ID() {
-			t.Fatal("the same link")
-		}
+		old := open(t, c, target(addr, 1), e)
+		old.Close()
+		old.Close()
 		within(t, "end of the old link", rep.closed)
+		l := open(t, c, target(addr, 1), e)
+		if l.ID() == old.ID() || l.c != old.c {
+			t.Error("a new link on the same connection is wanted")
+		}
 		late := new(owner)
-		old.Send(&replication.Message{Kind: replication.KindWrite, Data: []byte("y")}, late)
+		old.SendOwned(&replication.Message{Kind: replication.KindWrite, Data: []byte("y")}, late)
 		late.released(t)
-		old.Flush()
-		l.Send(&replication.Message{Kind: replication.KindPing, Seq: 5}, nil)
-		l.Flush()
+		l.Send(&replication.Message{Kind: replication.KindPing, Seq: 5})
 		if m := within(t, "message", rep.got); m.Kind != replication.KindPing || m.Seq != 5 {
 			t.Fatalf("%+v", m)
 		}
+		within(t, "answer", e.answers)
+		if len(e.closed) > 0 {
+			t.Error("who closes a link is told that it ended")
+		}
 
-		// The connection breaks: that is said, and a new link comes by itself.
+		// The connection breaks: that is said, and the next link is on another.
 		s.Drop(func(n volume.NodeID) bool { return n == "client" })
-		if err := within(t, "end", e.disconnected); err == nil {
+		if err := within(t, "end", e.closed); err == nil {
 			t.Error("no reason")
 		}
 		within(t, "end at the server", rep.closed)
-		l = within(t, "link", e.connected)
-		l.Send(&replication.Message{Kind: replication.KindPing, Seq: 6}, nil)
-		l.Flush()
+		l.Close()
+		l = open(t, c, target(addr, 1), e)
+		l.Send(&replication.Message{Kind: replication.KindPing, Seq: 6})
 		if m := within(t, "message", rep.got); m.Seq != 6 {
 			t.Fatalf("%+v", m)
 		}
-		p.Close()
-		p.Close()
-		p.Reconnect()
-		within(t, "end at the server", rep.closed)
-		if len(e.disconnected) > 0 || !errors.Is(p.Err(), errClosed) {
-			t.Error("a closed peer is told of its end")
+		c.Close()
+		if err := within(t, "end", e.closed); !errors.Is(err, errClosed) {
+			t.Error(err)
+		}
+		if _, err := c.Dial(t.Context(), target(addr, 1), e); !errors.Is(err, volume.ErrUnavailable) {
+			t.Errorf("a closed client: %v", err)
 		}
 	})
 }
 
-// TestServerClosesLink: the engine's side opens another.
+// TestServerClosesLink: the engine's side is told.
 func TestServerClosesLink(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {
 		links := make(chan *Link, 10)
@@ -182,84 +168,120 @@ func TestServerClosesLink(t *testing.T) {
 			links <- l
 			return rep, nil
 		}), secure)
-		e := newEngine()
-		p := dial(t, secure).Open(target(addr, 1), e)
-		defer p.Close()
+		c := dial(t, secure)
 		for range 3 {
-			within(t, "link", e.connected)
+			e := newEngine()
+			l := open(t, c, target(addr, 1), e)
 			within(t, "link at the server", links).Close()
-			within(t, "end", e.disconnected)
+			within(t, "end", e.closed)
+			l.Close()
 		}
-		within(t, "link", e.connected)
+		if len(rep.closed) > 0 {
+			t.Error("who closes a link is told that it ended")
+		}
 	})
 }
 
-// TestOpenIsRefusedAtFirst: a replica that is not there yet is asked for again.
-func TestOpenIsRefusedAtFirst(t *testing.T) {
+// TestDialFails: with what errors.
+func TestDialFails(t *testing.T) {
+	begun := make(chan bool, 1)
+	fails := map[volume.ID]error{
+		"vol-1": fmt.Errorf("gone: %w", volume.ErrNotFound),
+		"vol-2": fmt.Errorf("starting: %w", volume.ErrUnavailable),
+		"vol-3": errors.New(strings.Repeat("pool is on fire ", 100)),
+	}
 	rep := newReplica(t)
-	var tries atomic.Int32
-	_, addr := serve(t, acceptor(func(ctx context.Context, l *Link, v volume.ID, r volume.ReplicaID) (Handler, error) {
-		switch tries.Add(1) {
-		case 1:
-			return nil, volume.ErrNotFound
-		case 2:
-			return nil, volume.ErrUnavailable
-		case 3:
-			return nil, errors.New(strings.Repeat("pool is on fire ", 100))
+	_, addr := serve(t, acceptor(func(ctx context.Context, _ *Link, v volume.ID, _ volume.ReplicaID) (Handler, error) {
+		if v == "vol-4" {
+			begun <- true
+			<-ctx.Done()
 		}
-		return rep, nil
+		return rep, fails[v]
 	}), false)
+	c := dial(t, false)
 	e := newEngine()
-	p := dial(t, false).Open(target(addr, 1), e)
-	defer p.Close()
-	for {
-		if err := p.Err(); errors.Is(err, volume.ErrNotFound) {
-			break
-		} else if err == nil || tries.Load() > 3 {
-			break // it was too quick for us
+	for v, want := range map[int]error{1: volume.ErrNotFound, 2: volume.ErrUnavailable, 3: volume.ErrUnavailable} {
+		if _, err := c.Dial(t.Context(), target(addr, v), e); !errors.Is(err, want) {
+			t.Errorf("volume %d: %v", v, err)
 		}
-		time.Sleep(time.Millisecond)
 	}
-	within(t, "link", e.connected)
-	if n := tries.Load(); n != 4 || p.Err() != nil {
-		t.Errorf("%d tries, %v", n, p.Err())
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		<-begun
+		cancel()
+	}()
+	if _, err := c.Dial(ctx, target(addr, 4), e); !errors.Is(err, volume.ErrUnavailable) || !errors.Is(err, context.Canceled) {
+		t.Errorf("an opening that was cancelled: %v", err)
 	}
+	if _, err := c.Dial(ctx, target(addr, 5), e); err == nil {
+		t.Error("a cancelled context opens a link")
+	}
+	if _, err := c.Dial(t.Context(), target("127.0.0.1:1", 5), e); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("nobody there: %v", err)
+	}
+	l := open(t, c, target(addr, 5), e)
+	l.Close()
+	within(t, "end of a link", rep.closed)
 }
 
 // TestCloseWhileOpening: an Open that takes its time does not leave a link behind.
 func TestCloseWhileOpening(t *testing.T) {
 	rep := newReplica(t)
-	begun, goOn := make(chan bool, 10), make(chan bool)
-	_, addr := serve(t, acceptor(func(ctx context.Context, l *Link, v volume.ID, r volume.ReplicaID) (Handler, error) {
-		if v == "vol-2" {
-			return newReplica(t), nil
-		}
+	begun, goOn := make(chan bool), make(chan bool)
+	_, addr := serve(t, acceptor(func(context.Context, *Link, volume.ID, volume.ReplicaID) (Handler, error) {
 		begun <- true
-		select {
-		case <-goOn:
-			return rep, nil
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+		<-goOn
+		return rep, nil
 	}), false)
 	c := dial(t, false)
-	c.cfg.Conns = 1
-	other := newEngine()
-	defer c.Open(target(addr, 2), other).Close()
-	within(t, "link", other.connected)
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		<-begun
+		cancel()
+	}()
 	e := newEngine()
-	p := c.Open(target(addr, 1), e)
-	within(t, "opening", begun)
-	p.Close()
+	if l, err := c.Dial(ctx, target(addr, 1), e); err == nil {
+		t.Fatalf("%+v", l)
+	}
 	goOn <- true
 	within(t, "end of what was opened for nobody", rep.closed)
-	if len(e.connected) > 0 {
-		t.Error("a closed peer is connected")
+	if len(e.closed) > 0 {
+		t.Error("a link that never was is said to have ended")
 	}
-	// The connection of the others stands.
-	if len(other.disconnected) > 0 {
-		t.Error("another volume lost its link")
+}
+
+// TestIdle: a connection without links is closed, one with links is not.
+func TestIdle(t *testing.T) {
+	rep := newReplica(t)
+	_, addr := serve(t, rep, false)
+	c := dial(t, false)
+	e := newEngine()
+	a := open(t, c, target(addr, 1), e)
+	b := open(t, c, target(addr, 2), e)
+	third := open(t, c, target(addr, 3), e)
+	if a.c == b.c || third.c != a.c && third.c != b.c {
+		t.Error("three links want two connections")
 	}
+	lanes := func() int {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.lanes[destination{"server", addr}])
+	}
+	a.Close()
+	b.Close()
+	third.Close()
+	if n := lanes(); n != 2 {
+		t.Fatalf("%d connections", n)
+	}
+	c.mu.Lock()
+	for _, n := range c.lanes[destination{"server", addr}] {
+		n.idle.Reset(0)
+	}
+	c.mu.Unlock()
+	for lanes() > 0 {
+		time.Sleep(time.Millisecond)
+	}
+	open(t, c, target(addr, 1), e).Close()
 }
 
 func TestHandshakeRefuses(t *testing.T) {
@@ -288,15 +310,9 @@ func TestHandshakeRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			e := newEngine()
 			to := target(tt.addr, 1)
 			to.Node = tt.to
-			p := c.Open(to, e)
-			defer p.Close()
-			for p.Err() == nil || strings.Contains(p.Err().Error(), "not tried") {
-				time.Sleep(time.Millisecond)
-			}
-			if err := p.Err(); !strings.Contains(err.Error(), tt.want) || len(e.connected) > 0 {
+			if _, err := c.Dial(t.Context(), to, newEngine()); !errors.Is(err, volume.ErrUnavailable) || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v", err)
 			}
 		})
@@ -356,9 +372,7 @@ func TestGarbage(t *testing.T) {
 			}
 		})
 	}
-	e := newEngine()
-	defer dial(t, false).Open(target(addr, 1), e).Close()
-	within(t, "link", e.connected)
+	open(t, dial(t, false), target(addr, 1), newEngine()).Close()
 }
 
 func isTimeout(err error) bool {
@@ -378,14 +392,12 @@ func TestDamagedData(t *testing.T) {
 		}
 	})
 	e := newEngine()
-	defer dial(t, false).Open(target(front, 1), e).Close()
-	l := within(t, "link", e.connected)
+	l := open(t, dial(t, false), target(front, 1), e)
 	o := new(owner)
-	l.Send(&replication.Message{Kind: replication.KindWrite, Data: marker}, o)
-	l.Flush()
-	within(t, "end", e.disconnected)
+	l.SendOwned(&replication.Message{Kind: replication.KindWrite, Data: marker}, o)
+	within(t, "end", e.closed)
 	o.released(t)
-	within(t, "link", e.connected)
+	l.Close()
 	if len(rep.got) > 0 {
 		t.Error("damaged data was taken")
 	}
@@ -439,24 +451,23 @@ func TestStuckPeer(t *testing.T) {
 			return &sleeper{rep, block}, nil
 		}), secure)
 		defer close(block)
-		e := newEngine()
-		p := dial(t, secure).Open(target(addr, 1), e)
-		l := within(t, "link", e.connected)
+		l := open(t, dial(t, secure), target(addr, 1), newEngine())
 		data := make([]byte, replication.MaxData)
 		owners := make([]owner, 64)
 		for i := range owners {
-			l.Send(&replication.Message{Kind: replication.KindWrite, Data: data}, &owners[i])
+			l.SendOwned(&replication.Message{Kind: replication.KindWrite, Seq: uint64(i), Data: data}, &owners[i])
 		}
-		l.Flush()
 		for owners[0].n.Load() == 0 {
 			time.Sleep(time.Millisecond)
 		}
 		if owners[63].n.Load() > 0 {
 			t.Fatal("64 MiB fit into the sockets")
 		}
-		p.Close()
+		l.Close()
 		for i := range owners {
-			owners[i].released(t)
+			if n := owners[i].n.Load(); n != 1 {
+				t.Errorf("owner %d is told %d times when Close returns", i, n)
+			}
 		}
 		clear(data) // the race detector sees who still reads it
 	})
@@ -470,67 +481,67 @@ type sleeper struct {
 
 func (s *sleeper) Receive(l *Link, m *replication.Message) {
 	<-s.block
-	l.Free(m.Data)
 }
 
 // TestBudget: a server reads no more than its handlers can hold.
 func TestBudget(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {
-		rep := &hoarder{replica: newReplica(t), got: make(chan []byte, 1000)}
+		rep := &hoarder{replica: newReplica(t), got: make(chan replication.Message, 1000)}
 		_, addr := serve(t, acceptor(func(context.Context, *Link, volume.ID, volume.ReplicaID) (Handler, error) { return rep, nil }), secure)
 		e := newEngine()
-		p := dial(t, secure).Open(target(addr, 1), e)
-		defer p.Close()
-		l := within(t, "link", e.connected)
+		l := open(t, dial(t, secure), target(addr, 1), e)
 		data := make([]byte, replication.MaxData)
-		const n = receiveBudget/replication.MaxData + 30
-		owners := make([]owner, n)
-		for i := range n {
-			l.Send(&replication.Message{Kind: replication.KindWrite, Data: data}, &owners[i])
+		const most = receiveBudget / replication.MaxData
+		for i := range most + 30 {
+			l.Send(&replication.Message{Kind: replication.KindWrite, Session: 2, Seq: uint64(i), Data: data})
 		}
-		l.Flush()
-		var held [][]byte
-		for range receiveBudget / replication.MaxData {
-			held = append(held, within(t, "data", rep.got))
+		var unanswered []replication.Message
+		for range most {
+			unanswered = append(unanswered, within(t, "message", rep.got))
 		}
 		time.Sleep(50 * time.Millisecond)
 		if extra := len(rep.got); extra > 0 {
 			t.Errorf("%d more than the budget", extra)
 		}
 		server := rep.link.Load()
-		for range n - len(held) {
-			server.Free(held[0])
-			held = append(held[1:], within(t, "more data", rep.got))
+		for range 30 {
+			server.Send(&replication.Message{Kind: replication.KindWrite, Reply: true, Session: 2, Seq: unanswered[0].Seq})
+			unanswered = append(unanswered[1:], within(t, "one more", rep.got))
+			within(t, "answer", e.answers)
 		}
-		s := within(t, "connection", connOf(server))
-		p.Close()
+		l.Close()
 		within(t, "end", rep.closed)
-		for _, b := range held {
-			server.Free(b)
-		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.held != 0 {
-			t.Errorf("%d bytes are held", s.held)
+		server.Send(&replication.Message{Kind: replication.KindWrite, Reply: true, Session: 2, Seq: unanswered[0].Seq})
+		server.c.mu.Lock()
+		defer server.c.mu.Unlock()
+		if server.c.held != 0 {
+			t.Errorf("%d bytes are held", server.c.held)
 		}
 	})
 }
 
-func connOf(l *Link) chan *conn {
-	c := make(chan *conn, 1)
-	c <- l.c
-	return c
-}
-
 type hoarder struct {
 	*replica
-	got  chan []byte
+	got  chan replication.Message
 	link atomic.Pointer[Link]
 }
 
 func (h *hoarder) Receive(l *Link, m *replication.Message) {
 	h.link.Store(l)
-	h.got <- m.Data
+	h.got <- *m
+}
+
+// TestRequestTwice: no peer sends one request twice on a link, and if one does its data is not mixed up.
+func TestRequestTwice(t *testing.T) {
+	rep := &hoarder{replica: newReplica(t), got: make(chan replication.Message, 10)}
+	_, addr := serve(t, acceptor(func(context.Context, *Link, volume.ID, volume.ReplicaID) (Handler, error) { return rep, nil }), false)
+	e := newEngine()
+	l := open(t, dial(t, false), target(addr, 1), e)
+	for range 2 {
+		l.Send(&replication.Message{Kind: replication.KindWrite, Seq: 1, Data: make([]byte, 10)})
+	}
+	within(t, "end", e.closed)
+	l.Close()
 }
 
 // TestChaos: many volumes send while links and connections break all the time. Each owner is told once; each link delivers
@@ -571,39 +582,36 @@ func chaos(t *testing.T, secure bool) {
 	for v := range volumes {
 		drivers.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(v), 2))
-			e := newEngine()
-			p := c.Open(target(addr, v), e)
-			defer p.Close()
 			owners := make([]owner, 600)
 			data := make([]byte, 40<<10)
+			var e *engine
 			var l *Link
 			seq := uint64(0)
 			for i := range owners {
-				for l == nil || len(e.connected) > 0 {
-					l, seq = within(t, "link", e.connected), 0
+				if l == nil {
+					e = newEngine()
+					l, seq = open(t, c, target(addr, v), e), 0
 				}
 				seq++
-				l.Send(&replication.Message{Kind: replication.KindWrite, Seq: seq, Data: data[:r.IntN(len(data))]}, &owners[i])
+				l.SendOwned(&replication.Message{Kind: replication.KindWrite, Seq: seq, Data: data[:r.IntN(len(data))]}, &owners[i])
 				switch r.IntN(40) {
 				case 0:
-					p.Reconnect()
+					l.Close()
 					l = nil
-				case 1, 2, 3, 4, 5:
-					l.Flush()
-				case 6:
+				case 1:
 					time.Sleep(time.Millisecond)
 				}
-				for len(e.answers) > 0 {
-					<-e.answers
+				if len(e.closed) > 0 && l != nil {
+					l.Close()
+					l = nil
 				}
-				for len(e.disconnected) > 0 {
-					<-e.disconnected
+				if l == nil && owners[i].n.Load() != 1 {
+					t.Errorf("after Close an owner was told %d times", owners[i].n.Load())
 				}
 			}
 			if l != nil {
-				l.Flush()
+				l.Close()
 			}
-			p.Close()
 			for i := range owners {
 				owners[i].released(t)
 			}
@@ -632,11 +640,8 @@ func (o *orderly) Receive(l *Link, m *replication.Message) {
 	}
 	o.last = m.Seq
 	o.delivered.Add(1)
-	l.Free(m.Data)
-	l.Send(&replication.Message{Kind: m.Kind, Reply: true, Seq: m.Seq}, nil)
+	l.Send(&replication.Message{Kind: m.Kind, Reply: true, Seq: m.Seq})
 }
-
-func (o *orderly) EndBatch(l *Link) { l.Flush() }
 
 func (o *orderly) Closed(*Link, error) { o.closed = true }
 

@@ -206,7 +206,7 @@ type opener struct {
 	opening map[uint32]bool // false: closed again meanwhile
 }
 
-func (o *opener) open(num uint32, rest []byte) error {
+func (o *opener) asks(num uint32, rest []byte) error {
 	r := reader{b: rest}
 	v, rep := volume.ID(r.string()), volume.ReplicaID(r.string())
 	if r.bad || len(r.b) > 0 {
@@ -243,8 +243,10 @@ func (o *opener) open(num uint32, rest []byte) error {
 		added := wanted && o.c.add(l)
 		o.mu.Unlock()
 		if !added {
-			l.gone.Store(true)
-			h.Closed(l, errClosed)
+			o.c.mu.Lock()
+			o.c.end(l)
+			o.c.mu.Unlock()
+			l.close(errClosed)
 			return
 		}
 		o.answer(num, nil)
@@ -252,8 +254,8 @@ func (o *opener) open(num uint32, rest []byte) error {
 	return nil
 }
 
-// close is told of links that the client closes: one that is being opened is not wanted any more.
-func (o *opener) close(num uint32) {
+// closes notes that the client closes a link: one that is being opened is not wanted any more.
+func (o *opener) closes(num uint32) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if _, ok := o.opening[num]; ok {
@@ -277,9 +279,7 @@ func (o *opener) answer(num uint32, err error) {
 	o.c.flush()
 }
 
-// failures are the errors of Acceptor.Open that are told apart at the other end.
-var failures = map[string]error{"not-found": volume.ErrNotFound, "unavailable": volume.ErrUnavailable}
-
+// failure names an error of Acceptor.Open for the other end.
 func failure(err error) string {
 	if errors.Is(err, volume.ErrNotFound) {
 		return "not-found"

@@ -303,7 +303,7 @@ func (r *reader) fence() *replication.FenceReply {
 func appendConfig(b []byte, c *replication.Config) []byte {
 	b = binary.AppendUvarint(b, uint64(c.Lineage))
 	b = binary.AppendUvarint(b, uint64(c.ConfigVersion))
-	b = append(b, byte(c.Role), bit(c.Reset))
+	b = append(b, byte(c.Role), bit(c.Reset), bit(c.Unlogged))
 	b = appendReplicas(b, c.ISR)
 	b = binary.AppendUvarint(b, uint64(len(c.Absent)))
 	for _, a := range c.Absent {
@@ -320,6 +320,7 @@ func (r *reader) config() *replication.Config {
 		ConfigVersion: volume.ConfigVersion(r.uvarint()),
 		Role:          r.role(),
 		Reset:         r.bool(),
+		Unlogged:      r.bool(),
 		ISR:           r.replicas(),
 	}
 	for range r.count(replication.MaxMembers) {
