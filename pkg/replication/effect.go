@@ -158,6 +158,7 @@ type StoreOp struct {
 	Off, Len int64
 	Data     []byte
 	FUA      bool
+	Copy     bool // as in Message
 	Sync     bool
 	NoMarks  bool
 	Marks    []MissedTag // read-only

@@ -232,12 +232,12 @@ func (e *Engine) pump() {
 
 // background carries on all that is not an operation of the client.
 func (e *Engine) background() {
-	e.propose()
 	e.reconcileProgress()
 	e.flushProgress()
 	e.barrierProgress()
 	e.expandProgress()
 	e.resyncProgress()
+	e.propose()
 	e.detachProgress()
 }
 

@@ -110,6 +110,7 @@ func (e *Engine) startMarking() {
 	e.chooseSource()
 	e.unlogged = len(e.m.Members) == 1
 	e.unknown = true
+	e.loggedFrom = e.flush.round + 1
 	e.reconfigureAll()
 }
 

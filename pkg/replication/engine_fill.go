@@ -360,7 +360,9 @@ func (e *Engine) addPropose() bool {
 			continue // the expand under way takes it along
 		}
 		if e.flush.done < e.loggedFrom && !e.cfg.Rules.WithoutLogFirst {
-			e.flush.wanted = !e.flush.running || e.flush.round < e.loggedFrom
+			if !e.flush.running && !e.flush.wanted {
+				e.flush.wanted, e.retry = true, true
+			}
 			continue
 		}
 		e.propose1(Change{Reconfigure: &Reconfigure{Epoch: e.m.Epoch, ConfigVersion: e.m.ConfigVersion,

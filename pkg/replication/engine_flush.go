@@ -11,11 +11,12 @@ type flushRound struct {
 	running bool
 	wanted  bool // without a client
 	// round counts the rounds begun; done is the newest that succeeded.
-	round, done      uint64
-	sent, acked      PeerSet
-	waiting, current []uint64 // tags
-	last             Now      // when the newest one began
-	nextClear        Now
+	round, done uint64
+	// Members and targets for whom acknowledgements wait take part; aged are those whose own generations it began.
+	sent, acked, aged PeerSet
+	waiting, current  []uint64 // tags
+	last              Now      // when the newest one began
+	nextClear         Now
 }
 
 // Flush makes all writes durable that were answered before.
@@ -41,7 +42,7 @@ func (e *Engine) flushProgress() {
 		return
 	}
 	f.running, f.wanted, f.last = true, false, e.now
-	f.sent, f.acked = 0, 0
+	f.sent, f.acked, f.aged = 0, 0, 0
 	f.current, f.waiting = append(f.current, f.waiting...), f.waiting[:0]
 	f.round++
 	e.u.Begin()
@@ -49,6 +50,7 @@ func (e *Engine) flushProgress() {
 	for _, m := range e.members {
 		if m != nil && (e.isr | e.adding).Has(m.slot) {
 			m.u.Begin()
+			f.aged = f.aged.With(m.slot)
 		}
 	}
 	if !e.cfg.Rules.WithoutYoungGeneration {
@@ -81,7 +83,7 @@ func (e *Engine) underWay(o *op) {
 func (e *Engine) flushTo(m *member) {
 	f := &e.flush
 	s := m.slot
-	if !f.running || f.sent.Has(s) || f.acked.Has(s) || !(e.isr | e.adding).Has(s) {
+	if !f.running || f.sent.Has(s) || f.acked.Has(s) || !(e.isr | e.adding | e.final).Has(s) {
 		return
 	}
 	f.sent = f.sent.With(s)
@@ -108,10 +110,7 @@ func (e *Engine) flushSettle() {
 	if !f.running || e.phase != phaseLive {
 		return
 	}
-	need := e.maxISR()
-	if e.cfg.Rules.WithoutShrinkBeforeAck {
-		need &^= e.failed
-	}
+	need := e.acking()
 	enough := f.acked&need == need
 	if e.cfg.Rules.WithoutFlushAll {
 		enough = f.acked != 0
@@ -129,7 +128,7 @@ func (e *Engine) flushSettle() {
 	e.u.Succeed()
 	e.unknown = false
 	for _, m := range e.members {
-		if m != nil && need.Has(m.slot) {
+		if m != nil && f.aged.Has(m.slot) {
 			m.u.Succeed()
 		}
 	}

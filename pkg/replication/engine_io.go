@@ -366,7 +366,7 @@ func (e *Engine) sendTo(o *op, m *member) {
 		kind = KindZero
 	}
 	msg := e.send(m, kind, o, nil)
-	msg.Off, msg.Len, msg.FUA = o.off, o.n, o.fua
+	msg.Off, msg.Len, msg.FUA, msg.Copy = o.off, o.n, o.fua, o.kind == opCopy
 	if kind == KindWrite {
 		msg.Data = o.data
 	}

@@ -275,7 +275,7 @@ func (e *Engine) fenced(m *member, a *Message) {
 // valid tells whether a member is one that the record speaks of, and whole.
 func (e *Engine) valid(m *member) bool {
 	switch {
-	case m.fence.Poisoned && !e.cfg.Rules.WithoutPoisonedExcluded:
+	case m.fence.Poisoned && m.fence.Lineage >= e.m.Lineage && !e.cfg.Rules.WithoutPoisonedExcluded:
 		return false
 	case m.rec.Incarnation != 0 && m.rec.Incarnation != m.incarnation && !e.cfg.Rules.WithoutIncarnationCheck:
 		return false

@@ -19,9 +19,9 @@ const (
 	// KindRead: Off, Len, Snapshot ("": the head) → Data, or Hole where all of it reads as zeros. Data of the request, where
 	// it is not nil, is where to read to; it is of use only within a process, and not sent.
 	KindRead
-	// KindWrite: Off, Data (Len is its length), FUA, Missed.
+	// KindWrite: Off, Data (Len is its length), FUA, Missed, Copy.
 	KindWrite
-	// KindZero: Off, Len, FUA, Missed.
+	// KindZero: Off, Len, FUA, Missed, Copy.
 	KindZero
 	// KindFlush makes durable all writes and marks answered before it was sent. → Boot
 	KindFlush
@@ -121,6 +121,8 @@ type Message struct {
 	Data     []byte
 	FUA      bool
 	Hole     bool
+	// Copy marks writes and zeros that the client is not waiting for: copies of what another replica has.
+	Copy bool
 	// Missed are the absent peers, by their slots in the last Config, that miss this write.
 	Missed PeerSet
 
@@ -176,7 +178,8 @@ type Config struct {
 	// Absent are the peers whose missed writes are tracked: tracking of any other peer is dropped, of new ones begins. At
 	// most MaxMembers.
 	Absent []AbsentPeer
-	// Reset begins a resync of the receiver: it drops all that it knew of absent peers, and is no longer poisoned.
+	// Reset begins a resync of the receiver: it drops all that it knew of absent peers, and is no longer poisoned. Neither is
+	// one that is taken into a new lineage.
 	Reset bool
 	// Unlogged is set while the volume has one replica: there is nothing to reconcile, and no write-intent log is kept.
 	Unlogged bool

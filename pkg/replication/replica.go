@@ -47,7 +47,7 @@ type Replica struct {
 	configured bool
 	unlogged   bool     // the volume has one replica: the write-intent log is not kept
 	fence      *Message // being answered
-	epochSaved bool     // the epoch in st is durable
+	saved      bool     // the newest attempt to make st durable did
 	poisoned   bool     // in this life: nothing but a restart helps
 	leaseUntil Now
 	seen       window
@@ -70,7 +70,7 @@ func NewReplica(cfg ReplicaConfig, s Stored, now Now) (*Replica, error) {
 		return nil, fmt.Errorf("replica %s: %w", cfg.Replica, err)
 	}
 	r := &Replica{cfg: cfg, st: st, size: s.Size, snaps: slices.Clone(s.Snapshots), missed: slices.Clone(s.Missed),
-		epochSaved: true, wil: map[uint32]*wilRegion{}, marks: map[PeerSet][]MissedTag{}, now: now}
+		saved: true, wil: map[uint32]*wilRegion{}, marks: map[PeerSet][]MissedTag{}, now: now}
 	for _, run := range s.WIL {
 		for i := run.First; i < run.End(); i++ {
 			r.wil[i] = &wilRegion{state: wilActive}

@@ -28,14 +28,10 @@ func (r *Replica) beginFence(m *Message) {
 	for _, w := range r.wil {
 		w.seq = 0 // sequence numbers are a session's
 	}
-	if m.Epoch > r.st.Epoch || !r.epochSaved {
+	if m.Epoch > r.st.Epoch || !r.saved {
 		r.st.Epoch = m.Epoch
-		r.epochSaved = r.cfg.Rules.WithoutDurableEpoch
 		r.save(func(ok bool) {
-			if m.Epoch != r.st.Epoch {
-				return
-			}
-			if r.epochSaved = r.epochSaved || ok; !r.epochSaved && r.fence != nil {
+			if !ok && r.fence != nil {
 				r.answer(r.fence, StatusIO)
 				r.fence = nil
 			}
@@ -45,10 +41,13 @@ func (r *Replica) beginFence(m *Message) {
 	r.fenceProgress()
 }
 
-// fenceProgress answers a fence once nothing that was emitted before is under way, and the epoch is durable. What older
-// sessions had admitted and still waits for the write-intent log is refused when it comes to be emitted.
+// fenceProgress answers a fence once nothing that was emitted before is under way, and all that it tells is durable. What
+// older sessions had admitted and still waits for the write-intent log is refused when it comes to be emitted.
 func (r *Replica) fenceProgress() {
-	if r.fence == nil || !r.epochSaved || r.calls.running > 0 && !r.cfg.Rules.WithoutDrain {
+	if r.fence == nil || r.calls.running > 0 && !r.cfg.Rules.WithoutDrain {
+		return
+	}
+	if p := &r.persist; (p.done != p.wanted || !r.saved) && !r.cfg.Rules.WithoutDurableEpoch {
 		return
 	}
 	r.fenceAnswer()
@@ -82,7 +81,7 @@ func (r *Replica) configure(m *Message) {
 	case c.Lineage < r.st.Lineage || c.Lineage == r.st.Lineage && c.ConfigVersion < r.st.ConfigVersion:
 		r.answer(m, StatusRefused)
 		return
-	case r.st.Poisoned && !c.Reset:
+	case r.st.Poisoned && !c.Reset && c.Lineage <= r.st.Lineage:
 		r.answer(m, StatusPoisoned)
 		return
 	}
@@ -110,7 +109,7 @@ func (r *Replica) configure(m *Message) {
 	}
 	tracking := func() { r.track(&req, finish) }
 	changed := r.st.Lineage != c.Lineage || r.st.ConfigVersion != c.ConfigVersion || r.st.Role != c.Role || r.st.Poisoned ||
-		!slices.Equal(r.st.ISR, c.ISR)
+		!slices.Equal(r.st.ISR, c.ISR) || !r.saved
 	if !changed && !c.Reset {
 		tracking()
 		return

@@ -172,6 +172,7 @@ func (r *Replica) saveNext() {
 	p.running = p.wanted
 	r.emitInternal(StoreOp{Kind: StorePersist, State: r.st.encode()}, func(res StoreResult) {
 		p.done = p.running
+		r.saved = res.Status == StatusOK
 		var due []persistWaiter
 		rest := p.waiters[:0]
 		for _, w := range p.waiters {

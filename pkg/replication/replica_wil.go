@@ -19,7 +19,7 @@ const (
 
 // write carries out a write or a zero: first the write-intent log, then the data.
 func (r *Replica) write(m *Message) {
-	op := StoreOp{Kind: StoreWrite, Off: m.Off, Len: m.Len, Data: m.Data, FUA: m.FUA && !r.cfg.Rules.WithoutDurableFUA}
+	op := StoreOp{Kind: StoreWrite, Off: m.Off, Len: m.Len, Data: m.Data, FUA: m.FUA && !r.cfg.Rules.WithoutDurableFUA, Copy: m.Copy}
 	if m.Kind == KindZero {
 		op.Kind, op.Data = StoreZero, nil
 		if m.Len > MaxZero(r.cfg.Geometry) {
