@@ -240,23 +240,36 @@ func (c *conn) admit(t *task) error {
 	if t.cmd != cmdWrite {
 		return nil
 	}
-	n := int(t.length)
-	slow := c.r.Buffered() < n
-	if slow {
-		if err := c.raw.SetReadDeadline(time.Now().Add(c.s.o.StallTime)); err != nil {
-			return err
-		}
+	if t.refused == 0 {
+		t.payload = getBuffer(int(t.length))
 	}
-	if t.refused != 0 {
-		if _, err := c.r.Discard(n); err != nil {
+	if err := c.receive(t); err != nil {
+		t.payload.release()
+		return err
+	}
+	return nil
+}
+
+// receive reads a write's payload, or skips it where there is no buffer.
+func (c *conn) receive(t *task) error {
+	slow := c.r.Buffered() < int(t.length)
+	for at := 0; at < int(t.length); {
+		n := min(int(t.length)-at, stallPiece)
+		if slow {
+			if err := c.raw.SetReadDeadline(time.Now().Add(c.s.o.StallTime)); err != nil {
+				return err
+			}
+		}
+		var err error
+		if t.payload == nil {
+			_, err = c.r.Discard(n)
+		} else {
+			_, err = io.ReadFull(c.r, t.payload.b[at:at+n])
+		}
+		if err != nil {
 			return err
 		}
-	} else {
-		t.payload = getBuffer(n)
-		if _, err := io.ReadFull(c.r, t.payload.b); err != nil {
-			t.payload.release()
-			return err
-		}
+		at += n
 	}
 	if slow {
 		return c.raw.SetReadDeadline(time.Time{})

@@ -46,7 +46,8 @@ type Options struct {
 	MaxConns int
 	// NegotiationTime bounds a connection's life before it has opened an export.
 	NegotiationTime time.Duration
-	// StallTime bounds the wait for a client that is in the middle of a request's payload, or takes no answers.
+	// StallTime bounds the wait for the next MiB of a client that is in the middle of a request's payload, or takes no
+	// answers.
 	StallTime time.Duration
 	// Grace is how long a stop waits for requests in flight before it cancels them.
 	Grace time.Duration
@@ -59,6 +60,8 @@ const (
 	Window = block.MaxIO
 	// minCharge also bounds their number, to Window/minCharge.
 	minCharge = 256 << 10
+	// stallPiece is how many bytes a client must give or take within Options.StallTime.
+	stallPiece = 1 << 20
 
 	// DefaultMaxConns and the following are what zero Options mean.
 	DefaultMaxConns        = 16

@@ -3,6 +3,7 @@ package nbd
 import (
 	"bufio"
 	"crypto/tls"
+	"errors"
 	"net"
 	"runtime"
 	"sync"
@@ -40,6 +41,7 @@ type replies struct {
 	spare []reply
 	heads []byte
 	iov   net.Buffers
+	size  int           // bytes in iov
 	tls   *bufio.Writer // gathers records; nil without TLS
 }
 
@@ -104,45 +106,68 @@ func (w *replies) done(r *reply) {
 }
 
 func (w *replies) write(batch []reply) error {
-	if err := w.conn.SetWriteDeadline(time.Now().Add(w.stall)); err != nil {
-		return err
-	}
-	if w.tls != nil {
-		for i := range batch {
-			for _, p := range batch[i].parts() {
-				if _, err := w.tls.Write(p); err != nil {
-					return err
-				}
-			}
-		}
-		return w.tls.Flush()
-	}
 	// Heads without bytes between them leave as one piece.
 	w.heads = w.heads[:0]
 	for i := range batch {
 		w.heads = append(w.heads, batch[i].head[:batch[i].n]...)
 	}
-	iov, from, to := w.iov[:0], 0, 0
+	from, to := 0, 0
 	for i := range batch {
 		r := &batch[i]
 		to += r.n
-		if more := r.parts()[1]; len(more) > 0 {
-			iov = append(iov, w.heads[from:to], more)
+		if more := r.bytes(); len(more) > 0 {
+			if err := errors.Join(w.add(w.heads[from:to]), w.add(more)); err != nil {
+				return err
+			}
 			from = to
 		}
 	}
-	if from < to {
-		iov = append(iov, w.heads[from:to])
-	}
-	w.iov = iov
-	_, err := iov.WriteTo(w.conn) // uses up iov, not its array
-	clear(w.iov)
-	return err
+	return errors.Join(w.add(w.heads[from:to]), w.flush())
 }
 
-func (r *reply) parts() [2][]byte {
-	if r.body != nil {
-		return [2][]byte{r.head[:r.n], r.body.b}
+// add has bytes sent, now or with the next ones.
+func (w *replies) add(p []byte) error {
+	for len(p) > 0 {
+		n := min(len(p), stallPiece-w.size)
+		w.iov = append(w.iov, p[:n])
+		p = p[n:]
+		if w.size += n; w.size == stallPiece {
+			if err := w.flush(); err != nil {
+				return err
+			}
+		}
 	}
-	return [2][]byte{r.head[:r.n], r.long}
+	return nil
+}
+
+// flush sends what was added.
+func (w *replies) flush() error {
+	if w.size == 0 {
+		return nil
+	}
+	iov := w.iov
+	w.iov, w.size = w.iov[:0], 0
+	defer clear(iov)
+	if err := w.conn.SetWriteDeadline(time.Now().Add(w.stall)); err != nil {
+		return err
+	}
+	if w.tls == nil {
+		left := iov // which is used up
+		_, err := left.WriteTo(w.conn)
+		return err
+	}
+	for _, p := range iov {
+		if _, err := w.tls.Write(p); err != nil {
+			return err
+		}
+	}
+	return w.tls.Flush()
+}
+
+// bytes are what follows the head.
+func (r *reply) bytes() []byte {
+	if r.body != nil {
+		return r.body.b
+	}
+	return r.long
 }

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -19,6 +20,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -125,6 +127,7 @@ func TestConformance(t *testing.T) {
 		server, client *tls.Config
 	}{"simple": {}, "structured": {structured: true}, "TLS": {true, serverTLS, clientTLS}} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			blocktest.Run(t, func(t *testing.T, size int64) block.Device {
 				s := start(t, Options{TLS: c.server}, Export{Name: "a", Device: blocktest.NewMem(size)})
 				return mustDial(t, s.network, s.addr, "a", c.structured, c.client)
@@ -466,6 +469,35 @@ func TestHostile(t *testing.T) {
 	})
 	settled(t, before)
 	ok(t, s.dial(t, "", true).Flush(t.Context()))
+}
+
+// TestSlowClient: who goes on is not taken for one that has stalled.
+func TestSlowClient(t *testing.T) {
+	t.Parallel()
+	s := start(t, Options{StallTime: 2 * time.Second}, Export{Device: blocktest.NewMem(64 * mib)})
+	conn, err := net.Dial(s.network, s.addr)
+	ok(t, err)
+	defer conn.Close()
+	ok(t, greet(conn))
+	_, _, err = sendOption(conn, optGo, make([]byte, 6))
+	ok(t, err)
+	slowly := func(b []byte, fn func([]byte) error) { // 3 s in all
+		for p := range slices.Chunk(b, len(b)/12) {
+			time.Sleep(250 * time.Millisecond)
+			ok(t, fn(p))
+		}
+	}
+	request := func(cmd command) []byte { return encodeRequest(request{cmd: cmd, length: 6 * mib}) }
+	slowly(append(request(cmdWrite), make([]byte, 6*mib)...), func(p []byte) error { _, err := conn.Write(p); return err })
+	answer := make([]byte, simpleReplySize)
+	_, err = io.ReadFull(conn, answer)
+	ok(t, err)
+	if !bytes.Equal(answer, appendSimple(nil, 0, 0)) {
+		t.Errorf("answer %x", answer)
+	}
+	_, err = conn.Write(append(request(cmdRead), request(cmdRead)...))
+	ok(t, err)
+	slowly(make([]byte, 2*(6*mib+simpleReplySize)), func(p []byte) error { _, err := io.ReadFull(conn, p); return err })
 }
 
 // TestWindow: a connection's requests in flight are bounded, also where it takes no answers.
