@@ -13,6 +13,10 @@ func (e *Engine) resyncStep(m *member) {
 		return
 	}
 	switch rs.stage {
+	case stageList:
+		if rs.asked == nil && rs.again != nil {
+			rs.again()
+		}
 	case stageCopy:
 		if e.targetNeedsFlush(rs) {
 			return
@@ -78,6 +82,10 @@ func (e *Engine) resyncStep(m *member) {
 		}
 		rs.stage = stageAdopt
 		e.adoptMissed(m)
+	case stageAdopt:
+		if rs.asked == nil {
+			e.adoptMissed(m)
+		}
 	case stageAdd:
 		if (e.absent.Without(m.slot))&^rs.adopted != 0 {
 			rs.stage = stageAdopt
@@ -280,13 +288,13 @@ func (e *Engine) sealFill(m *member) {
 		}
 		m.sealed(s)
 		rs.fills = rs.fills[1:]
-		q := e.reader(0)
-		if q == nil {
-			e.dropTarget(m)
-			return
-		}
 		rs.stage = stageList
-		e.listAllocated(m, q, SetPage{Base: s.ID}, rs.snapshot(), func() { e.beginCopy(rs) })
+		rs.again = func() {
+			if q := e.reader(0); q != nil {
+				e.listAllocated(m, q, SetPage{Base: s.ID}, rs.snapshot(), func() { e.beginCopy(rs) })
+			}
+		}
+		rs.again()
 	})
 	msg.Seal = &Seal{Snapshot: s.ID, Number: s.Number, ConfigVersion: e.m.ConfigVersion, Fill: true}
 }
@@ -308,18 +316,14 @@ func (e *Engine) adoptMissed(m *member) {
 	}
 	q := e.reader(0)
 	if q == nil {
-		e.dropTarget(m)
-		return
+		return // until one is there
 	}
 	e.adoptPage(m, q, e.members[left.first()], 0)
 }
 
 func (e *Engine) adoptPage(m, q, peer *member, from uint32) {
 	rs := m.rs
-	e.send(q, KindMissed, nil, func(a *Message) {
-		if m.rs != rs || rs.dead || rs.stage != stageAdopt {
-			return
-		}
+	e.ask(rs, q, KindMissed, nil, func(a *Message) {
 		if a.Status != StatusOK || a.Set == nil {
 			e.dropTarget(m)
 			return
@@ -329,10 +333,7 @@ func (e *Engine) adoptPage(m, q, peer *member, from uint32) {
 		if e.cfg.Rules.WithoutAdoptMissed {
 			runs = nil
 		}
-		e.send(m, KindMarkMissed, nil, func(b *Message) {
-			if m.rs != rs || rs.dead || rs.stage != stageAdopt {
-				return
-			}
+		e.ask(rs, m, KindMarkMissed, nil, func(b *Message) {
 			if b.Status != StatusOK {
 				e.dropTarget(m)
 				return

@@ -171,6 +171,7 @@ func (e *Engine) disconnect(m *member) {
 		p = next
 	}
 	m.pending = pendingList{}
+	e.askedLost(m)
 	if m.rs != nil {
 		e.pauseResync(m)
 	}

@@ -61,7 +61,10 @@ type resync struct {
 	flushing   bool
 	adopted    PeerSet
 	tried      PeerSet // asked for what it missed
-	done       int64   // bytes copied
+	// A question to a member is under way, whose answer the resync awaits; again asks it anew if that member is lost.
+	asked *member
+	again func()
+	done  int64 // bytes copied
 }
 
 func (rs *resync) snapshot() volume.SnapshotID {
@@ -208,7 +211,7 @@ func (e *Engine) pauseResync(m *member) {
 	next := old
 	rs.dead = true // for the copies under way
 	next.dead, next.ops, next.stage, next.flushing, next.passes = false, 0, stagePaused, false, 0
-	next.adopted, next.tried = 0, 0
+	next.adopted, next.tried, next.asked, next.again = 0, 0, nil, nil
 	m.rs = &next
 	for o := e.ops.first; o != nil; o = o.next {
 		from, to := e.g.extents(o.off, o.n)
@@ -267,11 +270,35 @@ func (e *Engine) reader(not PeerSet) *member {
 	return nil
 }
 
+// ask has a member answer a question on behalf of a resync.
+func (e *Engine) ask(rs *resync, q *member, kind Kind, again func(), then func(*Message)) *Message {
+	rs.asked, rs.again = q, again
+	return e.send(q, kind, nil, func(a *Message) {
+		if rs.m.rs == rs && !rs.dead && rs.asked == q {
+			rs.asked = nil
+			then(a)
+		}
+	})
+}
+
+// askedLost is called when a member's session is lost: what it was asked is asked again.
+func (e *Engine) askedLost(q *member) {
+	for _, m := range e.members {
+		if m != nil && m.rs != nil && m.rs.asked == q {
+			m.rs.asked = nil
+		}
+	}
+}
+
 // listMissed asks members for what the target missed, one after another until one has tracked it since it was removed.
 func (e *Engine) listMissed(m *member) {
 	rs := m.rs
+	rs.again = func() { rs.tried = 0; e.listMissed(m) }
 	q := e.reader(rs.tried)
-	if q == nil {
+	switch {
+	case q == nil && e.reader(0) == nil:
+		return // until one is there
+	case q == nil:
 		e.listAll(m)
 		return
 	}
@@ -281,10 +308,7 @@ func (e *Engine) listMissed(m *member) {
 
 func (e *Engine) listMissedPage(m, q *member, from uint32) {
 	rs := m.rs
-	e.send(q, KindMissed, nil, func(a *Message) {
-		if m.rs != rs || rs.dead {
-			return
-		}
+	e.ask(rs, q, KindMissed, rs.again, func(a *Message) {
 		tracked := a.Status == StatusOK && a.Set != nil && (a.Set.Since <= m.rec.RemovedAt || e.cfg.Rules.WithoutRemovedAtCheck)
 		switch {
 		case !tracked:
@@ -303,10 +327,10 @@ func (e *Engine) listMissedPage(m, q *member, from uint32) {
 func (e *Engine) listAll(m *member) {
 	rs := m.rs
 	rs.full = true
+	rs.again = func() { e.listAll(m) }
 	q := e.reader(0)
 	if q == nil {
-		e.dropTarget(m)
-		return
+		return // until one is there
 	}
 	e.listAllocated(m, q, SetPage{}, rs.snapshot(), func() {
 		e.listAllocated(m, m, SetPage{}, "", func() { e.listed(m) })
@@ -316,10 +340,7 @@ func (e *Engine) listAll(m *member) {
 // listAllocated adds the extents in which a snapshot or the head differs from another, as q has it.
 func (e *Engine) listAllocated(m, q *member, page SetPage, snapshot volume.SnapshotID, then func()) {
 	rs := m.rs
-	msg := e.send(q, KindAllocated, nil, func(a *Message) {
-		if m.rs != rs || rs.dead {
-			return
-		}
+	msg := e.ask(rs, q, KindAllocated, rs.again, func(a *Message) {
 		if a.Status != StatusOK || a.Set == nil {
 			e.missingSnapshot(a.Status, snapshot)
 			e.dropTarget(m)
