@@ -44,6 +44,9 @@ type Client struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
+	// dial makes TCP connections.
+	dial func(ctx context.Context, address string) (net.Conn, error)
+
 	mu     sync.Mutex
 	closed bool
 	lanes  map[destination][]*lane
@@ -63,7 +66,9 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 		cfg.Conns = defaultConns
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &Client{cfg: cfg, ctx: ctx, cancel: cancel, lanes: map[destination][]*lane{}}, nil
+	d := net.Dialer{Timeout: handshakeTimeout}
+	dial := func(ctx context.Context, address string) (net.Conn, error) { return d.DialContext(ctx, "tcp", address) }
+	return &Client{cfg: cfg, ctx: ctx, cancel: cancel, dial: dial, lanes: map[destination][]*lane{}}, nil
 }
 
 // Close ends all connections and waits until their links are closed.
@@ -241,8 +246,7 @@ func (n *lane) run() {
 }
 
 func (n *lane) connect(ctx context.Context) (*transport, error) {
-	d := net.Dialer{Timeout: handshakeTimeout}
-	nc, err := d.DialContext(ctx, "tcp", n.to.address)
+	nc, err := n.c.dial(ctx, n.to.address)
 	if err != nil {
 		return nil, err
 	}

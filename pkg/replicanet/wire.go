@@ -43,6 +43,7 @@ const (
 	flagReply = 1 << iota
 	flagFUA
 	flagHole
+	flagCopy
 	flagsKnown = 1<<iota - 1
 )
 
@@ -118,6 +119,9 @@ func putHead(h *[headLen]byte, m *replication.Message, link uint32, rest []byte,
 	if m.Hole {
 		flags |= flagHole
 	}
+	if m.Copy {
+		flags |= flagCopy
+	}
 	h[4], h[5], h[6], h[7] = byte(m.Kind), flags, byte(m.Status), byte(m.Missed)
 	le.PutUint32(h[8:], link)
 	le.PutUint32(h[12:], uint32(len(rest)))
@@ -174,7 +178,7 @@ func getBody(m *replication.Message, h *[headLen]byte, hd head, rest []byte) err
 		return nil
 	}
 	*m = replication.Message{
-		Kind: replication.Kind(h[4]), Reply: h[5]&flagReply != 0, FUA: h[5]&flagFUA != 0, Hole: h[5]&flagHole != 0,
+		Kind: replication.Kind(h[4]), Reply: h[5]&flagReply != 0, FUA: h[5]&flagFUA != 0, Hole: h[5]&flagHole != 0, Copy: h[5]&flagCopy != 0,
 		Status: replication.Status(h[6]), Missed: replication.PeerSet(h[7]),
 		Epoch: volume.Epoch(le.Uint64(h[24:])), Session: replication.Session(le.Uint64(h[32:])),
 		Seq: le.Uint64(h[40:]), Op: le.Uint64(h[48:]), Off: int64(le.Uint64(h[56:])), Len: int64(le.Uint64(h[64:])),
