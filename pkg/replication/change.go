@@ -201,7 +201,7 @@ func (m *Membership) detach(d Detach) error {
 	if m.Owner == "" {
 		return nil
 	}
-	m.Owner, m.Clean, m.Barrier = "", d.Clean, nil
+	m.Owner, m.Clean, m.SkipLease, m.Barrier = "", d.Clean, false, nil
 	if !d.Clean {
 		m.Epoch++
 	}
@@ -364,7 +364,7 @@ func (m *Membership) tombstone(without Rules) error {
 	if !m.Deleted && !without.WithoutTombstoneEpoch {
 		m.Epoch++
 	}
-	m.Deleted, m.Owner, m.Clean, m.Barrier = true, "", false, nil
+	m.Deleted, m.Owner, m.Clean, m.SkipLease, m.Barrier = true, "", false, false, nil
 	return nil
 }
 
@@ -377,7 +377,7 @@ func (m *Membership) salvage(s Salvage, without Rules) error {
 		return ErrAttached
 	}
 	m.Epoch++
-	m.Clean, m.Barrier = false, nil
+	m.Clean, m.SkipLease, m.Barrier = false, false, nil
 	if !without.WithoutSalvageReset {
 		m.Lineage++
 		m.ConfigVersion = max(m.ConfigVersion, s.Seen)

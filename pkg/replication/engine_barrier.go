@@ -1,6 +1,10 @@
 package replication
 
-import "github.com/ballast-csi/ballast/pkg/volume"
+import (
+	"slices"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
 
 // barrierStage is how far a snapshot has got.
 type barrierStage uint8
@@ -146,6 +150,7 @@ func (e *Engine) allSealed() {
 	}
 	b.stage = barrierSealed
 	snap := SealedSnapshot{ID: b.b.Snapshot, Number: b.b.Number}
+	e.unseal(snap.ID)
 	for _, m := range e.members {
 		switch {
 		case m == nil:
@@ -160,6 +165,21 @@ func (e *Engine) allSealed() {
 		return
 	}
 	e.endBarrier(true)
+}
+
+// unseal is called when a layer is to be deleted, or was cut anew: a target that is being given it begins again.
+func (e *Engine) unseal(id volume.SnapshotID) {
+	for _, m := range e.members {
+		if m == nil {
+			continue
+		}
+		if m.fence != nil {
+			m.fence.Snapshots = slices.DeleteFunc(m.fence.Snapshots, func(s SealedSnapshot) bool { return s.ID == id })
+		}
+		if m.rs != nil && slices.ContainsFunc(m.rs.fills, func(s SealedSnapshot) bool { return s.ID == id }) {
+			e.dropTarget(m)
+		}
+	}
 }
 
 // cutTarget has a target get the snapshot as well: its head, once it equals the snapshot, is sealed before it goes on.
@@ -197,6 +217,9 @@ func (e *Engine) endBarrier(ok bool) {
 	f := e.emit(EffectBarrier)
 	f.Number, f.Result, f.Version = b.b.Number, ResultIO, b.b.ConfigVersion
 	if !ok {
+		if b.sealed != 0 {
+			e.unseal(b.b.Snapshot)
+		}
 		return
 	}
 	f.Result = ResultOK
