@@ -88,6 +88,7 @@ func TestDeadPeer(t *testing.T) {
 			l := open(t, c, target(listener.Addr().String(), 1), e)
 			defer l.Close()
 			l.Send(&replication.Message{Kind: replication.KindPing, Seq: 1})
+			l.Flush()
 			within(t, "answer", e.answers)
 			if err := lab.Cut(tt.from, tt.to); err != nil {
 				t.Fatal(err)
@@ -95,6 +96,7 @@ func TestDeadPeer(t *testing.T) {
 			defer lab.HealAll()
 			if tt.busy {
 				l.Send(&replication.Message{Kind: replication.KindPing, Seq: 2})
+				l.Flush()
 			}
 			within(t, "end at the engine", e.closed)
 			within(t, "end at the replica", rep.closed)

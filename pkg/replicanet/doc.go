@@ -5,12 +5,13 @@
 // package. A connection that breaks is made anew, and its links with it, as new ones: what is sent on an ended link goes
 // nowhere.
 //
-// Messages are queued by Send and go out together with one system call by Flush, or with the next flush of anyone whose
-// link is on the same connection. So one who has several messages sends all, then flushes once. While a flush is under
-// way what is sent meanwhile is gathered for the next.
+// Messages are queued by Send and go out together, with one system call, by Flush or with the next flush of anyone whose
+// link is on the same connection. So one who has several messages sends all, then flushes once. Where several requests
+// are under way a flush first lets others run who may have something to send too, and answers to what came together go out
+// together; where there is but one, nothing waits for anything.
 //
-// Data is not copied on its way to the socket or from it. Send says when its Data may be changed again, Free takes back
-// what Receive was given.
+// Data is not copied on its way to the socket or from it, but by TLS. Send says when its Data may be changed again, Receive
+// when what it was given is taken back.
 //
 // Peers prove who they are by certificates of the cluster (package pki). Without TLS, which must be asked for by name, a
 // checksum protects the data, and everybody on the network may say to be anybody.

@@ -61,35 +61,41 @@ func (l *Link) ID() uint64 { return l.id }
 // Node is the node at the other end.
 func (l *Link) Node() volume.NodeID { return l.c.peer }
 
-// Send sends a message and does not wait for the peer. The link's own Volume and Replica are sent. Nothing of m is kept
-// but Data: that of a request must not be changed until it is answered or Close has returned, that of an answer never. On
-// a link that has ended the message goes nowhere.
+// Send queues a message; Flush sends it. The link's own Volume and Replica are sent. Nothing of m is kept but Data: that
+// of a request must not be changed until it is answered or Close has returned, that of an answer never. On a link that
+// has ended the message goes nowhere.
 func (l *Link) Send(m *replication.Message) { l.SendOwned(m, nil) }
 
 // SendOwned is Send of Data that may be changed as soon as owner is told.
 func (l *Link) SendOwned(m *replication.Message, owner Owner) {
 	rest := appendRest(nil, m)
+	data := m.Data
+	if m.Kind == replication.KindRead && !m.Reply {
+		data = nil // where a replica in the same process would read to
+	}
 	var sum uint32
-	if l.c.sums && len(m.Data) > 0 {
-		sum = checksum(m.Data)
+	if l.c.sums && len(data) > 0 {
+		sum = checksum(data)
 	}
 	l.c.mu.Lock()
 	if m.Reply {
 		l.answered(request{m.Session, m.Seq})
 	}
-	f := l.c.enqueue(l, headLen+len(rest)+len(m.Data))
+	f := l.c.enqueue(l, headLen+len(rest)+len(data))
 	if f != nil {
-		f.rest, f.data, f.owner = rest, m.Data, owner
-		putHead(&f.head, m, l.num, rest, sum)
+		f.rest, f.data, f.owner = rest, data, owner
+		putHead(&f.head, m, l.num, rest, data, sum)
 		l.c.balance.Add(1)
 	}
 	l.c.mu.Unlock()
-	if f != nil {
-		l.c.flush()
-	} else if owner != nil {
+	if f == nil && owner != nil {
 		owner.Release()
 	}
 }
+
+// Flush sends what is queued on the link's connection, together with what others queue at the same time. It does not wait
+// for the peer. A handler's flush is over when what has come with its message is handed over too.
+func (l *Link) Flush() { l.c.flush() }
 
 // answered takes a request's data back; c.mu is held.
 func (l *Link) answered(r request) {

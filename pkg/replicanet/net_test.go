@@ -130,6 +130,7 @@ func (r *replica) Receive(l *Link, m *replication.Message) {
 		answer.Data = r.fill[:m.Len]
 	}
 	l.Send(&answer)
+	l.Flush()
 }
 
 func (r *replica) Closed(_ *Link, err error) { r.closed <- err }

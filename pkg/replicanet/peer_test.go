@@ -70,6 +70,7 @@ func TestMessages(t *testing.T) {
 					o := new(owner)
 					l.SendOwned(&replication.Message{Kind: replication.KindWrite, Epoch: volume.Epoch(v), Session: 3, Seq: uint64(i), Op: uint64(2 * i),
 						Off: int64(i) << 20, Len: int64(len(data)), Data: data, FUA: i%2 == 0}, o)
+					l.Flush()
 				}
 			})
 		}
@@ -107,6 +108,7 @@ func (r *collector) Receive(l *Link, m *replication.Message) {
 	kept.Data = bytes.Clone(m.Data)
 	r.got <- kept
 	l.Send(&replication.Message{Kind: m.Kind, Reply: true, Epoch: m.Epoch, Session: m.Session, Seq: m.Seq})
+	l.Flush()
 }
 
 // TestClose: nothing goes over a link that has ended, and its handler hears nothing; another link is of no concern.
@@ -127,8 +129,10 @@ func TestClose(t *testing.T) {
 		}
 		late := new(owner)
 		old.SendOwned(&replication.Message{Kind: replication.KindWrite, Data: []byte("y")}, late)
+		old.Flush()
 		late.released(t)
 		l.Send(&replication.Message{Kind: replication.KindPing, Seq: 5})
+		l.Flush()
 		if m := within(t, "message", rep.got); m.Kind != replication.KindPing || m.Seq != 5 {
 			t.Fatalf("%+v", m)
 		}
@@ -146,6 +150,7 @@ func TestClose(t *testing.T) {
 		l.Close()
 		l = open(t, c, target(addr, 1), e)
 		l.Send(&replication.Message{Kind: replication.KindPing, Seq: 6})
+		l.Flush()
 		if m := within(t, "message", rep.got); m.Seq != 6 {
 			t.Fatalf("%+v", m)
 		}
@@ -395,6 +400,7 @@ func TestDamagedData(t *testing.T) {
 	l := open(t, dial(t, false), target(front, 1), e)
 	o := new(owner)
 	l.SendOwned(&replication.Message{Kind: replication.KindWrite, Data: marker}, o)
+	l.Flush()
 	within(t, "end", e.closed)
 	o.released(t)
 	l.Close()
@@ -456,6 +462,7 @@ func TestStuckPeer(t *testing.T) {
 		owners := make([]owner, 64)
 		for i := range owners {
 			l.SendOwned(&replication.Message{Kind: replication.KindWrite, Seq: uint64(i), Data: data}, &owners[i])
+			l.Flush()
 		}
 		for owners[0].n.Load() == 0 {
 			time.Sleep(time.Millisecond)
@@ -494,6 +501,7 @@ func TestBudget(t *testing.T) {
 		const most = receiveBudget / replication.MaxData
 		for i := range most + 30 {
 			l.Send(&replication.Message{Kind: replication.KindWrite, Session: 2, Seq: uint64(i), Data: data})
+			l.Flush()
 		}
 		var unanswered []replication.Message
 		for range most {
@@ -506,12 +514,14 @@ func TestBudget(t *testing.T) {
 		server := rep.link.Load()
 		for range 30 {
 			server.Send(&replication.Message{Kind: replication.KindWrite, Reply: true, Session: 2, Seq: unanswered[0].Seq})
+			server.Flush()
 			unanswered = append(unanswered[1:], within(t, "one more", rep.got))
 			within(t, "answer", e.answers)
 		}
 		l.Close()
 		within(t, "end", rep.closed)
 		server.Send(&replication.Message{Kind: replication.KindWrite, Reply: true, Session: 2, Seq: unanswered[0].Seq})
+		server.Flush()
 		server.c.mu.Lock()
 		defer server.c.mu.Unlock()
 		if server.c.held != 0 {
@@ -539,6 +549,7 @@ func TestRequestTwice(t *testing.T) {
 	l := open(t, dial(t, false), target(addr, 1), e)
 	for range 2 {
 		l.Send(&replication.Message{Kind: replication.KindWrite, Seq: 1, Data: make([]byte, 10)})
+		l.Flush()
 	}
 	within(t, "end", e.closed)
 	l.Close()
@@ -594,6 +605,7 @@ func chaos(t *testing.T, secure bool) {
 				}
 				seq++
 				l.SendOwned(&replication.Message{Kind: replication.KindWrite, Seq: seq, Data: data[:r.IntN(len(data))]}, &owners[i])
+				l.Flush()
 				switch r.IntN(40) {
 				case 0:
 					l.Close()
@@ -641,6 +653,7 @@ func (o *orderly) Receive(l *Link, m *replication.Message) {
 	o.last = m.Seq
 	o.delivered.Add(1)
 	l.Send(&replication.Message{Kind: m.Kind, Reply: true, Seq: m.Seq})
+	l.Flush()
 }
 
 func (o *orderly) Closed(*Link, error) { o.closed = true }

@@ -106,8 +106,8 @@ func sections(m *replication.Message) byte {
 	return s
 }
 
-// putHead writes the head of a message whose rest, and sum of data, are given.
-func putHead(h *[headLen]byte, m *replication.Message, link uint32, rest []byte, dataSum uint32) {
+// putHead writes the head of a message that is sent with a rest and data.
+func putHead(h *[headLen]byte, m *replication.Message, link uint32, rest, data []byte, dataSum uint32) {
 	le := binary.LittleEndian
 	var flags byte
 	if m.Reply {
@@ -125,7 +125,7 @@ func putHead(h *[headLen]byte, m *replication.Message, link uint32, rest []byte,
 	h[4], h[5], h[6], h[7] = byte(m.Kind), flags, byte(m.Status), byte(m.Missed)
 	le.PutUint32(h[8:], link)
 	le.PutUint32(h[12:], uint32(len(rest)))
-	le.PutUint32(h[16:], uint32(len(m.Data)))
+	le.PutUint32(h[16:], uint32(len(data)))
 	le.PutUint32(h[20:], dataSum)
 	le.PutUint64(h[24:], uint64(m.Epoch))
 	le.PutUint64(h[32:], uint64(m.Session))

@@ -93,7 +93,7 @@ func carry(m *replication.Message, sums bool) (*replication.Message, error) {
 	if sums {
 		sum = checksum(m.Data)
 	}
-	putHead(&h, m, 7, rest, sum)
+	putHead(&h, m, 7, rest, m.Data, sum)
 	hd, err := getHead(&h)
 	if err != nil {
 		return nil, err
@@ -213,7 +213,7 @@ func TestDamageIsNoticed(t *testing.T) {
 	m := &replication.Message{Kind: replication.KindFlush, Reply: true, Boot: 5, Op: 9}
 	rest := appendRest(nil, m)
 	var good [headLen]byte
-	putHead(&good, m, 7, rest, 0)
+	putHead(&good, m, 7, rest, m.Data, 0)
 	for bit := range (headLen + len(rest)) * 8 {
 		h, r := good, bytes.Clone(rest)
 		if bit < headLen*8 {
@@ -239,7 +239,7 @@ func FuzzFrame(f *testing.F) {
 		fill(&testing.T{}, reflect.ValueOf(m).Elem(), r.Uint64N)
 		rest := appendRest(nil, m)
 		var h [headLen]byte
-		putHead(&h, m, 7, rest, 0)
+		putHead(&h, m, 7, rest, m.Data, 0)
 		f.Add(append(h[:], rest...))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
