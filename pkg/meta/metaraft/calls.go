@@ -184,7 +184,7 @@ func refusal(err error) (uint8, []byte) {
 		return answerNotLeader, nil
 	}
 	r := command.Refuse(err)
-	if r.Reason == "" && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+	if errors.Is(err, errLost) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		r = command.Refuse(fmt.Errorf("%v: %w", err, volume.ErrUnavailable))
 	}
 	b, err := json.Marshal(r)

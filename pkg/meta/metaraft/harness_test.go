@@ -177,7 +177,7 @@ func (x *node) options() Options {
 
 func testLogger(id volume.NodeID) *slog.Logger {
 	if !testing.Verbose() {
-		return nil
+		return slog.New(slog.DiscardHandler)
 	}
 	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo})).With("node", id)
 }

@@ -51,8 +51,8 @@ func (m *mux) start() {
 	m.wg.Go(m.accept)
 }
 
-// close ends every connection and waits for the calls under way.
-func (m *mux) close() error {
+// shut ends every connection; wait then waits for the calls under way and for raft to let go of its connections.
+func (m *mux) shut() error {
 	m.cancel()
 	err := m.ln.Close()
 	if errors.Is(err, net.ErrClosed) {
@@ -63,11 +63,12 @@ func (m *mux) close() error {
 		_ = c.Close()
 	}
 	m.mu.Unlock()
-	m.wg.Wait()
 	return err
 }
 
-// track has close close a connection; false is a mux that is closed.
+func (m *mux) wait() { m.wg.Wait() }
+
+// track has shut close a connection; false is a mux that is closed.
 func (m *mux) track(c net.Conn) (*tracked, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

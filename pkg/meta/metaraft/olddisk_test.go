@@ -29,6 +29,7 @@ func (c *cluster) refused(x *node, why string) {
 
 // A controller whose disk was put back to a copy of an earlier run does not take part.
 func TestADiskOfAnEarlierRun(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	x := c.follower(c.settled(3))
 	x.stop()
@@ -84,6 +85,7 @@ func (c *cluster) knowsStart(x *node, starts uint64) bool {
 
 // Nor does one whose disk is a copy made while it ran, without a start in between.
 func TestADiskOfTheSameRun(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	leader := c.settled(3)
 	x := c.follower(leader)
@@ -130,6 +132,7 @@ func TestADiskOfTheSameRun(t *testing.T) {
 
 // An empty disk under the name of a member does not vote: it would vote twice.
 func TestAnEmptyDisk(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	x := c.nodes[2]
 	c.until("its start is known", func() bool { return c.knowsStart(x, 1) })
@@ -154,6 +157,7 @@ func TestAnEmptyDisk(t *testing.T) {
 
 // Two processes with copies of one disk: one of them ends.
 func TestTwoCopiesOfADisk(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	x := c.nodes[2]
 	c.until("its start is known", func() bool { return c.knowsStart(x, 1) })
@@ -177,6 +181,7 @@ func TestTwoCopiesOfADisk(t *testing.T) {
 
 // Of a term that the others had reached before it started, a controller gives no vote away.
 func TestNoVoteInATermOfBefore(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	x := c.nodes[0]
 	x.stop()
@@ -207,6 +212,7 @@ func TestNoVoteInATermOfBefore(t *testing.T) {
 
 // A log that is older than the state beside it is noticed without anybody's help.
 func TestALogThatWasPutBack(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	x := c.nodes[0]
 	x.stop()
@@ -230,6 +236,7 @@ func TestALogThatWasPutBack(t *testing.T) {
 
 // The state of a cluster of one becomes the first controller's, and is not changed alone again.
 func TestAStateGrowsIntoACluster(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	alone, err := meta.Open(filepath.Join(dir, "meta"), meta.Options{})
 	if err != nil {

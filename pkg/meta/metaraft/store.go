@@ -213,11 +213,12 @@ func (s *Store) Close() error {
 		case <-answered:
 		case <-s.dead:
 		}
-		s.closeErr = s.mux.close()
+		s.closeErr = s.mux.shut()
 		s.wg.Wait()
 		if s.raft.Load() != nil {
 			s.closeErr = errors.Join(s.closeErr, s.shutdown().Error())
 		}
+		s.mux.wait()
 		s.closeErr = errors.Join(s.closeErr, s.closeFiles())
 	})
 	return s.closeErr

@@ -17,6 +17,7 @@ var _ control.Store = (*Store)(nil)
 
 // What any controller is asked to do is done, and every other one sees it at once.
 func TestEveryControllerServes(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	for i, x := range c.nodes {
 		x.mustSet("t", int64(i+1))
@@ -48,6 +49,7 @@ func TestEveryControllerServes(t *testing.T) {
 
 // What was acknowledged outlives the leader, and all of them at once.
 func TestTheLeaderEnds(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	leader := c.settled(3)
 	leader.mustSet("t", 1)
@@ -71,6 +73,7 @@ func TestTheLeaderEnds(t *testing.T) {
 
 // A leader that is cut off answers nothing, the others elect another, and it follows when it is back.
 func TestTheLeaderIsCutOff(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	leader := c.settled(3)
 	leader.mustSet("t", 1)
@@ -125,6 +128,7 @@ func TestLinksThatPassOneWay(t *testing.T) {
 
 // Without a majority nothing is acknowledged and nothing is read; with it again everything goes on.
 func TestWithoutAMajority(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.nodes[0].mustSet("t", 1)
 	c.nodes[1].stop()
@@ -146,6 +150,7 @@ func TestWithoutAMajority(t *testing.T) {
 
 // A controller that missed more than the log keeps gets the state as a whole, and its new state outlives it.
 func TestALateFollowerGetsASnapshot(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	late := c.follower(c.settled(3))
 	late.stop()
@@ -186,6 +191,7 @@ func TestALateFollowerGetsASnapshot(t *testing.T) {
 
 // A cluster grows from one controller and its state to five, and shrinks; those that were removed take no part.
 func TestGrowAndShrink(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	c.nodes[0].mustSet("t", 1)
 	for n := 2; n <= 5; n++ {
@@ -221,6 +227,7 @@ func TestGrowAndShrink(t *testing.T) {
 }
 
 func TestTheLastControllerStays(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	if err := c.nodes[0].store.Remove(within(t), "n1"); !errors.Is(err, volume.ErrInUse) {
 		t.Error(err)
@@ -229,6 +236,7 @@ func TestTheLastControllerStays(t *testing.T) {
 
 // A node joins as itself only.
 func TestNobodyJoinsAsAnother(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	x := c.add()
 	c.settled(2)
@@ -240,6 +248,7 @@ func TestNobodyJoinsAsAnother(t *testing.T) {
 
 // Peers without a certificate of the cluster get nowhere.
 func TestStrangersAreRefused(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	stranger := &cluster{t: t, ca: newAuthority(t), links: map[[2]int]*proxy{}}
 	t.Cleanup(stranger.close)
@@ -254,6 +263,7 @@ func TestStrangersAreRefused(t *testing.T) {
 
 // While the leader's disk hangs another controller leads; when it is back, so is the controller.
 func TestAStalledDisk(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	leader := c.settled(3)
 	leader.mustSet("t", 1)
@@ -279,6 +289,7 @@ func TestAStalledDisk(t *testing.T) {
 
 // A proposal whose answer is lost is sent again under its name and applied once.
 func TestAnAnswerIsLost(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	leader := c.settled(3)
 	other := c.follower(leader)
@@ -330,6 +341,7 @@ func registerNode() command.RegisterNode {
 
 // An address may change while a controller is down.
 func TestAnAddressChanges(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	x := c.follower(c.settled(3))
 	x.stop()
@@ -363,6 +375,7 @@ func TestAnAddressChanges(t *testing.T) {
 }
 
 func TestOpenRefuses(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	x := c.nodes[0]
 	x.mustSet("t", 1)
