@@ -131,7 +131,7 @@ func (e *Engine) placeMembers() {
 		}
 		for s := range e.members {
 			if e.members[s] == nil {
-				e.members[s] = &member{slot: Slot(s), id: rec.ID, rec: rec, local: rec.Node == e.cfg.Node, lastAck: longAgo,
+				e.members[s] = &member{slot: Slot(s), id: rec.ID, rec: rec, local: rec.Node == e.cfg.Node, lastAck: longAgo, nudged: longAgo,
 					downSince: e.now, bootsAt: rec.BootID}
 				break
 			}

@@ -27,6 +27,7 @@ type member struct {
 	// lastAck is when the newest request that it answered was sent.
 	lastAck Now
 	pinging bool
+	nudged  Now // when a request was last taken for lost
 
 	confSent, confDone uint64
 	confBusy           bool
@@ -350,7 +351,10 @@ func (e *Engine) watch(m *member) {
 			break
 		}
 		if e.now >= p.sentAt+e.limit(p.kind) {
-			if e.phase == phaseFencing || p.kind == KindFence {
+			// One that answers what came later may never have got this: it is asked again, once in a while.
+			lost := m.lastAck > p.sentAt && e.now >= m.nudged+8*t.OpTimeout
+			if e.phase == phaseFencing || p.kind == KindFence || lost {
+				m.nudged = e.now
 				e.reconnect(m)
 			} else {
 				e.fail(m)
