@@ -31,7 +31,7 @@ type Control interface {
 	Volumes(ctx context.Context, p control.Page) ([]volume.Volume, string, error)
 	Detach(ctx context.Context, id volume.ID, node volume.NodeID) error
 	ExpandVolume(ctx context.Context, id volume.ID, required, limit int64) (volume.Volume, error)
-	ModifyVolume(ctx context.Context, id volume.ID, q control.ModifyQoS) (volume.Volume, error)
+	ModifyVolume(ctx context.Context, id volume.ID, q control.Modify) (volume.Volume, error)
 
 	CreateSnapshot(ctx context.Context, r control.CreateSnapshot) (volume.Snapshot, error)
 	DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error

@@ -146,7 +146,7 @@ func (s *Service) SetVolumeQoS(ctx context.Context, r *adminpb.SetVolumeQoSReque
 	if err != nil {
 		return nil, err
 	}
-	if v, err = s.o.Control.ModifyVolume(ctx, v.ID, control.ModifyQoS{IOPS: r.IopsLimit, Bandwidth: r.BandwidthLimit}); err != nil {
+	if v, err = s.o.Control.ModifyVolume(ctx, v.ID, control.Modify{IOPS: r.IopsLimit, Bandwidth: r.BandwidthLimit}); err != nil {
 		return nil, err
 	}
 	return volumeToProto(v, nil), nil

@@ -106,7 +106,11 @@ func (n *Node) ResizeReplica(ctx context.Context, node volume.NodeID, pool volum
 }
 
 // CutSnapshot implements control.Agents.
-func (n *Node) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
+func (n *Node) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) ([]volume.ReplicaID, error) {
+	return []volume.ReplicaID{s.Replica}, n.cutSnapshot(ctx, node, s)
+}
+
+func (n *Node) cutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
 	p, err := n.pool(node, s.Pool)
 	if err != nil {
 		return err
@@ -170,7 +174,12 @@ func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volu
 }
 
 // Detach implements control.Agents.
-func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) error {
+func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (clean bool, err error) {
+	err = n.takeAway(ctx, node, id)
+	return err == nil, err
+}
+
+func (n *Node) takeAway(ctx context.Context, node volume.NodeID, id volume.ID) error {
 	if err := n.here(node); err != nil {
 		return err
 	}

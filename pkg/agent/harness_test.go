@@ -412,7 +412,7 @@ func (h *host) cut(id volume.ID, s volume.SnapshotID, freeze bool) {
 	h.t.Helper()
 	spec := control.SnapshotSpec{ID: s, Volume: id, Replica: h.replica(id).ID, Pool: poolID, Freeze: freeze}
 	for range 2 {
-		if err := h.node.CutSnapshot(h.t.Context(), nodeID, spec); err != nil {
+		if _, err := h.node.CutSnapshot(h.t.Context(), nodeID, spec); err != nil {
 			h.t.Fatal(err)
 		}
 	}

@@ -275,13 +275,14 @@ func TestFreezeGivesUp(t *testing.T) {
 	spec := control.SnapshotSpec{ID: snap1, Volume: vol1, Replica: h.replica(vol1).ID, Pool: poolID, Freeze: true}
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
-	wantErr(t, "cut", h.node.CutSnapshot(ctx, nodeID, spec), volume.ErrUnavailable)
+	_, err := h.node.CutSnapshot(ctx, nodeID, spec)
+	wantErr(t, "cut", err, volume.ErrUnavailable)
 	if _, err := os.Stat(h.pool.path(string(snap1))); err == nil {
 		t.Error("a snapshot was cut")
 	}
 	hung.Set(blocktest.Write, blocktest.Fault{})
 	write(t, h.w("s", "file"), "goes on")
-	if err := h.node.CutSnapshot(t.Context(), nodeID, spec); err != nil {
+	if _, err := h.node.CutSnapshot(t.Context(), nodeID, spec); err != nil {
 		t.Fatal(err)
 	}
 	h.unstage(vol1, h.w("s"))

@@ -3,7 +3,9 @@ package command
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -12,7 +14,9 @@ const (
 	// MaxPools bounds the pools of a node.
 	MaxPools = 128
 	// MaxReported bounds the replicas and the snapshots of one ReportUsage, each: it rewrites as many records.
-	MaxReported = 32
+	MaxReported = 16
+	// MaxNodes bounds the nodes that one command names.
+	MaxNodes = 1000
 	// MaxCapabilities bounds the capabilities of a volume.
 	MaxCapabilities = 32
 	// MaxTopology bounds the nodes that a volume's record lists as asked for.
@@ -29,15 +33,25 @@ const (
 	maxVolume     = 16 << 10
 	maxCapability = 8 << 10
 
-	maxBytes = int64(1) << 56
+	maxBytes   = int64(1) << 56
+	maxAddress = 512
 )
 
 // Check implements Command.
 func (c RegisterNode) Check() error {
-	if err := checkNodeID(c.Node.ID); err != nil {
+	n := c.Node
+	if err := checkNodeID(n.ID); err != nil {
 		return err
 	}
-	return checkPools(c.Node.Pools)
+	if len(n.Zone) > volume.MaxNameLen || len(n.Address) > maxAddress || len(n.DataAddress) > maxAddress {
+		return fmt.Errorf("node %s: its zone or an address is too long: %w", n.ID, volume.ErrInvalid)
+	}
+	for i, r := range n.Roles {
+		if r != volume.RoleController && r != volume.RoleStorage || slices.Contains(n.Roles[:i], r) {
+			return fmt.Errorf("node %s: role %.64q: %w", n.ID, r, volume.ErrInvalid)
+		}
+	}
+	return checkPools(n.Pools)
 }
 
 // Check implements Command.
@@ -77,7 +91,7 @@ func (c CreateVolume) Check() error {
 	if err := checkSize(v.Size); err != nil {
 		return err
 	}
-	if err := checkParameters(v.Parameters); err != nil {
+	if err := CheckParameters(v.Parameters); err != nil {
 		return err
 	}
 	if err := CheckQoS(&v.QoS.IOPS, &v.QoS.Bandwidth); err != nil {
@@ -124,20 +138,40 @@ func checkReplicas(v volume.Volume) error {
 		return fmt.Errorf("volume has %d replicas placed, %d asked: %w", len(v.Replicas), v.Parameters.Replicas, volume.ErrInvalid)
 	}
 	pools := map[volume.PoolID]bool{}
+	synced := 0
 	for _, r := range v.Replicas {
-		if err := volume.CheckName("replica id", string(r.ID)); err != nil {
+		if err := checkNewReplica(r); err != nil {
 			return err
 		}
-		if err := volume.CheckName("pool id", string(r.Pool)); err != nil {
-			return err
+		if r.Role == volume.InSync {
+			synced++
 		}
 		if pools[r.Pool] {
 			return fmt.Errorf("two replicas in pool %s: %w", r.Pool, volume.ErrInvalid)
 		}
 		pools[r.Pool] = true
 	}
-	if v.State != volume.Creating || v.Target != 0 || v.Attachment != nil || v.PhysicalBytes != 0 || v.Epoch != 0 || v.ConfigVersion != 0 {
+	if synced == 0 {
+		return fmt.Errorf("no replica is in sync: %w", volume.ErrInvalid)
+	}
+	if v.State != volume.Creating || v.Target != 0 || v.Attachment != nil || v.PhysicalBytes != 0 || len(v.Leaving) != 0 || v.Protocol != (volume.Protocol{}) {
 		return fmt.Errorf("a new volume's state is not that of a new volume: %w", volume.ErrInvalid)
+	}
+	return nil
+}
+
+func checkNewReplica(r volume.Replica) error {
+	if err := volume.CheckName("replica id", string(r.ID)); err != nil {
+		return err
+	}
+	if err := volume.CheckName("pool id", string(r.Pool)); err != nil {
+		return err
+	}
+	if len(r.Node) > volume.MaxNodeIDLen {
+		return checkNodeID(r.Node)
+	}
+	if r.Role != volume.InSync && r.Role != volume.Filling || r.Incarnation != 0 || r.BootID != 0 || r.RemovedAt != 0 || r.PhysicalBytes != 0 {
+		return fmt.Errorf("replica %s is not as a new one is: %w", r.ID, volume.ErrInvalid)
 	}
 	return nil
 }
@@ -181,12 +215,107 @@ func (c FinishExpand) Check() error { return checkResize(c.Volume, c.Size) }
 func (c AbortExpand) Check() error { return checkResize(c.Volume, c.Target) }
 
 // Check implements Command.
-func (c ModifyQoS) Check() error {
+func (c ModifyVolume) Check() error {
 	if err := volume.CheckName("volume id", string(c.Volume)); err != nil {
+		return err
+	}
+	p := volume.Parameters{Replicas: 1, MinInSync: 1, DataLocality: volume.LocalityNone, BlockSize: 4096}
+	if c.DataLocality != nil {
+		p.DataLocality = *c.DataLocality
+	}
+	if c.MinInSync != nil {
+		p.MinInSync, p.Replicas = *c.MinInSync, min(max(*c.MinInSync, 1), volume.MaxReplicas)
+	}
+	if c.Replicas != nil {
+		p.Replicas = *c.Replicas
+	}
+	if err := CheckParameters(p); err != nil {
 		return err
 	}
 	return CheckQoS(c.IOPS, c.Bandwidth)
 }
+
+// Check implements Command.
+func (c FreeReplica) Check() error { return checkReplicaOf(c.Volume, c.Replica) }
+
+// Check implements Command.
+func (c Commit) Check() error {
+	if err := volume.CheckName("volume id", string(c.Volume)); err != nil {
+		return err
+	}
+	return checkChange(c.Change)
+}
+
+// Check implements Command.
+func (c ForceDetach) Check() error { return volume.CheckName("volume id", string(c.Volume)) }
+
+// Check implements Command.
+func (c OpenEngine) Check() error {
+	if err := volume.CheckName("volume id", string(c.Volume)); err != nil {
+		return err
+	}
+	return checkNodeID(c.Node)
+}
+
+// Check implements Command.
+func (c CloseEngine) Check() error { return volume.CheckName("volume id", string(c.Volume)) }
+
+// Check implements Command.
+func (c AddReplica) Check() error {
+	if err := volume.CheckName("volume id", string(c.Volume)); err != nil {
+		return err
+	}
+	if c.Replica.Role != volume.Filling {
+		return fmt.Errorf("replica %s is added as %q: %w", c.Replica.ID, c.Replica.Role, volume.ErrInvalid)
+	}
+	return checkNewReplica(c.Replica)
+}
+
+// Check implements Command.
+func (c DropReplica) Check() error { return checkReplicaOf(c.Volume, c.Replica) }
+
+// Check implements Command.
+func (c Salvage) Check() error { return checkReplicaOf(c.Volume, c.Replica) }
+
+func checkReplicaOf(id volume.ID, r volume.ReplicaID) error {
+	if err := volume.CheckName("volume id", string(id)); err != nil {
+		return err
+	}
+	return volume.CheckName("replica id", string(r))
+}
+
+// Check implements Command.
+func (c SetNodeState) Check() error {
+	if err := checkNodeID(c.Node); err != nil {
+		return err
+	}
+	switch c.State {
+	case volume.NodeActive, volume.NodeDrained, volume.NodeEmptying:
+	default:
+		return fmt.Errorf("node state %.64q: %w", c.State, volume.ErrInvalid)
+	}
+	if len(c.Idle) > MaxNodes {
+		return fmt.Errorf("%d nodes are named, the limit is %d: %w", len(c.Idle), MaxNodes, volume.ErrInvalid)
+	}
+	for _, n := range c.Idle {
+		if err := checkNodeID(n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Check implements Command.
+func (c RemoveNode) Check() error { return checkNodeID(c.Node) }
+
+// Check implements Command.
+func (c CreateJoinToken) Check() error { return c.Record.Check() }
+
+// Check implements Command.
+func (c RevokeJoinToken) Check() error { return volume.CheckName("join token", c.ID) }
+
+// Check implements Command.
+func (c RedeemJoinToken) Check() error { return c.Claim.Check() }
 
 // Check implements Command.
 func (c SetFilesystem) Check() error {
@@ -213,7 +342,82 @@ func (c BeginSnapshot) Check() error {
 }
 
 // Check implements Command.
-func (c FinishSnapshot) Check() error { return volume.CheckName("snapshot id", string(c.Snapshot)) }
+func (c FinishSnapshot) Check() error { return c.Cut.check() }
+
+func (c Cut) check() error {
+	if len(c.Holders) == 0 || len(c.Holders) > replication.MaxMembers {
+		return fmt.Errorf("snapshot has %d holders, 1 to %d are possible: %w", len(c.Holders), replication.MaxMembers, volume.ErrInvalid)
+	}
+	for i, id := range c.Holders {
+		if err := volume.CheckName("replica id", string(id)); err != nil {
+			return err
+		}
+		if slices.Contains(c.Holders[:i], id) {
+			return fmt.Errorf("holder %s is named twice: %w", id, volume.ErrInvalid)
+		}
+	}
+	return volume.CheckName("snapshot id", string(c.Snapshot))
+}
+
+// Check implements Command.
+func (c AddHolder) Check() error {
+	if err := volume.CheckName("replica id", string(c.Replica)); err != nil {
+		return err
+	}
+	return volume.CheckName("snapshot id", string(c.Snapshot))
+}
+
+// Check implements Command.
+func (c DropHolder) Check() error {
+	if err := volume.CheckName("pool id", string(c.Pool)); err != nil {
+		return err
+	}
+	return volume.CheckName("snapshot id", string(c.Snapshot))
+}
+
+// Check implements Command.
+func (c BeginGroup) Check() error {
+	if err := volume.CheckName("group id", string(c.ID)); err != nil {
+		return err
+	}
+	if err := volume.CheckName("group name", c.Name); err != nil {
+		return err
+	}
+	if len(c.Volumes) == 0 || len(c.Volumes) > volume.MaxGroup || len(c.IDs) != len(c.Volumes) {
+		return fmt.Errorf("group of %d volumes, 1 to %d are possible: %w", len(c.Volumes), volume.MaxGroup, volume.ErrInvalid)
+	}
+	for i := range c.Volumes {
+		if err := volume.CheckName("volume id", string(c.Volumes[i])); err != nil {
+			return err
+		}
+		if err := volume.CheckName("snapshot id", string(c.IDs[i])); err != nil {
+			return err
+		}
+		if slices.Contains(c.Volumes[:i], c.Volumes[i]) || slices.Contains(c.IDs[:i], c.IDs[i]) {
+			return fmt.Errorf("volume %s or its snapshot is named twice: %w", c.Volumes[i], volume.ErrInvalid)
+		}
+	}
+	return nil
+}
+
+// Check implements Command.
+func (c FinishGroup) Check() error {
+	if len(c.Cuts) == 0 || len(c.Cuts) > volume.MaxGroup {
+		return fmt.Errorf("group of %d snapshots, 1 to %d are possible: %w", len(c.Cuts), volume.MaxGroup, volume.ErrInvalid)
+	}
+	for i, x := range c.Cuts {
+		if err := x.check(); err != nil {
+			return err
+		}
+		if slices.ContainsFunc(c.Cuts[:i], func(o Cut) bool { return o.Snapshot == x.Snapshot }) {
+			return fmt.Errorf("snapshot %s is named twice: %w", x.Snapshot, volume.ErrInvalid)
+		}
+	}
+	return volume.CheckName("group id", string(c.Group))
+}
+
+// Check implements Command.
+func (c BeginDeleteGroup) Check() error { return volume.CheckName("group id", string(c.Group)) }
 
 // Check implements Command.
 func (c BeginDeleteSnapshot) Check() error {
@@ -311,7 +515,8 @@ func checkResize(id volume.ID, size int64) error {
 	return checkSize(size)
 }
 
-func checkParameters(p volume.Parameters) error {
+// CheckParameters returns volume.ErrInvalid for parameters that no volume has.
+func CheckParameters(p volume.Parameters) error {
 	if p.Replicas < 1 || p.Replicas > volume.MaxReplicas {
 		return fmt.Errorf("replicas %d is not within 1 to %d: %w", p.Replicas, volume.MaxReplicas, volume.ErrInvalid)
 	}

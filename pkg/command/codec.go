@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"reflect"
 
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -23,80 +24,63 @@ type envelope struct {
 }
 
 // kinds is the stable name of every type. A name is never given to another type.
-var kinds = map[string]func(json.RawMessage) (Command, error){
-	"register-node":          decodeAs[RegisterNode],
-	"report-usage":           decodeAs[ReportUsage],
-	"create-volume":          decodeAs[CreateVolume],
-	"finish-create":          decodeAs[FinishCreate],
-	"begin-delete":           decodeAs[BeginDelete],
-	"finish-delete":          decodeAs[FinishDelete],
-	"attach":                 decodeAs[Attach],
-	"begin-detach":           decodeAs[BeginDetach],
-	"finish-detach":          decodeAs[FinishDetach],
-	"begin-expand":           decodeAs[BeginExpand],
-	"finish-expand":          decodeAs[FinishExpand],
-	"abort-expand":           decodeAs[AbortExpand],
-	"modify-qos":             decodeAs[ModifyQoS],
-	"set-filesystem":         decodeAs[SetFilesystem],
-	"begin-snapshot":         decodeAs[BeginSnapshot],
-	"finish-snapshot":        decodeAs[FinishSnapshot],
-	"begin-delete-snapshot":  decodeAs[BeginDeleteSnapshot],
-	"finish-delete-snapshot": decodeAs[FinishDeleteSnapshot],
-	"set-quota":              decodeAs[SetQuota],
-	"delete-quota":           decodeAs[DeleteQuota],
+var kinds = map[string]kindOfCommand{
+	"register-node":          kind[RegisterNode](),
+	"report-usage":           kind[ReportUsage](),
+	"create-volume":          kind[CreateVolume](),
+	"finish-create":          kind[FinishCreate](),
+	"begin-delete":           kind[BeginDelete](),
+	"finish-delete":          kind[FinishDelete](),
+	"attach":                 kind[Attach](),
+	"begin-detach":           kind[BeginDetach](),
+	"finish-detach":          kind[FinishDetach](),
+	"begin-expand":           kind[BeginExpand](),
+	"finish-expand":          kind[FinishExpand](),
+	"abort-expand":           kind[AbortExpand](),
+	"modify-volume":          kind[ModifyVolume](),
+	"set-filesystem":         kind[SetFilesystem](),
+	"begin-snapshot":         kind[BeginSnapshot](),
+	"finish-snapshot":        kind[FinishSnapshot](),
+	"begin-delete-snapshot":  kind[BeginDeleteSnapshot](),
+	"finish-delete-snapshot": kind[FinishDeleteSnapshot](),
+	"set-node-state":         kind[SetNodeState](),
+	"remove-node":            kind[RemoveNode](),
+	"create-join-token":      kind[CreateJoinToken](),
+	"revoke-join-token":      kind[RevokeJoinToken](),
+	"redeem-join-token":      kind[RedeemJoinToken](),
+	"free-replica":           kind[FreeReplica](),
+	"commit":                 kind[Commit](),
+	"force-detach":           kind[ForceDetach](),
+	"open-engine":            kind[OpenEngine](),
+	"close-engine":           kind[CloseEngine](),
+	"add-replica":            kind[AddReplica](),
+	"drop-replica":           kind[DropReplica](),
+	"salvage":                kind[Salvage](),
+	"add-holder":             kind[AddHolder](),
+	"drop-holder":            kind[DropHolder](),
+	"begin-group":            kind[BeginGroup](),
+	"finish-group":           kind[FinishGroup](),
+	"begin-delete-group":     kind[BeginDeleteGroup](),
+	"set-quota":              kind[SetQuota](),
+	"delete-quota":           kind[DeleteQuota](),
 }
 
-func kindOf(c Command) string {
-	switch c.(type) {
-	case RegisterNode:
-		return "register-node"
-	case ReportUsage:
-		return "report-usage"
-	case CreateVolume:
-		return "create-volume"
-	case FinishCreate:
-		return "finish-create"
-	case BeginDelete:
-		return "begin-delete"
-	case FinishDelete:
-		return "finish-delete"
-	case Attach:
-		return "attach"
-	case BeginDetach:
-		return "begin-detach"
-	case FinishDetach:
-		return "finish-detach"
-	case BeginExpand:
-		return "begin-expand"
-	case FinishExpand:
-		return "finish-expand"
-	case AbortExpand:
-		return "abort-expand"
-	case ModifyQoS:
-		return "modify-qos"
-	case SetFilesystem:
-		return "set-filesystem"
-	case BeginSnapshot:
-		return "begin-snapshot"
-	case FinishSnapshot:
-		return "finish-snapshot"
-	case BeginDeleteSnapshot:
-		return "begin-delete-snapshot"
-	case FinishDeleteSnapshot:
-		return "finish-delete-snapshot"
-	case SetQuota:
-		return "set-quota"
-	case DeleteQuota:
-		return "delete-quota"
+// kindOf is the name of a command's type, or "".
+func kindOf(c Command) string { return names[reflect.TypeOf(c)] }
+
+var names = func() map[reflect.Type]string {
+	m := map[reflect.Type]string{}
+	for name, k := range kinds {
+		m[k.of] = name
 	}
-	return ""
-}
+	return m
+}()
 
 // Encode makes a command's durable form. It returns volume.ErrInvalid or volume.ErrOutOfRange where Check does, or where
 // the encoding would be longer than MaxEncoded.
 func Encode(c Command) ([]byte, error) {
-	kind := kindOf(c)
-	if kind == "" {
+	name := kindOf(c)
+	if name == "" {
 		return nil, fmt.Errorf("command of type %T has no encoding: %w", c, volume.ErrInvalid)
 	}
 	if err := c.Check(); err != nil {
@@ -104,14 +88,14 @@ func Encode(c Command) ([]byte, error) {
 	}
 	body, err := json.Marshal(c)
 	if err != nil {
-		return nil, fmt.Errorf("encode %s: %v: %w", kind, err, volume.ErrInvalid)
+		return nil, fmt.Errorf("encode %s: %v: %w", name, err, volume.ErrInvalid)
 	}
-	b, err := json.Marshal(envelope{Version: Version, Type: kind, Command: body})
+	b, err := json.Marshal(envelope{Version: Version, Type: name, Command: body})
 	if err != nil {
-		return nil, fmt.Errorf("encode %s: %v: %w", kind, err, volume.ErrInvalid)
+		return nil, fmt.Errorf("encode %s: %v: %w", name, err, volume.ErrInvalid)
 	}
 	if len(b) > MaxEncoded {
-		return nil, fmt.Errorf("%s has %d bytes, the limit is %d: %w", kind, len(b), MaxEncoded, volume.ErrInvalid)
+		return nil, fmt.Errorf("%s has %d bytes, the limit is %d: %w", name, len(b), MaxEncoded, volume.ErrInvalid)
 	}
 	return b, nil
 }
@@ -129,11 +113,11 @@ func Decode(b []byte) (Command, error) {
 	if e.Version != Version {
 		return nil, fmt.Errorf("command has version %d, this program knows %d: %w", e.Version, Version, volume.ErrInvalid)
 	}
-	decode, ok := kinds[e.Type]
+	k, ok := kinds[e.Type]
 	if !ok {
 		return nil, fmt.Errorf("command type %.64q is unknown: %w", e.Type, volume.ErrInvalid)
 	}
-	c, err := decode(e.Command)
+	c, err := k.decode(e.Command)
 	if err != nil {
 		return nil, fmt.Errorf("command %s: %v: %w", e.Type, err, volume.ErrInvalid)
 	}
@@ -143,12 +127,19 @@ func Decode(b []byte) (Command, error) {
 	return c, nil
 }
 
-func decodeAs[T Command](b json.RawMessage) (Command, error) {
-	var c T
-	if err := strict(b, &c); err != nil {
-		return nil, err
-	}
-	return c, nil
+type kindOfCommand struct {
+	of     reflect.Type
+	decode func(json.RawMessage) (Command, error)
+}
+
+func kind[T Command]() kindOfCommand {
+	return kindOfCommand{reflect.TypeFor[T](), func(b json.RawMessage) (Command, error) {
+		var c T
+		if err := strict(b, &c); err != nil {
+			return nil, err
+		}
+		return c, nil
+	}}
 }
 
 func strict(b []byte, into any) error {

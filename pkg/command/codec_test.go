@@ -7,31 +7,50 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-func ptr(n int64) *int64 { return &n }
+func ptr[T any](x T) *T { return &x }
 
 func samples() []Command {
 	c := volume.Capability{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, FSType: "xfs", MountFlags: []string{"noatime"}}
 	p := volume.Pool{ID: "p", Name: "default", Node: "n", Kind: volume.PoolDir, Path: "/p", Capacity: 5, Used: 1, OverProvision: 1.5}
+	token := jointoken.Record{ID: strings.Repeat("a", 16), Hash: strings.Repeat("b", 64), Roles: []string{"storage"}, Uses: 1, CreatedAt: 1, ExpiresAt: 2}
+	cut := Cut{Snapshot: "s", Number: 2, ConfigVersion: 3, Holders: []volume.ReplicaID{"r"}}
 	return []Command{
-		RegisterNode{Now: 1, Node: volume.Node{ID: "n", Pools: []volume.Pool{p}}},
+		RegisterNode{Now: 1, Node: volume.Node{ID: "n", Pools: []volume.Pool{p}, Zone: "z", Address: "h:1", DataAddress: "h:2",
+			Roles: []volume.NodeRole{volume.RoleController, volume.RoleStorage}, BootID: 1 << 63}},
 		ReportUsage{Now: 2, Node: "n", Pools: []volume.Pool{p}, Replicas: map[volume.ReplicaID]int64{"r": 1}, Snapshots: map[volume.SnapshotID]int64{"s": 2}},
 		CreateVolume{Volume: volume.Volume{
 			ID: "v", Name: "name", Tenant: "t", State: volume.Creating, Size: volume.MinSize, CreatedAt: 7,
 			Parameters:   volume.Parameters{Replicas: 1, MinInSync: 1, DataLocality: volume.LocalityNone, Pool: "p", FSType: "xfs", BlockSize: 512},
 			QoS:          volume.QoS{IOPS: 1, Bandwidth: 4096},
 			Capabilities: []volume.Capability{c}, Source: &volume.Source{Snapshot: "s"}, Accessible: []volume.NodeID{"n"},
-			Replicas: []volume.Replica{{ID: "r", Node: "n", Pool: "p"}},
+			Replicas: []volume.Replica{{ID: "r", Node: "n", Pool: "p", Role: volume.InSync}},
 		}},
 		FinishCreate{Volume: "v"}, BeginDelete{Volume: "v"}, FinishDelete{Volume: "v"},
 		Attach{Now: 3, Volume: "v", Node: "n", ReadOnly: true, Capability: c},
-		BeginDetach{Volume: "v", Epoch: 4}, FinishDetach{Volume: "v", Epoch: 4},
-		BeginExpand{Volume: "v", Target: volume.MinSize}, FinishExpand{Volume: "v", Size: volume.MinSize}, AbortExpand{Volume: "v", Target: volume.MinSize},
-		ModifyQoS{Volume: "v", IOPS: ptr(0), Bandwidth: ptr(4096)}, ModifyQoS{Volume: "v"},
+		BeginDetach{Volume: "v", Epoch: 4}, FinishDetach{Volume: "v", Epoch: 4, Clean: true},
+		ForceDetach{Volume: "v", Epoch: 4}, OpenEngine{Volume: "v", Node: "n"}, CloseEngine{Volume: "v", Epoch: 4, Clean: true},
+		AddReplica{Volume: "v", Replica: volume.Replica{ID: "r", Node: "n", Pool: "p", Role: volume.Filling}},
+		DropReplica{Volume: "v", Replica: "r"}, FreeReplica{Volume: "v", Replica: "r"}, Salvage{Volume: "v", Replica: "r", Seen: 9},
+		Commit{Volume: "v", Change: replication.Change{Reconfigure: &replication.Reconfigure{Epoch: 1, ConfigVersion: 2, Remove: []volume.ReplicaID{"r"},
+			Add: []replication.Proof{{ID: "s", Incarnation: 1, BootID: 1<<64 - 1}}}}},
+		Commit{Volume: "v", Change: replication.Change{ExpandCommit: &replication.ExpandCommit{Epoch: 1, ConfigVersion: 2, Size: 3}}},
+		Commit{Volume: "v", Change: replication.Change{Attach: &replication.Attach{Node: "n"}}},
+		SetNodeState{Node: "n", State: volume.NodeDrained, Idle: []volume.NodeID{"m"}}, RemoveNode{Node: "n"},
+		CreateJoinToken{Record: token}, RevokeJoinToken{ID: token.ID},
+		RedeemJoinToken{Now: 3, Claim: jointoken.Claim{Token: token.ID, Hash: token.Hash, Node: "n", Key: token.Hash}},
+		BeginExpand{Volume: "v", Target: volume.MinSize}, FinishExpand{Volume: "v", Size: volume.MinSize, ConfigVersion: 3}, AbortExpand{Volume: "v", Target: volume.MinSize},
+		ModifyVolume{Volume: "v", IOPS: ptr[int64](0), Bandwidth: ptr[int64](4096), Replicas: ptr(3), MinInSync: ptr(2), DataLocality: ptr(volume.LocalityNone)},
+		ModifyVolume{Volume: "v"},
 		SetFilesystem{Volume: "v", Filesystem: volume.Filesystem{Phase: volume.Formatting, Type: "xfs"}},
-		BeginSnapshot{Now: 5, ID: "s", Name: "name", Volume: "v", Freeze: true}, FinishSnapshot{Snapshot: "s"},
+		BeginSnapshot{Now: 5, ID: "s", Name: "name", Volume: "v", Freeze: true}, FinishSnapshot{Cut: cut},
+		AddHolder{Snapshot: "s", Replica: "r"}, DropHolder{Snapshot: "s", Pool: "p"},
+		BeginGroup{Now: 5, ID: "g", Name: "name", Volumes: []volume.ID{"v", "w"}, IDs: []volume.SnapshotID{"s", "t"}, Freeze: true},
+		FinishGroup{Group: "g", Cuts: []Cut{cut}}, BeginDeleteGroup{Group: "g"},
 		BeginDeleteSnapshot{Snapshot: "s"}, FinishDeleteSnapshot{Snapshot: "s"},
 		SetQuota{Tenant: "t", Limit: volume.Amounts{LogicalBytes: 1, PhysicalBytes: 2, Volumes: 3, Snapshots: 4}}, DeleteQuota{Tenant: "t"},
 	}
@@ -110,9 +129,24 @@ func TestCheckRefuses(t *testing.T) {
 			v.Capabilities = []volume.Capability{{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, MountFlags: []string{strings.Repeat("x", 5000)}}}
 		}),
 		vol(func(v *volume.Volume) {
-			v.Parameters.Replicas, v.Replicas = 2, []volume.Replica{{ID: "a", Pool: "p"}, {ID: "b", Pool: "p"}}
+			v.Parameters.Replicas, v.Replicas = 2, []volume.Replica{{ID: "a", Pool: "p", Role: volume.InSync}, {ID: "b", Pool: "p", Role: volume.InSync}}
 		}),
-		SetFilesystem{Volume: "v"}, SetQuota{Tenant: "t", Limit: volume.Amounts{Volumes: -1}}, ModifyQoS{Volume: "v", IOPS: ptr(-1)},
+		vol(func(v *volume.Volume) { v.Replicas[0].Role = volume.Filling }), vol(func(v *volume.Volume) { v.Replicas[0].Role = volume.Stale }),
+		vol(func(v *volume.Volume) { v.Replicas[0].BootID = 1 }), vol(func(v *volume.Volume) { v.Leaving = v.Replicas }),
+		ModifyVolume{Volume: "v", Replicas: ptr(0)}, ModifyVolume{Volume: "v", MinInSync: ptr(6)}, ModifyVolume{Volume: "v", Replicas: ptr(1), MinInSync: ptr(2)},
+		ModifyVolume{Volume: "v", DataLocality: ptr(volume.DataLocality("near"))},
+		AddReplica{Volume: "v", Replica: volume.Replica{ID: "r", Pool: "p", Role: volume.InSync}},
+		Commit{Volume: "v"}, Commit{Volume: "v", Change: replication.Change{Attach: &replication.Attach{Node: "n", Force: true}}}, Commit{Volume: "v", Change: replication.Change{Tombstone: &replication.Tombstone{}}},
+		Commit{Volume: "v", Change: replication.Change{Reconfigure: &replication.Reconfigure{}, Detach: &replication.Detach{}}},
+		Commit{Volume: "v", Change: replication.Change{Reconfigure: &replication.Reconfigure{Remove: make([]volume.ReplicaID, 100)}}},
+		Commit{Volume: "v", Change: replication.Change{Reconfigure: &replication.Reconfigure{Remove: []volume.ReplicaID{""}}}},
+		FinishSnapshot{Cut{Snapshot: "s"}}, FinishSnapshot{Cut{Snapshot: "s", Holders: []volume.ReplicaID{"r", "r"}}},
+		BeginGroup{ID: "g", Name: "n"}, BeginGroup{ID: "g", Name: "n", Volumes: []volume.ID{"v"}},
+		BeginGroup{ID: "g", Name: "n", Volumes: []volume.ID{"v", "v"}, IDs: []volume.SnapshotID{"a", "b"}},
+		FinishGroup{Group: "g"}, FinishGroup{Group: "g", Cuts: []Cut{{Snapshot: "s"}}},
+		SetNodeState{Node: "n", State: "gone"}, RedeemJoinToken{}, CreateJoinToken{},
+		RegisterNode{Node: volume.Node{ID: "n", Roles: []volume.NodeRole{"king"}}},
+		SetFilesystem{Volume: "v"}, SetQuota{Tenant: "t", Limit: volume.Amounts{Volumes: -1}}, ModifyVolume{Volume: "v", IOPS: ptr[int64](-1)},
 		Attach{Volume: "v", Node: "n"},
 	} {
 		if _, err := Encode(c); !errors.Is(err, volume.ErrInvalid) && !errors.Is(err, volume.ErrOutOfRange) {

@@ -3,7 +3,11 @@
 // holds and every controller applies.
 package command
 
-import "github.com/ballast-csi/ballast/pkg/volume"
+import (
+	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
+	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
 
 // Command is one of the types of this package.
 type Command interface {
@@ -13,7 +17,8 @@ type Command interface {
 	Check() error
 }
 
-// RegisterNode makes a node and its pools known, or says that a node has started again. It answers Done.
+// RegisterNode makes a node and its pools known, or says that a node has started again; its State stays as it was. It answers
+// Done. It is refused with volume.ErrInUse where the node was removed.
 type RegisterNode struct {
 	Now  volume.Timestamp `json:"now"`
 	Node volume.Node      `json:"node"`
@@ -27,6 +32,37 @@ type ReportUsage struct {
 	Pools     []volume.Pool               `json:"pools,omitempty"`
 	Replicas  map[volume.ReplicaID]int64  `json:"replicas,omitempty"`
 	Snapshots map[volume.SnapshotID]int64 `json:"snapshots,omitempty"`
+}
+
+// SetNodeState says what an admin wants of a node. It is refused with volume.ErrBusy where nodes other than Idle have been
+// drained meanwhile: the decision did not know of them. It answers Done.
+type SetNodeState struct {
+	Node  volume.NodeID    `json:"node"`
+	State volume.NodeState `json:"state"`
+	// Idle are the nodes that were drained or emptying when it was decided.
+	Idle []volume.NodeID `json:"idle,omitempty"`
+}
+
+// RemoveNode forgets a node that has neither replicas nor attached volumes, and keeps its id out of the cluster until
+// a join token names it. It answers Done.
+type RemoveNode struct {
+	Node volume.NodeID `json:"node"`
+}
+
+// CreateJoinToken keeps the record of a token. It answers JoinToken.
+type CreateJoinToken struct {
+	Record jointoken.Record `json:"record"`
+}
+
+// RevokeJoinToken forgets a token; one that is not there is Done too.
+type RevokeJoinToken struct {
+	ID string `json:"id"`
+}
+
+// RedeemJoinToken uses a token for a node. It answers JoinToken.
+type RedeemJoinToken struct {
+	Now   volume.Timestamp `json:"now"`
+	Claim jointoken.Claim  `json:"claim"`
 }
 
 // CreateVolume reserves everything a volume needs and records it Creating. Where the name is taken it changes nothing and
@@ -50,7 +86,22 @@ type FinishDelete struct {
 	Volume volume.ID `json:"volume"`
 }
 
-// Attach gives a volume to a node. It answers Volume.
+// FreeReplica forgets a replica that is Leaving, or one of a volume with a tombstone: its node has freed it. One that is not
+// there is fine. It answers Done.
+type FreeReplica struct {
+	Volume  volume.ID        `json:"volume"`
+	Replica volume.ReplicaID `json:"replica"`
+}
+
+// Commit is a change that a volume's engine asks for: of the in-sync set, or of the exposed size, a compare-and-set on epoch
+// and version; or a new epoch for an engine that the owner starts anew. It is refused as package replication says. It
+// answers Volume.
+type Commit struct {
+	Volume volume.ID          `json:"volume"`
+	Change replication.Change `json:"change"`
+}
+
+// Attach gives a volume to a node, in a new epoch. It answers Volume.
 type Attach struct {
 	Now        volume.Timestamp  `json:"now"`
 	Volume     volume.ID         `json:"volume"`
@@ -59,16 +110,60 @@ type Attach struct {
 	Capability volume.Capability `json:"capability"`
 }
 
-// BeginDetach marks the attachment of an epoch: its node starts nothing new. It answers Volume.
+// BeginDetach marks the attachment that began with an epoch: its node starts nothing new. It answers Volume.
 type BeginDetach struct {
 	Volume volume.ID    `json:"volume"`
 	Epoch  volume.Epoch `json:"epoch"`
 }
 
-// FinishDetach ends the attachment of an epoch once its node is fenced. It answers Volume.
+// ForceDetach takes a marked attachment from a node that does not answer: the volume's epoch rises, and replicas are to be
+// fenced with it before FinishDetach. It answers Volume.
+type ForceDetach struct {
+	Volume volume.ID    `json:"volume"`
+	Epoch  volume.Epoch `json:"epoch"`
+}
+
+// FinishDetach ends a marked attachment: its node's engine has ended, cleanly or not, or was forced out and is fenced. It
+// answers Volume.
 type FinishDetach struct {
 	Volume volume.ID    `json:"volume"`
 	Epoch  volume.Epoch `json:"epoch"`
+	Clean  bool         `json:"clean,omitempty"`
+}
+
+// OpenEngine has a node look after a volume that is not attached, in a new epoch. It answers Volume. An Attach ends it.
+type OpenEngine struct {
+	Volume volume.ID     `json:"volume"`
+	Node   volume.NodeID `json:"node"`
+}
+
+// CloseEngine ends what OpenEngine began, in its epoch: cleanly, where the engine has ended, or else in a new epoch. It
+// answers Volume.
+type CloseEngine struct {
+	Volume volume.ID    `json:"volume"`
+	Epoch  volume.Epoch `json:"epoch"`
+	Clean  bool         `json:"clean,omitempty"`
+}
+
+// AddReplica gives a volume one more replica, to be filled. It answers Volume.
+type AddReplica struct {
+	Volume  volume.ID      `json:"volume"`
+	Replica volume.Replica `json:"replica"`
+}
+
+// DropReplica takes a replica from a volume: it is Leaving until its node has freed it. One that is in sync can go only
+// while no engine runs, and never the last. It answers Volume.
+type DropReplica struct {
+	Volume  volume.ID        `json:"volume"`
+	Replica volume.ReplicaID `json:"replica"`
+}
+
+// Salvage makes one replica's bytes the volume's, whatever the others have; Seen is the newest configuration that any
+// replica reported. It answers Volume.
+type Salvage struct {
+	Volume  volume.ID            `json:"volume"`
+	Replica volume.ReplicaID     `json:"replica"`
+	Seen    volume.ConfigVersion `json:"seen"`
 }
 
 // BeginExpand reserves the growth to Target, in bytes. It answers Volume, Created where no growth was reserved before.
@@ -77,10 +172,12 @@ type BeginExpand struct {
 	Target int64     `json:"target"`
 }
 
-// FinishExpand exposes a size that every replica has durably. It answers Volume.
+// FinishExpand exposes a size that every replica has that was in sync at ConfigVersion: it is refused with volume.ErrBusy
+// where another configuration has been committed since. It answers Volume.
 type FinishExpand struct {
-	Volume volume.ID `json:"volume"`
-	Size   int64     `json:"size"`
+	Volume        volume.ID            `json:"volume"`
+	Size          int64                `json:"size"`
+	ConfigVersion volume.ConfigVersion `json:"configVersion"`
 }
 
 // AbortExpand gives the reservation of Target back. It answers Volume.
@@ -89,11 +186,14 @@ type AbortExpand struct {
 	Target int64     `json:"target"`
 }
 
-// ModifyQoS changes what is not nil. It answers Volume.
-type ModifyQoS struct {
-	Volume    volume.ID `json:"volume"`
-	IOPS      *int64    `json:"iops,omitempty"`
-	Bandwidth *int64    `json:"bandwidth,omitempty"`
+// ModifyVolume changes what is not nil, all of it or nothing. It answers Volume.
+type ModifyVolume struct {
+	Volume       volume.ID            `json:"volume"`
+	IOPS         *int64               `json:"iops,omitempty"`
+	Bandwidth    *int64               `json:"bandwidth,omitempty"`
+	Replicas     *int                 `json:"replicas,omitempty"`
+	MinInSync    *int                 `json:"minInSync,omitempty"`
+	DataLocality *volume.DataLocality `json:"dataLocality,omitempty"`
 }
 
 // SetFilesystem moves the record that gates mkfs; only forward. It answers Volume.
@@ -102,28 +202,77 @@ type SetFilesystem struct {
 	Filesystem volume.Filesystem `json:"filesystem"`
 }
 
-// BeginSnapshot reserves a snapshot and records it Creating, with the volume's replicas as the holders to be. Where the
-// name is taken it changes nothing and answers the snapshot that has it. It answers Snapshot.
+// BeginSnapshot reserves a snapshot and records it Creating, with the in-sync replicas as the holders to be. Where an engine
+// runs, the volume's Barrier announces it; else only one replica may be in sync. Where the name is taken it changes nothing
+// and answers the snapshot that has it. It answers Snapshot.
 type BeginSnapshot struct {
 	Now    volume.Timestamp  `json:"now"`
 	ID     volume.SnapshotID `json:"id"`
 	Name   string            `json:"name"`
 	Volume volume.ID         `json:"volume"`
 	Freeze bool              `json:"freeze,omitempty"`
+	Hidden bool              `json:"hidden,omitempty"`
 }
 
-// FinishSnapshot makes a snapshot Ready: it is cut on every holder. It is refused with volume.ErrBusy where the volume's
-// size or filesystem changed since BeginSnapshot: what was recorded may not describe what was cut. It answers Snapshot.
+// Cut says that a snapshot has been cut, under a barrier's Number (0: while no engine ran) and at a configuration, by the
+// Holders.
+type Cut struct {
+	Snapshot      volume.SnapshotID    `json:"snapshot"`
+	Number        uint64               `json:"number,omitempty"`
+	ConfigVersion volume.ConfigVersion `json:"configVersion"`
+	Holders       []volume.ReplicaID   `json:"holders"`
+}
+
+// FinishSnapshot makes a snapshot Ready: it is cut on its holders. It is refused with volume.ErrBusy where the volume's
+// size, filesystem or configuration changed since BeginSnapshot, or another epoch began: what was recorded may not describe
+// what was cut. It answers Snapshot.
 type FinishSnapshot struct {
-	Snapshot volume.SnapshotID `json:"snapshot"`
+	Cut
 }
 
-// BeginDeleteSnapshot is the tombstone of a snapshot. It answers Snapshot.
+// AddHolder says that a replica of its volume has filled in a snapshot. It answers Snapshot.
+type AddHolder struct {
+	Snapshot volume.SnapshotID `json:"snapshot"`
+	Replica  volume.ReplicaID  `json:"replica"`
+}
+
+// DropHolder says that a pool holds a snapshot no more; the last holder of a snapshot that is not being deleted stays. It
+// answers Snapshot.
+type DropHolder struct {
+	Snapshot volume.SnapshotID `json:"snapshot"`
+	Pool     volume.PoolID     `json:"pool"`
+}
+
+// BeginGroup does for several volumes at once what BeginSnapshot does for one. Member i is the snapshot IDs[i] of
+// Volumes[i]. It answers Group.
+type BeginGroup struct {
+	Now     volume.Timestamp    `json:"now"`
+	ID      volume.GroupID      `json:"id"`
+	Name    string              `json:"name"`
+	Volumes []volume.ID         `json:"volumes"`
+	IDs     []volume.SnapshotID `json:"ids"`
+	Freeze  bool                `json:"freeze,omitempty"`
+}
+
+// FinishGroup makes a group and all its snapshots Ready, or is refused like FinishSnapshot. It answers Group.
+type FinishGroup struct {
+	Group volume.GroupID `json:"group"`
+	Cuts  []Cut          `json:"cuts"`
+}
+
+// BeginDeleteGroup is the tombstone of a group and of all its snapshots. It answers Group.
+type BeginDeleteGroup struct {
+	Group volume.GroupID `json:"group"`
+}
+
+// BeginDeleteSnapshot is the tombstone of a snapshot. It is refused with volume.ErrInvalid for a member of a group. It answers
+// Snapshot.
 type BeginDeleteSnapshot struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
 }
 
-// FinishDeleteSnapshot forgets a snapshot that every holder has let go of. It answers Done.
+// FinishDeleteSnapshot forgets a snapshot that every holder has let go of, and with the last of a group the group. It answers
+// Done.
 type FinishDeleteSnapshot struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
 }
@@ -151,11 +300,29 @@ func (FinishDetach) command()         {}
 func (BeginExpand) command()          {}
 func (FinishExpand) command()         {}
 func (AbortExpand) command()          {}
-func (ModifyQoS) command()            {}
+func (ModifyVolume) command()         {}
 func (SetFilesystem) command()        {}
 func (BeginSnapshot) command()        {}
 func (FinishSnapshot) command()       {}
 func (BeginDeleteSnapshot) command()  {}
 func (FinishDeleteSnapshot) command() {}
+func (SetNodeState) command()         {}
+func (RemoveNode) command()           {}
+func (CreateJoinToken) command()      {}
+func (RevokeJoinToken) command()      {}
+func (RedeemJoinToken) command()      {}
+func (FreeReplica) command()          {}
+func (Commit) command()               {}
+func (ForceDetach) command()          {}
+func (OpenEngine) command()           {}
+func (CloseEngine) command()          {}
+func (AddReplica) command()           {}
+func (DropReplica) command()          {}
+func (Salvage) command()              {}
+func (AddHolder) command()            {}
+func (DropHolder) command()           {}
+func (BeginGroup) command()           {}
+func (FinishGroup) command()          {}
+func (BeginDeleteGroup) command()     {}
 func (SetQuota) command()             {}
 func (DeleteQuota) command()          {}

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// Result is what the state machine answers to a command: Done, Volume, Snapshot or Refused.
+// Result is what the state machine answers to a command: Done, Volume, Snapshot, Group, JoinToken or Refused.
 type Result interface{ result() }
 
 // Done answers a command that has nothing to say.
@@ -27,20 +29,43 @@ type Snapshot struct {
 	Created bool
 }
 
+// Group answers with the records as they are after the command; Snapshots are its members, in its order.
+type Group struct {
+	Group     volume.Group
+	Snapshots []volume.Snapshot
+	// Created is true where this command made it.
+	Created bool
+}
+
+// JoinToken answers with the record as it is after the command.
+type JoinToken struct {
+	Record jointoken.Record
+}
+
 // Refused says that the state forbids the command: nothing was changed.
 type Refused struct {
-	// Reason names a sentinel error of package volume.
+	// Reason names a sentinel error of package volume, or a refusal of package replication.
 	Reason  Reason
 	Message string
 }
 
-// Reason is the stable name of a sentinel error.
+// Reason is the stable name of an error.
 type Reason string
 
 var reasons = []struct {
 	name     Reason
 	sentinel error
 }{
+	// The more special ones first.
+	{"stale-epoch", replication.ErrStaleEpoch},
+	{"stale-version", replication.ErrStaleVersion},
+	{"last-member", replication.ErrLastMember},
+	{"unknown-member", replication.ErrUnknownMember},
+	{"attached", replication.ErrAttached},
+	{"member-in-sync", replication.ErrMemberInSync},
+	{"deleted", replication.ErrDeleted},
+	{"no-barrier", replication.ErrNoBarrier},
+	{"barrier-pending", replication.ErrBarrierPending},
 	{"invalid", volume.ErrInvalid},
 	{"not-found", volume.ErrNotFound},
 	{"exists", volume.ErrExists},
@@ -82,7 +107,9 @@ type refusal struct {
 func (e *refusal) Error() string { return e.message }
 func (e *refusal) Unwrap() error { return e.sentinel }
 
-func (Done) result()     {}
-func (Volume) result()   {}
-func (Snapshot) result() {}
-func (Refused) result()  {}
+func (Done) result()      {}
+func (Volume) result()    {}
+func (Snapshot) result()  {}
+func (Group) result()     {}
+func (JoinToken) result() {}
+func (Refused) result()   {}

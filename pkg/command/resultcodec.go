@@ -16,6 +16,8 @@ var results = []struct {
 	{"done", isA[Done], resultAs[Done]},
 	{"volume", isA[Volume], resultAs[Volume]},
 	{"snapshot", isA[Snapshot], resultAs[Snapshot]},
+	{"group", isA[Group], resultAs[Group]},
+	{"join-token", isA[JoinToken], resultAs[JoinToken]},
 	{"refused", isA[Refused], resultAs[Refused]},
 }
 

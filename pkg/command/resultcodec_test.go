@@ -7,6 +7,7 @@ import (
 	"go/token"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -19,6 +20,8 @@ func sampleResults() []Result {
 	return []Result{
 		Done{}, Volume{Volume: samples()[2].(CreateVolume).Volume, Created: true},
 		Snapshot{Snapshot: volume.Snapshot{ID: "s", Holders: []volume.Replica{{ID: "r", Node: "n", Pool: "p"}}}},
+		Group{Group: volume.Group{ID: "g", Snapshots: []volume.SnapshotID{"s"}, Volumes: []volume.ID{"v"}}, Snapshots: []volume.Snapshot{{ID: "s"}}, Created: true},
+		JoinToken{Record: samples()[slices.IndexFunc(samples(), func(c Command) bool { return kindOf(c) == "create-join-token" })].(CreateJoinToken).Record},
 		Refused{Reason: "busy", Message: "why"},
 	}
 }

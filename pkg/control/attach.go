@@ -28,7 +28,14 @@ func (s *Service) Attach(ctx context.Context, r Attach) (volume.Volume, error) {
 		return volume.Volume{}, err
 	}
 	defer unlock()
-	if v, err := s.live(ctx, r.Volume); err == nil && v.Attachment != nil && v.Attachment.Detaching {
+	v, err := s.live(ctx, r.Volume)
+	if err == nil && v.Attachment == nil {
+		err = s.closeEngine(ctx, v) // so that the next one need not wait for its lease
+	}
+	if err != nil {
+		return volume.Volume{}, err
+	}
+	if v.Attachment != nil && v.Attachment.Detaching {
 		if err := s.completeDetach(ctx, v); err != nil {
 			return volume.Volume{}, fmt.Errorf("volume %s is still being detached from node %s (%v); try again when it is: %w", v.ID, v.Attachment.Node, err, volume.ErrInUse)
 		}
@@ -64,28 +71,6 @@ func (s *Service) Detach(ctx context.Context, id volume.ID, node volume.NodeID) 
 	err = s.completeDetach(ctx, v)
 	s.record(ctx, "volume.detach", string(id), fmt.Sprintf("node %s", v.Attachment.Node), err)
 	return err
-}
-
-// completeDetach fences the node of the attachment that v shows, and ends it. The caller has v's lock.
-func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
-	// Marked first: between the fence and the end of the attachment the node must not begin anew.
-	if err := s.propose(ctx, command.BeginDetach{Volume: v.ID, Epoch: v.Epoch}); err != nil {
-		return ignoreNotFound(err)
-	}
-	known, err := s.knows(ctx, v.Attachment.Node)
-	if err != nil {
-		return err
-	}
-	if known { // else all its pools are with another node: there is nothing that it could write to
-		if err := s.agents.Detach(ctx, v.Attachment.Node, v.ID); err != nil {
-			return fmt.Errorf("volume %s cannot be fenced on node %s: %w", v.ID, v.Attachment.Node, unfinished(err))
-		}
-	}
-	if err := s.propose(ctx, command.FinishDetach{Volume: v.ID, Epoch: v.Epoch}); err != nil {
-		return ignoreNotFound(err)
-	}
-	s.forget(v.ID)
-	return nil
 }
 
 func (s *Service) knows(ctx context.Context, id volume.NodeID) (bool, error) {

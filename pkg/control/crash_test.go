@@ -160,7 +160,7 @@ func useCases() []useCase {
 			},
 			run: func(w *world, ctx context.Context, arg string) error {
 				n := int64(100)
-				_, err := w.ModifyVolume(ctx, volume.ID(arg), control.ModifyQoS{IOPS: &n})
+				_, err := w.ModifyVolume(ctx, volume.ID(arg), control.Modify{IOPS: &n})
 				return err
 			},
 			done: func(w *world, arg string) {
@@ -184,7 +184,7 @@ func useCases() []useCase {
 				x, err := w.CreateSnapshot(ctx, control.CreateSnapshot{Name: "s", Volume: volume.ID(arg)})
 				w.agents.mu.Lock()
 				defer w.agents.mu.Unlock()
-				if got := w.agents.snapshots[x.ID].bytes; err == nil && got != bytes && !slices.ContainsFunc(before, func(o volume.Snapshot) bool { return o.ID == x.ID }) {
+				if got := w.agents.snapshots[volume.SnapshotID(string(x.ID)+"@p1")].bytes; err == nil && got != bytes && !slices.ContainsFunc(before, func(o volume.Snapshot) bool { return o.ID == x.ID }) {
 					w.t.Errorf("the snapshot has %q, acknowledged before it was %q", got, bytes)
 				}
 				return err

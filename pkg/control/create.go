@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
+	"sync"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/placement"
@@ -133,16 +136,16 @@ func (s *Service) plan(ctx context.Context, r CreateVolume, refused map[volume.P
 	if err != nil {
 		return volume.Volume{}, err
 	}
-	view, err := s.view(ctx)
+	c, err := s.cluster(ctx)
 	if err != nil {
 		return volume.Volume{}, err
 	}
-	choice, err := placement.Choose(view, placement.Request{
+	choice, err := placement.Choose(c.view(), placement.Request{
 		Size: size, Replicas: p.Replicas, Pool: p.Pool, Locality: p.DataLocality,
 		Requisite: r.Requisite, Preferred: r.Preferred, Sources: holders, Refused: refused,
 	})
 	if errors.Is(err, volume.ErrNoSpace) {
-		if settling := s.settling(view); settling != nil {
+		if settling := s.settling(c); settling != nil {
 			return volume.Volume{}, fmt.Errorf("%v; %w", err, settling)
 		}
 	}
@@ -158,7 +161,11 @@ func (s *Service) plan(ctx context.Context, r CreateVolume, refused map[volume.P
 		QoS: r.QoS, Capabilities: r.Capabilities, Source: r.Source, Accessible: r.Requisite[:min(len(r.Requisite), command.MaxTopology)], CreatedAt: s.now(),
 	}
 	for i, pool := range choice {
-		v.Replicas = append(v.Replicas, volume.Replica{ID: replicaID(v.ID, i), Node: pool.Node, Pool: pool.ID})
+		x := volume.Replica{ID: replicaID(v.ID, i), Node: pool.Node, Pool: pool.ID, Role: volume.InSync}
+		if r.Source != nil && !slices.Contains(holders, pool.ID) {
+			x.Role = volume.Filling // from the others, once the volume is there
+		}
+		v.Replicas = append(v.Replicas, x)
 	}
 	return v, nil
 }
@@ -190,7 +197,7 @@ func (s *Service) source(ctx context.Context, from volume.Source) (source, error
 		if v.State != volume.Ready {
 			return x, fmt.Errorf("source volume %s is not ready yet: %w", v.ID, volume.ErrBusy)
 		}
-		x, rs = source{size: v.Size, blockSize: v.Parameters.BlockSize, filesystem: v.Filesystem}, v.Replicas
+		x, rs = source{size: v.Size, blockSize: v.Parameters.BlockSize, filesystem: v.Filesystem}, v.InSync()
 	}
 	x.holders = []volume.PoolID{}
 	for _, r := range rs {
@@ -209,19 +216,18 @@ func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[
 	if err != nil || v.State == volume.Ready {
 		return v, err
 	}
-	for _, r := range v.Replicas {
-		err := s.buildReplica(ctx, v, r)
-		if err == nil {
-			continue
+	if err := s.build(ctx, v); err != nil {
+		var failed *failedReplica
+		isReplica := errors.As(err, &failed)
+		elsewhere := isReplica && errors.Is(err, volume.ErrUnavailable) && s.elsewhere(ctx, v, failed.pool, refused)
+		if !definite(err) && !startOver(err) && !elsewhere {
+			return v, fmt.Errorf("volume %s is being made: %w", v.ID, unfinished(err))
 		}
-		if !definite(err) {
-			return v, fmt.Errorf("volume %s is being made, replica on node %s: %w", v.ID, r.Node, unfinished(err))
+		if undo := s.abandonCreate(ctx, v, err); undo != nil && !elsewhere {
+			return v, undo
 		}
-		if err := s.abandonCreate(ctx, v, err); err != nil {
-			return v, err
-		}
-		if errors.Is(err, volume.ErrNoSpace) {
-			refused[r.Pool] = err.Error()
+		if isReplica && (elsewhere || errors.Is(err, volume.ErrNoSpace)) {
+			refused[failed.pool] = failed.err.Error()
 			return v, again{err}
 		}
 		if errors.Is(err, volume.ErrOutOfRange) && v.Source != nil && v.Source.Volume != "" {
@@ -239,49 +245,139 @@ func (s *Service) completeCreate(ctx context.Context, id volume.ID, refused map[
 	return x.Volume, unfinished(err)
 }
 
-// buildReplica makes one replica of a new volume. A clone is made through a hidden snapshot of its source's replica in
-// the same pool.
-func (s *Service) buildReplica(ctx context.Context, v volume.Volume, r volume.Replica) error {
-	spec := ReplicaSpec{ID: r.ID, Volume: v.ID, Tenant: v.Tenant, Pool: r.Pool, Size: v.Size}
-	if v.Source == nil || v.Source.Volume == "" {
-		if v.Source != nil {
-			spec.Parent = v.Source.Snapshot
-		}
-		return s.agents.CreateReplica(ctx, r.Node, spec)
-	}
-	// Once the replica is there its cut may be gone: it is not to be made from a later one.
-	has, err := s.agents.HasReplica(ctx, r.Node, r.Pool, r.ID)
-	if err != nil {
-		return err
-	}
-	if !has {
-		from, err := s.replicaIn(ctx, v.Source.Volume, r.Pool)
+// failedReplica says which pool could not make its replica.
+type failedReplica struct {
+	pool volume.PoolID
+	err  error
+}
+
+func (f *failedReplica) Error() string { return f.err.Error() }
+func (f *failedReplica) Unwrap() error { return f.err }
+
+// build makes the replicas of a new volume, on all nodes at once. A clone is made through a hidden snapshot of its source.
+func (s *Service) build(ctx context.Context, v volume.Volume) error {
+	var parent volume.SnapshotID
+	switch {
+	case v.Source == nil:
+	case v.Source.Snapshot != "":
+		parent = v.Source.Snapshot
+	default:
+		// Once the replicas are there the cut may be gone: they are not to be made from a later one.
+		made, err := s.hasAll(ctx, v)
 		if err != nil {
 			return err
 		}
-		cut := SnapshotSpec{ID: cloneCut(v.ID), Volume: v.Source.Volume, Replica: from.ID, Pool: r.Pool}
-		if err := s.agents.CutSnapshot(ctx, r.Node, cut); err != nil {
+		if made {
+			return s.dropCut(ctx, v)
+		}
+		cut, err := s.cutSource(ctx, v)
+		if err != nil {
 			return err
 		}
-		spec.Parent = cut.ID
-		if err := s.agents.CreateReplica(ctx, r.Node, spec); err != nil {
+		parent = cut.ID
+	}
+	errs := make([]error, len(v.Replicas))
+	var wg sync.WaitGroup
+	for i, r := range v.Replicas {
+		spec := ReplicaSpec{ID: r.ID, Volume: v.ID, Tenant: v.Tenant, Pool: r.Pool, Size: v.Size}
+		if r.Role == volume.InSync {
+			spec.Parent = parent
+		}
+		wg.Go(func() {
+			if err := s.agents.CreateReplica(ctx, r.Node, spec); err != nil {
+				errs[i] = &failedReplica{r.Pool, fmt.Errorf("replica on node %s: %w", r.Node, err)}
+			}
+		})
+	}
+	wg.Wait()
+	// What is final decides, whatever became of the others.
+	for _, err := range errs {
+		if err != nil && definite(err) {
 			return err
 		}
 	}
-	return s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, cloneCut(v.ID))
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return s.dropCut(ctx, v)
 }
 
-func (s *Service) replicaIn(ctx context.Context, id volume.ID, pool volume.PoolID) (volume.Replica, error) {
-	v, err := s.live(ctx, id)
-	if err != nil {
-		return volume.Replica{}, err
-	}
+func (s *Service) hasAll(ctx context.Context, v volume.Volume) (bool, error) {
 	for _, r := range v.Replicas {
-		if r.Pool == pool {
-			return r, nil
+		has, err := s.agents.HasReplica(ctx, r.Node, r.Pool, r.ID)
+		if err != nil {
+			return false, &failedReplica{r.Pool, fmt.Errorf("replica on node %s: %w", r.Node, err)}
+		}
+		if !has {
+			return false, nil
 		}
 	}
-	return volume.Replica{}, fmt.Errorf("volume %s has no replica in pool %s: %w", id, pool, volume.ErrNotFound)
+	return true, nil
+}
+
+// cutSource cuts the snapshot through which a clone is made, or returns the one that was cut.
+func (s *Service) cutSource(ctx context.Context, v volume.Volume) (volume.Snapshot, error) {
+	id := cloneCut(v.ID)
+	unlock, err := s.flights.lock(ctx, snapshotKey(string(id)))
+	if err != nil {
+		return volume.Snapshot{}, err
+	}
+	defer unlock()
+	x, _, err := s.takeSnapshot(ctx, command.BeginSnapshot{Now: s.now(), ID: id, Name: string(id), Volume: v.Source.Volume, Hidden: true})
+	switch {
+	case err != nil:
+		return x, fmt.Errorf("cut the source of volume %s: %w", v.ID, err)
+	case x.Size > v.Size:
+		return x, fmt.Errorf("source volume %s has grown to %d bytes: %w", x.Volume, x.Size, volume.ErrOutOfRange)
+	}
+	for _, r := range v.InSync() {
+		if !slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
+			return x, again{fmt.Errorf("pool %s lost the source of volume %s meanwhile; try again: %w", r.Pool, v.ID, volume.ErrBusy)}
+		}
+	}
+	return x, nil
+}
+
+// dropCut frees the snapshot through which a clone was made.
+func (s *Service) dropCut(ctx context.Context, v volume.Volume) error {
+	if v.Source == nil || v.Source.Volume == "" {
+		return nil
+	}
+	unlock, err := s.flights.lock(ctx, snapshotKey(string(cloneCut(v.ID))))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	x, err := s.proposeSnapshot(ctx, command.BeginDeleteSnapshot{Snapshot: cloneCut(v.ID)})
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	return s.completeDeleteSnapshot(ctx, x.Snapshot)
+}
+
+// elsewhere tells whether a new volume can be placed without a pool whose node does not answer.
+func (s *Service) elsewhere(ctx context.Context, v volume.Volume, down volume.PoolID, refused map[volume.PoolID]string) bool {
+	c, err := s.cluster(ctx)
+	if err != nil || ctx.Err() != nil {
+		return false
+	}
+	without := maps.Clone(refused)
+	without[down] = "its node does not answer"
+	r := placement.Request{
+		Size: v.Size, Replicas: v.Parameters.Replicas, Pool: v.Parameters.Pool, Locality: v.Parameters.DataLocality,
+		Requisite: v.Accessible, Refused: without,
+	}
+	if v.Source != nil {
+		src, err := s.source(ctx, *v.Source)
+		if err != nil {
+			return false
+		}
+		r.Sources = src.holders
+	}
+	_, err = placement.Choose(c.view(), r)
+	return err == nil
 }
 
 // abandonCreate undoes a create that was refused with cause. nil: nothing of it is left. Otherwise the reconciler goes on,

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -25,6 +27,11 @@ func (s *Service) DeleteVolume(ctx context.Context, id volume.ID) error {
 		return err
 	}
 	defer unlock()
+	if now, err := s.live(ctx, v.ID); err == nil && now.Attachment == nil {
+		if err := s.closeEngine(ctx, now); err != nil {
+			return ignoreNotFound(err)
+		}
+	}
 	x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: v.ID})
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
@@ -42,34 +49,35 @@ func (s *Service) DeleteVolume(ctx context.Context, id volume.ID) error {
 	return nil
 }
 
-// completeDelete frees what a volume with a tombstone has, and forgets it. The caller has its lock.
+// completeDelete frees what a volume with a tombstone has, wherever it can be reached, and forgets it when all is free. The
+// caller has its lock.
 func (s *Service) completeDelete(ctx context.Context, v volume.Volume) error {
-	view, err := s.view(ctx)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, r := range v.Replicas {
-		if why := view.Down[r.Node]; why != "" {
-			errs = append(errs, fmt.Errorf("replica %s on node %s: %s: %w", r.ID, r.Node, why, volume.ErrUnavailable))
-		} else if err := s.freeReplica(ctx, v, r); err != nil {
-			errs = append(errs, err)
-		}
-	}
+	errs := []error{s.freeReplicas(ctx, v, slices.Concat(v.Replicas, v.Leaving)), s.dropCut(ctx, v)}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
 	return s.propose(ctx, command.FinishDelete{Volume: v.ID})
 }
 
-func (s *Service) freeReplica(ctx context.Context, v volume.Volume, r volume.Replica) error {
-	if err := s.agents.DeleteReplica(ctx, r.Node, r.Pool, r.ID); err != nil {
-		return fmt.Errorf("free replica %s on node %s: %w", r.ID, r.Node, err)
+// freeReplicas has nodes free replicas that leave a volume, and forgets those that are free.
+func (s *Service) freeReplicas(ctx context.Context, v volume.Volume, rs []volume.Replica) error {
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
 	}
-	if v.Source != nil && v.Source.Volume != "" {
-		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, cloneCut(v.ID)); err != nil {
-			return fmt.Errorf("free the cut of clone %s on node %s: %w", v.ID, r.Node, err)
-		}
+	errs := make([]error, len(rs))
+	var wg sync.WaitGroup
+	for i, r := range rs {
+		wg.Go(func() {
+			if why := c.silent[r.Node]; why != "" {
+				errs[i] = fmt.Errorf("replica %s on node %s: %s: %w", r.ID, r.Node, why, volume.ErrUnavailable)
+			} else if err := s.agents.DeleteReplica(ctx, r.Node, r.Pool, r.ID); err != nil {
+				errs[i] = fmt.Errorf("free replica %s on node %s: %w", r.ID, r.Node, err)
+			} else if v.State != volume.Deleting || len(rs) > 1 { // the last of a volume goes with it
+				errs[i] = s.propose(ctx, command.FreeReplica{Volume: v.ID, Replica: r.ID})
+			}
+		})
 	}
-	return nil
+	wg.Wait()
+	return errors.Join(errs...)
 }

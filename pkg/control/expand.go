@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -53,20 +55,17 @@ func (s *Service) ExpandVolume(ctx context.Context, id volume.ID, required, limi
 }
 
 // completeExpand takes a volume to its Target. It gives the reservation back only where no replica can have grown: when
-// the first one refuses and fresh tells that none was asked before. A replica that has grown cannot shrink, and a device
+// all refuse and fresh tells that none was asked before. A replica that has grown cannot shrink, and a device
 // or a copy made from it would be larger than the record; from then on there is only the way ahead. The caller has the
 // volume's lock.
 func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh bool) (volume.Volume, error) {
 	if v.Target == 0 {
 		return v, nil
 	}
-	for i, r := range v.Replicas {
-		err := s.agents.ResizeReplica(ctx, r.Node, r.Pool, r.ID, v.Target)
-		if err == nil {
-			continue
-		}
-		err = fmt.Errorf("expand volume %s on node %s: %w", v.ID, r.Node, err)
-		if !fresh || i > 0 || !unresized(err) {
+	grown, err := s.grow(ctx, v)
+	if err != nil {
+		err = fmt.Errorf("expand volume %s: %w", v.ID, err)
+		if !fresh || grown || !unresized(err) {
 			return v, unfinished(err)
 		}
 		ctx, cancel := s.undoing(ctx)
@@ -76,8 +75,36 @@ func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh boo
 		}
 		return v, err
 	}
-	x, err := s.proposeVolume(ctx, command.FinishExpand{Volume: v.ID, Size: v.Target})
+	x, err := s.proposeVolume(ctx, command.FinishExpand{Volume: v.ID, Size: v.Target, ConfigVersion: v.ConfigVersion})
 	return x.Volume, unfinished(err)
+}
+
+// grow has every replica that is in sync grow to the Target: by the engine, where one runs. The others grow when they are
+// brought up. It tells whether one may have grown although not all have.
+func (s *Service) grow(ctx context.Context, v volume.Volume) (grown bool, err error) {
+	if v.Owner != "" {
+		r := volume.Replica{Node: v.Owner}
+		if i := slices.IndexFunc(v.Replicas, func(r volume.Replica) bool { return r.Node == v.Owner }); i >= 0 {
+			r = v.Replicas[i]
+		}
+		err := s.agents.ExpandVolume(ctx, r, v.ID, v.Target)
+		return len(v.InSync()) > 1, err
+	}
+	rs := v.InSync()
+	errs := make([]error, len(rs))
+	var wg sync.WaitGroup
+	for i, r := range rs {
+		wg.Go(func() {
+			if err := s.agents.ResizeReplica(ctx, r.Node, r.Pool, r.ID, v.Target); err != nil {
+				errs[i] = fmt.Errorf("node %s: %w", r.Node, err)
+			}
+		})
+	}
+	wg.Wait()
+	for _, err := range errs {
+		grown = grown || !unresized(err)
+	}
+	return grown, worst(errs)
 }
 
 // unresized tells whether an error of ResizeReplica means that the replica was not grown.
@@ -85,11 +112,15 @@ func unresized(err error) bool {
 	return errors.Is(err, volume.ErrNoSpace) || errors.Is(err, volume.ErrInvalid) || errors.Is(err, volume.ErrOutOfRange)
 }
 
-// ModifyVolume changes the limits that are not nil, online. volume.ErrInvalid: out of bounds, nothing was changed.
-func (s *Service) ModifyVolume(ctx context.Context, id volume.ID, m ModifyQoS) (volume.Volume, error) {
+// ModifyVolume changes what is not nil, online: limits, and how many replicas there are to be, which is brought about in the
+// background. volume.ErrInvalid: out of bounds, or they contradict each other; nothing was changed.
+func (s *Service) ModifyVolume(ctx context.Context, id volume.ID, m Modify) (volume.Volume, error) {
 	v, err := s.live(ctx, id)
 	if err != nil {
 		return volume.Volume{}, err
+	}
+	c := command.ModifyVolume{
+		Volume: id, IOPS: m.IOPS, Bandwidth: m.Bandwidth, Replicas: m.Replicas, MinInSync: m.MinInSync, DataLocality: m.DataLocality,
 	}
 	if err := command.CheckQoS(m.IOPS, m.Bandwidth); err != nil {
 		return volume.Volume{}, err
@@ -99,10 +130,11 @@ func (s *Service) ModifyVolume(ctx context.Context, id volume.ID, m ModifyQoS) (
 		return volume.Volume{}, err
 	}
 	defer unlock()
-	x, err := s.proposeVolume(ctx, command.ModifyQoS{Volume: id, IOPS: m.IOPS, Bandwidth: m.Bandwidth})
-	if err != nil || x.Volume.QoS != v.QoS {
-		s.record(ctx, "volume.modify", string(id), fmt.Sprintf("IOPS %d to %d, bandwidth %d to %d bytes per second",
-			v.QoS.IOPS, x.Volume.QoS.IOPS, v.QoS.Bandwidth, x.Volume.QoS.Bandwidth), err)
+	x, err := s.proposeVolume(ctx, c)
+	p, q := v.Parameters, x.Volume.Parameters
+	if err != nil || x.Volume.QoS != v.QoS || p != q {
+		s.record(ctx, "volume.modify", string(id), fmt.Sprintf("IOPS %d to %d, bandwidth %d to %d bytes per second, replicas %d to %d, minInSync %d to %d, dataLocality %s to %s",
+			v.QoS.IOPS, x.Volume.QoS.IOPS, v.QoS.Bandwidth, x.Volume.QoS.Bandwidth, p.Replicas, q.Replicas, p.MinInSync, q.MinInSync, p.DataLocality, q.DataLocality), err)
 	}
 	if err != nil {
 		return volume.Volume{}, err

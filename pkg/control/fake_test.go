@@ -7,9 +7,11 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -133,7 +135,14 @@ type fakeAgents struct {
 	mu         sync.Mutex
 	replicas   map[volume.ReplicaID]fakeReplica
 	snapshots  map[volume.SnapshotID]fakeReplica
-	attached   map[volume.ID]volume.NodeID // what is written there reaches the replica
+	attached   map[volume.ID]volume.NodeID // what is written there reaches the replicas
+	engines    map[volume.ID]volume.NodeID // without a device
+	epochs     map[volume.ReplicaID]volume.Epoch
+	leases     map[volume.NodeID]time.Duration
+	drained    map[volume.ID]bool
+	calls      []string
+	reports    map[volume.ReplicaID]control.ReplicaReport
+	store      control.Store
 	qos        map[volume.ID]volume.QoS
 	down       map[volume.NodeID]bool
 	conditions []volume.Condition
@@ -152,7 +161,8 @@ func newFakeAgents(f *faults) *fakeAgents {
 	return &fakeAgents{
 		f: f, replicas: map[volume.ReplicaID]fakeReplica{}, snapshots: map[volume.SnapshotID]fakeReplica{},
 		attached: map[volume.ID]volume.NodeID{}, qos: map[volume.ID]volume.QoS{}, down: map[volume.NodeID]bool{},
-		scripted: map[string]error{},
+		scripted: map[string]error{}, engines: map[volume.ID]volume.NodeID{}, epochs: map[volume.ReplicaID]volume.Epoch{},
+		leases: map[volume.NodeID]time.Duration{}, drained: map[volume.ID]bool{}, reports: map[volume.ReplicaID]control.ReplicaReport{},
 	}
 }
 
@@ -179,6 +189,7 @@ func (a *fakeAgents) do(ctx context.Context, method string, node volume.NodeID, 
 		if a.down[node] {
 			return fmt.Errorf("node %s is down: %w", node, volume.ErrUnavailable)
 		}
+		a.calls = append(a.calls, fmt.Sprintf("%s %s", method, node))
 		if err := a.said(method); err != nil {
 			return err
 		}
@@ -193,7 +204,7 @@ func (a *fakeAgents) CreateReplica(ctx context.Context, node volume.NodeID, r co
 		}
 		x := fakeReplica{node: node, pool: r.Pool, size: r.Size}
 		if r.Parent != "" {
-			p, ok := a.snapshots[r.Parent]
+			p, ok := a.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", r.Parent, r.Pool))]
 			if !ok {
 				return fmt.Errorf("parent %s: %w", r.Parent, volume.ErrNotFound)
 			}
@@ -236,34 +247,128 @@ func (a *fakeAgents) ResizeReplica(ctx context.Context, node volume.NodeID, _ vo
 	})
 }
 
-func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
-	return a.do(ctx, "CutSnapshot", node, func() error {
-		if _, ok := a.snapshots[s.ID]; ok {
-			return nil
+func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error {
+	members := a.members(ctx, id)
+	return a.do(ctx, "ExpandVolume", r.Node, func() error {
+		for _, m := range members {
+			x, ok := a.replicas[m.ID]
+			if !ok || a.down[m.Node] {
+				return fmt.Errorf("replica %s: %w", m.ID, volume.ErrUnavailable)
+			}
+			x.size = max(x.size, size)
+			a.replicas[m.ID] = x
 		}
-		x, ok := a.replicas[s.Replica]
-		if !ok {
-			return fmt.Errorf("replica %s: %w", s.Replica, volume.ErrNotFound)
+		return a.said("device")
+	})
+}
+
+// members are what an engine knows to be in sync.
+func (a *fakeAgents) members(ctx context.Context, id volume.ID) []volume.Replica {
+	v, err := a.store.Volume(ctx, id)
+	if err != nil {
+		return nil
+	}
+	return v.InSync()
+}
+
+func (a *fakeAgents) Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (lease time.Duration, err error) {
+	err = a.do(ctx, "Fence", r.Node, func() error {
+		a.epochs[r.ID] = max(a.epochs[r.ID], epoch)
+		lease = a.leases[r.Node]
+		delete(a.attached, id) // what is written there is acknowledged no more
+		delete(a.engines, id)
+		return nil
+	})
+	return lease, err
+}
+
+func (a *fakeAgents) Inspect(_ context.Context, r volume.Replica, _ volume.ID) (control.ReplicaReport, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.down[r.Node] {
+		return control.ReplicaReport{}, fmt.Errorf("node %s is down: %w", r.Node, volume.ErrUnavailable)
+	}
+	return a.reports[r.ID], nil
+}
+
+func (a *fakeAgents) OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, _ volume.Epoch) error {
+	return a.do(ctx, "OpenEngine", node, func() error {
+		if a.attached[id] != node {
+			a.engines[id] = node
 		}
-		a.snapshots[s.ID] = x
 		return nil
 	})
 }
 
-func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.SnapshotID) error {
+func (a *fakeAgents) Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error {
+	v, err := a.store.Volume(ctx, id)
+	if err != nil {
+		return err
+	}
+	return a.do(ctx, "Evict", node, func() error {
+		_, err := a.store.Propose(ctx, command.Commit{Volume: id, Change: replication.Change{Reconfigure: &replication.Reconfigure{
+			Epoch: v.Epoch, ConfigVersion: v.ConfigVersion, Remove: []volume.ReplicaID{r}}}})
+		return err
+	})
+}
+
+func (a *fakeAgents) Drain(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
+	return a.do(ctx, "Drain", node, func() error {
+		a.drained[s.Volume] = true
+		return nil
+	})
+}
+
+func (a *fakeAgents) Release(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
+	return a.do(ctx, "Release", node, func() error {
+		delete(a.drained, s.Volume)
+		return nil
+	})
+}
+
+func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) (holders []volume.ReplicaID, err error) {
+	cut := []volume.Replica{{ID: s.Replica}}
+	if s.Barrier.Number != 0 {
+		cut = a.members(ctx, s.Volume)
+	}
+	err = a.do(ctx, "CutSnapshot", node, func() error {
+		for _, r := range cut {
+			x, ok := a.replicas[r.ID]
+			if !ok {
+				return fmt.Errorf("replica %s: %w", r.ID, volume.ErrNotFound)
+			}
+			if a.down[x.node] {
+				return fmt.Errorf("node %s is down: %w", x.node, volume.ErrBusy)
+			}
+			key := volume.SnapshotID(fmt.Sprintf("%s@%s", s.ID, x.pool))
+			if _, ok := a.snapshots[key]; !ok {
+				a.snapshots[key] = x
+			}
+			holders = append(holders, r.ID)
+		}
+		return nil
+	})
+	return holders, err
+}
+
+func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID) error {
 	return a.do(ctx, "DeleteSnapshot", node, func() error {
-		delete(a.snapshots, id)
+		delete(a.snapshots, volume.SnapshotID(fmt.Sprintf("%s@%s", id, pool)))
 		return nil
 	})
 }
 
-func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.ID) error {
-	return a.do(ctx, "Detach", node, func() error {
+func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (bool, error) {
+	err := a.do(ctx, "Detach", node, func() error {
 		if a.attached[id] == node {
 			delete(a.attached, id)
 		}
+		if a.engines[id] == node {
+			delete(a.engines, id)
+		}
 		return nil
 	})
+	return err == nil, err
 }
 
 func (a *fakeAgents) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error {
@@ -287,7 +392,7 @@ func (a *fakeAgents) Conditions(_ context.Context, node volume.NodeID, _ volume.
 func (a *fakeAgents) Extents(_ context.Context, h volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if _, ok := a.snapshots[s]; !ok {
+	if _, ok := a.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", s, h.Pool))]; !ok {
 		return volume.ErrNotFound
 	}
 	return fn(control.Extent{Offset: offset, Length: 4096})

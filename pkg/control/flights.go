@@ -64,5 +64,8 @@ func (f *flights) leave(key string, x *flight) {
 
 func volumeKey(id string) string      { return "volume " + id }
 func volumeNameKey(n string) string   { return "volume named " + n }
+func cutKey(id string) string         { return "cut of volume " + id }
+func groupNameKey(n string) string    { return "group named " + n }
+func groupKey(id string) string       { return "group " + id }
 func snapshotKey(id string) string    { return "snapshot " + id }
 func snapshotNameKey(n string) string { return "snapshot named " + n }

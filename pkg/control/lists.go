@@ -29,7 +29,7 @@ func (s *Service) Volumes(ctx context.Context, p Page) ([]volume.Volume, string,
 // Snapshot returns a snapshot that is Creating or Ready; volume.ErrNotFound where there is none.
 func (s *Service) Snapshot(ctx context.Context, id volume.SnapshotID) (volume.Snapshot, error) {
 	x, err := s.store.Snapshot(ctx, id)
-	if err == nil && x.State == volume.Deleting {
+	if err == nil && (x.State == volume.Deleting || x.Hidden) {
 		err = fmt.Errorf("snapshot %s does not exist: %w", id, volume.ErrNotFound)
 	}
 	if err != nil {
@@ -55,7 +55,7 @@ func (s *Service) Snapshots(ctx context.Context, f SnapshotFilter, p Page) ([]vo
 			}
 			return []volume.Snapshot{x}, nil
 		},
-		func(x volume.Snapshot) (string, bool) { return string(x.ID), x.State == volume.Ready })
+		func(x volume.Snapshot) (string, bool) { return string(x.ID), x.State == volume.Ready && !x.Hidden })
 }
 
 // list reads one page; fetch returns at most n items after an id, n 0 all; what tells an item's id and whether it is shown
@@ -101,11 +101,12 @@ func (s *Service) Capacity(ctx context.Context, q CapacityQuery) (Capacity, erro
 	if err != nil {
 		return Capacity{}, err
 	}
-	view, err := s.view(ctx)
+	c, err := s.cluster(ctx)
 	if err != nil {
 		return Capacity{}, err
 	}
-	if err := s.settling(view); err != nil && (view.Down[q.Node] != "" || len(view.Down) == len(view.Nodes)) {
+	view := c.view()
+	if err := s.settling(c); err != nil && (c.silent[q.Node] != "" || len(c.silent) == len(c.nodes)) {
 		return Capacity{}, err
 	}
 	r := placement.Request{Replicas: p.Replicas, Pool: p.Pool, Locality: p.DataLocality}

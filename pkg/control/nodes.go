@@ -30,7 +30,7 @@ func (s *Service) RegisterNode(ctx context.Context, n volume.Node) error {
 
 // ReportUsage takes what a node measured; it also says that the node is there. volume.ErrNotFound: it has not registered.
 func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) error {
-	known, err := s.measured(ctx)
+	known, err := s.measured(ctx, node)
 	if err != nil {
 		return err
 	}
@@ -55,15 +55,14 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 	return nil
 }
 
-// usage is what the records know, with the physical bytes they say. The cut of a clone belongs to the clone's volume.
+// usage is what the records know to be on a node, with the physical bytes they say.
 type usage struct {
 	replicas  map[volume.ReplicaID]int64
 	snapshots map[volume.SnapshotID]int64
-	cuts      map[volume.SnapshotID]bool
 }
 
-func (s *Service) measured(ctx context.Context) (usage, error) {
-	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}, map[volume.SnapshotID]bool{}}
+func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, error) {
+	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}}
 	vs, err := s.store.Volumes(ctx, "", 0)
 	if err != nil {
 		return u, err
@@ -73,13 +72,18 @@ func (s *Service) measured(ctx context.Context) (usage, error) {
 		return u, err
 	}
 	for _, v := range vs {
-		for _, r := range v.Replicas {
-			u.replicas[r.ID] = v.PhysicalBytes
+		for _, r := range slices.Concat(v.Replicas, v.Leaving) {
+			if r.Node == node {
+				u.replicas[r.ID] = r.PhysicalBytes
+			}
 		}
-		u.cuts[cloneCut(v.ID)] = true
 	}
 	for _, x := range ss {
-		u.snapshots[x.ID] = x.PhysicalBytes
+		for _, h := range x.Holders {
+			if h.Node == node {
+				u.snapshots[x.ID] = h.PhysicalBytes
+			}
+		}
 	}
 	return u, nil
 }
@@ -112,7 +116,7 @@ func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) {
 		}
 	}
 	for id, n := range u.Snapshots {
-		if _, ok := known.snapshots[id]; !ok && !known.cuts[id] && len(found) < maxStrays {
+		if _, ok := known.snapshots[id]; !ok && len(found) < maxStrays {
 			found[string(id)] = Stray{Node: node, Snapshot: id, PhysicalBytes: n}
 		}
 	}

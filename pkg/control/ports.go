@@ -2,8 +2,10 @@ package control
 
 import (
 	"context"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -19,14 +21,33 @@ type ReplicaSpec struct {
 	Parent volume.SnapshotID
 }
 
-// SnapshotSpec is what a node needs to cut a snapshot of a replica that it holds.
+// SnapshotSpec is what a node needs to cut a snapshot.
 type SnapshotSpec struct {
-	ID      volume.SnapshotID
-	Volume  volume.ID
+	ID     volume.SnapshotID
+	Volume volume.ID
+	// Barrier is what the volume's record announces. With Number 0 no engine runs, and Replica in Pool, on the node that is
+	// asked, is the only one in sync; else the node runs the engine of Barrier's epoch, and the two name the replica that it
+	// has itself, or nothing.
+	Barrier volume.Barrier
 	Replica volume.ReplicaID
 	Pool    volume.PoolID
 	// Freeze asks that the volume's filesystem, where it is mounted, be frozen around the cut.
 	Freeze bool
+}
+
+// ReplicaReport is what a replica says of itself, for people who must choose one.
+type ReplicaReport struct {
+	// Present is false where the pool does not have it.
+	Present       bool
+	Role          volume.ReplicaRole
+	Poisoned      bool
+	Lineage       uint64
+	Epoch         volume.Epoch
+	ConfigVersion volume.ConfigVersion
+	// LastFlush is when it was last made durable; 0 is not known.
+	LastFlush volume.Timestamp
+	// Size is the durable size, in bytes.
+	Size int64
 }
 
 // Usage is what a node measures of its pools.
@@ -43,21 +64,45 @@ type Usage struct {
 type Agents interface {
 	// CreateReplica makes a replica. volume.ErrNoSpace if the pool cannot hold it, volume.ErrNotFound without its parent.
 	CreateReplica(ctx context.Context, node volume.NodeID, r ReplicaSpec) error
-	// DeleteReplica frees a replica's own layers. It is not attached any more.
+	// DeleteReplica fences a replica and frees its own layers: an engine that still has it gets nothing more through.
+	// volume.ErrInUse where the volume is attached to that very node.
 	DeleteReplica(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.ReplicaID) error
 	// HasReplica tells whether the pool has it.
 	HasReplica(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.ReplicaID) (bool, error)
-	// ResizeReplica grows a replica durably, and then the kernel's device where the volume is attached. volume.ErrNoSpace,
-	// ErrInvalid or ErrOutOfRange: this call has not grown it. After any other error it may have.
+	// ResizeReplica grows a replica of a volume whose engine does not run, durably. volume.ErrNoSpace, ErrInvalid or
+	// ErrOutOfRange: this call has not grown it. After any other error it may have.
 	ResizeReplica(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.ReplicaID, size int64) error
-	// CutSnapshot seals the present state under the snapshot's id: everything acknowledged before the call is in it.
-	CutSnapshot(ctx context.Context, node volume.NodeID, s SnapshotSpec) error
+	// ExpandVolume has the engine on r's node grow every replica that is in sync, durably, and then the kernel's device where
+	// there is one. An engine that does not run yet is run for that. r is the replica that the node has itself, if any. Errors
+	// are those of ResizeReplica.
+	ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error
+	// Fence has a replica refuse what comes with a lower epoch, durably, and returns for how long the engine that it
+	// answered before may go on serving reads.
+	Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (lease time.Duration, err error)
+	// Inspect asks a replica what it knows of itself.
+	Inspect(ctx context.Context, r volume.Replica, id volume.ID) (ReplicaReport, error)
+	// OpenEngine runs the volume's engine, without a device, until Detach; its epoch is at least the one given. One that runs
+	// already reads the volume's record anew. Nil: its replicas are alike, and what is behind is being brought up.
+	OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) error
+	// Evict has the engine take a replica out of the in-sync set; volume.ErrInUse for the last.
+	Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error
+	// CutSnapshot seals the present state under the snapshot's id, on every replica that is in sync, and returns those; an
+	// engine that does not run yet is run for that. Everything acknowledged before the call is in it, and where Drain was called before, all that was acknowledged when it
+	// returned and nothing else. volume.ErrBusy: it was not possible without holding writes for too long, or the replicas in
+	// sync changed; what was sealed is to be deleted.
+	CutSnapshot(ctx context.Context, node volume.NodeID, s SnapshotSpec) ([]volume.ReplicaID, error)
+	// Drain holds the volume's writes, and when it returns none is under way. They go on with Release, or by themselves after
+	// a second; CutSnapshot is volume.ErrBusy from then on.
+	Drain(ctx context.Context, node volume.NodeID, s SnapshotSpec) error
+	// Release lets writes go on. Where they do already it is nil.
+	Release(ctx context.Context, node volume.NodeID, s SnapshotSpec) error
 	// DeleteSnapshot unpins a snapshot; its space is freed in the background.
 	DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID) error
-	// Detach stops the volume's engine and its device. When it returns nil, nothing that the node's workloads write
-	// reaches the replica any more. A device that is staged but not published is unmounted first; one that is published
+	// Detach stops the volume's engine, and its device where it has one. When it returns nil, nothing that the node's
+	// workloads write reaches the volume any more; clean tells that all of it was written out first, and that nobody can be
+	// served by that engine any more. A device that is staged but not published is unmounted first; one that is published
 	// fails all its I/O for good.
-	Detach(ctx context.Context, node volume.NodeID, id volume.ID) error
+	Detach(ctx context.Context, node volume.NodeID, id volume.ID) (clean bool, err error)
 	// SetQoS changes the limits of a volume where it is attached; elsewhere it does nothing.
 	SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error
 	// Conditions reports what is wrong with a volume on that node.
@@ -86,7 +131,13 @@ type Store interface {
 	Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) ([]volume.Snapshot, error)
 	// Unsettled lists what is in a state that must end: being created, deleted, expanded or detached.
 	Unsettled(ctx context.Context) ([]volume.ID, []volume.SnapshotID, error)
+	// Group returns a group snapshot with its members.
+	Group(ctx context.Context, id volume.GroupID) (volume.Group, []volume.Snapshot, error)
+	Groups(ctx context.Context) ([]volume.Group, error)
 	Nodes(ctx context.Context) ([]volume.Node, error)
+	// RemovedNodes lists the nodes that were removed and did not join again.
+	RemovedNodes(ctx context.Context) ([]volume.NodeID, error)
+	JoinTokens(ctx context.Context) ([]jointoken.Record, error)
 	Quotas(ctx context.Context) ([]volume.Quota, error)
 }
 

@@ -41,9 +41,25 @@ type CreateSnapshot struct {
 	Freeze bool
 }
 
-// ModifyQoS changes what is not nil.
-type ModifyQoS struct {
-	IOPS, Bandwidth *int64
+// CreateGroup asks for snapshots of several volumes at one instant. The same name and volumes again return the same ones.
+type CreateGroup struct {
+	Name    string
+	Volumes []volume.ID
+	// Freeze asks that mounted filesystems be frozen around the cut.
+	Freeze bool
+}
+
+// Group is a group snapshot with its members.
+type Group struct {
+	volume.Group
+	Members []volume.Snapshot
+}
+
+// Modify changes what is not nil.
+type Modify struct {
+	IOPS, Bandwidth     *int64
+	Replicas, MinInSync *int
+	DataLocality        *volume.DataLocality
 }
 
 // CapacityQuery asks what could be placed.

@@ -86,6 +86,10 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 		return s.resumed(ctx, "volume.create", string(id), err)
 	case v.Attachment != nil && v.Attachment.Detaching:
 		return s.resumed(ctx, "volume.detach", string(id), s.completeDetach(ctx, v))
+	case v.Attachment == nil && v.Owner != "" && !s.wanting(v):
+		return s.resumed(ctx, "volume.close", string(id), s.closeEngine(ctx, v))
+	case len(v.Leaving) > 0:
+		return s.resumed(ctx, "replica.free", string(id), s.freeReplicas(ctx, v, v.Leaving))
 	case v.Target != 0:
 		_, err := s.completeExpand(ctx, v, false)
 		return s.resumed(ctx, "volume.expand", string(id), err)
@@ -120,9 +124,22 @@ func (s *Service) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	case volume.Deleting:
 		return s.resumed(ctx, "snapshot.free", string(id), s.completeDeleteSnapshot(ctx, x))
 	case volume.Creating:
+		if x.Group != "" {
+			return s.resumeGroup(ctx, x.Group)
+		}
 		return s.resumed(ctx, "snapshot.drop", string(id), s.abandonSnapshot(ctx, id, errors.New("the call that began it was cut off")))
 	}
 	return nil
+}
+
+// resumeGroup drops a group that was left unfinished.
+func (s *Service) resumeGroup(ctx context.Context, id volume.GroupID) error {
+	unlock, ok := s.flights.tryLock(groupKey(string(id)))
+	if !ok {
+		return fmt.Errorf("group %s: %w", id, ErrUnderWay)
+	}
+	defer unlock()
+	return s.resumed(ctx, "group.drop", string(id), s.abandonGroup(ctx, id, errors.New("the call that began it was cut off")))
 }
 
 // ResumeQoS tells the node of an attached volume its limits again. It returns ErrUnderWay, and does nothing, while a call

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"time"
@@ -27,6 +28,8 @@ type Options struct {
 	NodeTimeout time.Duration
 	// UndoTimeout bounds what is undone after a refusal, and how long a delete waits for a node: 10 seconds.
 	UndoTimeout time.Duration
+	// FenceTimeout bounds the wait for one replica to be fenced, or one engine to be ended politely: 2 seconds.
+	FenceTimeout time.Duration
 }
 
 // Service is the use cases. Every method may be called at once with every other; operations on one volume take turns.
@@ -41,6 +44,8 @@ type Service struct {
 	mu sync.Mutex
 	// staleQoS are attached volumes whose node may not have their limits; nil until all of them have been looked at.
 	staleQoS map[volume.ID]bool
+	// offline are pools without their disk, since when that was seen.
+	offline map[volume.PoolID]time.Time
 	// strays by node; suspects were seen in one report only and may be on their way out.
 	strays, suspects map[volume.NodeID]map[string]Stray
 }
@@ -59,6 +64,9 @@ func New(store Store, agents Agents, o Options) *Service {
 	if o.UndoTimeout == 0 {
 		o.UndoTimeout = 10 * time.Second
 	}
+	if o.FenceTimeout == 0 {
+		o.FenceTimeout = 2 * time.Second
+	}
 	return &Service{
 		store: store, agents: agents, o: o, started: o.Now(), flights: flights{m: map[string]*flight{}},
 		strays: map[volume.NodeID]map[string]Stray{}, suspects: map[volume.NodeID]map[string]Stray{},
@@ -68,6 +76,7 @@ func New(store Store, agents Agents, o Options) *Service {
 const (
 	volumePrefix   = "vol-"
 	snapshotPrefix = "snap-"
+	groupPrefix    = "group-"
 	clonePrefix    = "clone-"
 	replicaPrefix  = "rep-"
 	idBytes        = 10
@@ -162,26 +171,39 @@ func unfinished(err error) error {
 	return fmt.Errorf("%v: %w", err, volume.ErrUnavailable)
 }
 
-// view is the cluster for placement.
-func (s *Service) view(ctx context.Context) (placement.View, error) {
+// cluster is the nodes, and why those that do not report cannot be used.
+type cluster struct {
+	nodes  []volume.Node
+	silent map[volume.NodeID]string
+}
+
+func (s *Service) cluster(ctx context.Context) (cluster, error) {
 	nodes, err := s.store.Nodes(ctx)
-	if err != nil {
-		return placement.View{}, err
-	}
-	v := placement.View{Nodes: nodes, Down: map[volume.NodeID]string{}}
+	c := cluster{nodes, map[volume.NodeID]string{}}
 	for _, n := range nodes {
 		if silent := s.silence(n); silent > s.o.NodeTimeout {
-			v.Down[n.ID] = fmt.Sprintf("its node has not reported for %s", silent.Round(time.Second))
+			c.silent[n.ID] = fmt.Sprintf("its node has not reported for %s", silent.Round(time.Second))
 		}
 	}
-	return v, nil
+	return c, err
+}
+
+// view is the cluster for placement: nothing new goes to nodes that are silent, drained or being emptied.
+func (c cluster) view() placement.View {
+	v := placement.View{Nodes: c.nodes, Down: maps.Clone(c.silent)}
+	for _, n := range c.nodes {
+		if n.State != volume.NodeActive && v.Down[n.ID] == "" {
+			v.Down[n.ID] = fmt.Sprintf("its node is %s", n.State)
+		}
+	}
+	return v
 }
 
 // settling returns volume.ErrUnavailable while nodes that seem to be down, or are not known yet, may just not have
 // reported since this process started: what has no room now may have some in a moment.
-func (s *Service) settling(v placement.View) error {
-	if len(v.Nodes) == 0 || len(v.Down) > 0 && s.o.Now().Sub(s.started) < s.o.NodeTimeout {
-		return fmt.Errorf("%d of %d nodes have reported since the start: %w", len(v.Nodes)-len(v.Down), len(v.Nodes), volume.ErrUnavailable)
+func (s *Service) settling(c cluster) error {
+	if len(c.nodes) == 0 || len(c.silent) > 0 && s.o.Now().Sub(s.started) < s.o.NodeTimeout {
+		return fmt.Errorf("%d of %d nodes have reported since the start: %w", len(c.nodes)-len(c.silent), len(c.nodes), volume.ErrUnavailable)
 	}
 	return nil
 }

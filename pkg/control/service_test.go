@@ -22,7 +22,7 @@ func TestAttach(t *testing.T) {
 	if first.Epoch != v.Epoch+1 || again.Epoch != first.Epoch || again.Attachment.Since != first.Attachment.Since {
 		t.Errorf("epochs %d, %d, %d", v.Epoch, first.Epoch, again.Epoch)
 	}
-	rwx := volume.Capability{Access: volume.AccessBlock, Mode: volume.MultiNodeMultiWriter}
+	block := volume.Capability{Access: volume.AccessBlock, Mode: volume.MultiNodeReaderOnly}
 	for _, c := range []struct {
 		name string
 		r    control.Attach
@@ -30,12 +30,13 @@ func TestAttach(t *testing.T) {
 		says string
 	}{
 		{"other readonly", control.Attach{Volume: v.ID, Node: "n1", ReadOnly: true, Capability: mount()[0]}, volume.ErrExists, "n1"},
-		{"other capability", control.Attach{Volume: v.ID, Node: "n1", Capability: rwx}, volume.ErrExists, "n1"},
+		{"other capability", control.Attach{Volume: v.ID, Node: "n1", Capability: block}, volume.ErrExists, "n1"},
 		{"other node", control.Attach{Volume: v.ID, Node: "n2", Capability: mount()[0]}, volume.ErrInUse, "n1"},
-		{"other node, many writers", control.Attach{Volume: v.ID, Node: "n2", Capability: rwx}, volume.ErrInUse, "n1"},
+		{"other node, many readers", control.Attach{Volume: v.ID, Node: "n2", Capability: block}, volume.ErrInUse, "n1"},
 		{"unknown node", control.Attach{Volume: v.ID, Node: "n9", Capability: mount()[0]}, volume.ErrNotFound, "n9"},
 		{"no node", control.Attach{Volume: v.ID, Capability: mount()[0]}, volume.ErrNotFound, ""},
 		{"unknown volume", control.Attach{Volume: "none-exist-id", Node: "n1", Capability: mount()[0]}, volume.ErrNotFound, "none-exist-id"},
+		{"device of many writers", control.Attach{Volume: v.ID, Node: "n1", Capability: volume.Capability{Access: volume.AccessBlock, Mode: volume.MultiNodeMultiWriter}}, volume.ErrInvalid, "SINGLE_NODE"},
 		{"filesystem of many writers", control.Attach{Volume: v.ID, Node: "n1", Capability: volume.Capability{Access: volume.AccessMount, Mode: volume.MultiNodeMultiWriter}}, volume.ErrInvalid, "block"},
 	} {
 		_, err := w.Attach(ctx, c.r)
@@ -173,14 +174,14 @@ func TestModify(t *testing.T) {
 	v := w.mustAttach(w.mustCreate(create("v")).ID, "n1")
 	n := func(i int64) *int64 { return &i }
 	for _, c := range []struct {
-		m    control.ModifyQoS
+		m    control.Modify
 		want volume.QoS
 		err  error
 	}{
-		{control.ModifyQoS{IOPS: n(5), Bandwidth: n(mib)}, volume.QoS{IOPS: 5, Bandwidth: mib}, nil},
-		{control.ModifyQoS{}, volume.QoS{IOPS: 5, Bandwidth: mib}, nil},
-		{control.ModifyQoS{IOPS: n(0)}, volume.QoS{Bandwidth: mib}, nil},
-		{control.ModifyQoS{IOPS: n(7), Bandwidth: n(-1)}, volume.QoS{Bandwidth: mib}, volume.ErrInvalid},
+		{control.Modify{IOPS: n(5), Bandwidth: n(mib)}, volume.QoS{IOPS: 5, Bandwidth: mib}, nil},
+		{control.Modify{}, volume.QoS{IOPS: 5, Bandwidth: mib}, nil},
+		{control.Modify{IOPS: n(0)}, volume.QoS{Bandwidth: mib}, nil},
+		{control.Modify{IOPS: n(7), Bandwidth: n(-1)}, volume.QoS{Bandwidth: mib}, volume.ErrInvalid},
 	} {
 		_, err := w.ModifyVolume(ctx, v.ID, c.m)
 		wantErr(t, err, c.err)
@@ -189,11 +190,11 @@ func TestModify(t *testing.T) {
 			t.Errorf("limits %+v, node %+v, want %+v (%v)", got.QoS, w.agents.qos[v.ID], c.want, err)
 		}
 	}
-	_, err := w.ModifyVolume(ctx, "none-exist-id", control.ModifyQoS{IOPS: n(-1)})
+	_, err := w.ModifyVolume(ctx, "none-exist-id", control.Modify{IOPS: n(-1)})
 	wantErr(t, err, volume.ErrNotFound)
 	// A node that does not answer gets the limits later.
 	w.agents.setDown("n1", true)
-	_, err = w.ModifyVolume(ctx, v.ID, control.ModifyQoS{IOPS: n(9)})
+	_, err = w.ModifyVolume(ctx, v.ID, control.Modify{IOPS: n(9)})
 	wantErr(t, err, nil)
 	w.agents.setDown("n1", false)
 	w.reconcile()
@@ -483,7 +484,7 @@ func TestStraysAreShownAndKept(t *testing.T) {
 	u := control.Usage{Pools: []volume.Pool{pool("p1", "n1", 100*gib)},
 		Replicas:  map[volume.ReplicaID]int64{v.Replicas[0].ID: 1, "rep-00000000000000000000-0": 2, "odd": 3},
 		Snapshots: map[volume.SnapshotID]int64{"snap-00000000000000000000": 4, "clone-" + volume.SnapshotID(strings.TrimPrefix(string(v.ID), "vol-")): 5}}
-	for pass, want := range []int{0, 3, 3} {
+	for pass, want := range []int{0, 4, 4} {
 		xs, err := w.Strays(ctx)
 		if err != nil || (pass > 0 && len(xs) != want*min(1, pass-1)) {
 			t.Errorf("pass %d: %v %v", pass, xs, err)

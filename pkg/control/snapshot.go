@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -50,53 +51,143 @@ func (s *Service) snapshotOnce(ctx context.Context, r CreateSnapshot) (x volume.
 	if len(r.Volume) > volume.MaxNameLen || r.Volume == "" {
 		return x, false, fmt.Errorf("volume %.128q does not exist: %w", r.Volume, volume.ErrNotFound)
 	}
-	res, err := s.proposeSnapshot(ctx, command.BeginSnapshot{Now: s.now(), ID: id, Name: r.Name, Volume: r.Volume, Freeze: r.Freeze})
+	return s.takeSnapshot(ctx, command.BeginSnapshot{Now: s.now(), ID: id, Name: r.Name, Volume: r.Volume, Freeze: r.Freeze})
+}
+
+// takeSnapshot announces a snapshot and has it cut, or returns the one that has the name. With several replicas in sync an
+// engine must cut them together: where none runs, one is opened for that, and nobody attaches meanwhile. The caller has
+// the snapshot's lock.
+func (s *Service) takeSnapshot(ctx context.Context, begin command.BeginSnapshot) (x volume.Snapshot, made bool, err error) {
+	x, made, err = s.tryCut(ctx, begin)
+	if !startOver(err) {
+		return x, made, err
+	}
+	if v, e := s.live(ctx, begin.Volume); e != nil || !needsEngine(v) {
+		return x, made, err
+	}
+	done, e := s.withEngine(ctx, begin.Volume)
+	if e != nil {
+		return x, made, fmt.Errorf("snapshot of volume %s: %w", begin.Volume, unfinished(e))
+	}
+	defer done()
+	return s.tryCut(ctx, begin)
+}
+
+func needsEngine(v volume.Volume) bool {
+	return v.State == volume.Ready && v.Attachment == nil && len(v.InSync()) > 1
+}
+
+// withEngine opens the engine of a volume that nobody has attached, where it needs one; done closes it.
+func (s *Service) withEngine(ctx context.Context, id volume.ID) (done func(), err error) {
+	unlock, err := s.flights.lock(ctx, volumeKey(string(id)))
+	if err != nil {
+		return nil, err
+	}
+	v, err := s.store.Volume(ctx, id)
+	if err != nil || !needsEngine(v) {
+		unlock()
+		return func() {}, ignoreNotFound(err)
+	}
+	if v, err = s.openEngine(ctx, v); err != nil {
+		unlock()
+		return nil, err
+	}
+	return func() {
+		defer unlock()
+		ctx, cancel := s.undoing(ctx)
+		defer cancel()
+		if err := s.closeEngine(ctx, v); err != nil {
+			s.o.Logger.Warn("engine will be closed later", "volume", id, "error", err)
+		}
+	}, nil
+}
+
+func (s *Service) tryCut(ctx context.Context, begin command.BeginSnapshot) (x volume.Snapshot, made bool, err error) {
+	unlock, err := s.flights.lock(ctx, cutKey(string(begin.Volume))) // an engine cuts one at a time
+	if err != nil {
+		return x, false, err
+	}
+	defer unlock()
+	res, err := s.proposeSnapshot(ctx, begin)
+	if errors.Is(err, volume.ErrBusy) { // an expand, another snapshot or an attach was faster
+		return x, false, again{err}
+	}
 	if err != nil {
 		return x, false, err
 	}
 	x = res.Snapshot
 	switch {
-	case x.Volume != r.Volume:
+	case x.Volume != begin.Volume:
 		return x, false, fmt.Errorf("snapshot %s has the name %q and is of volume %s: %w", x.ID, x.Name, x.Volume, volume.ErrExists)
 	case x.State == volume.Ready:
 		return x, false, nil
 	case !res.Created:
 		// Left by a call that was cut off and never answered: what it cut may be old.
-		unlock, err := s.flights.lock(ctx, snapshotKey(string(x.ID)))
-		if err != nil {
-			return x, false, err
+		if x.ID != begin.ID {
+			unlock, err := s.flights.lock(ctx, snapshotKey(string(x.ID)))
+			if err != nil {
+				return x, false, err
+			}
+			defer unlock()
 		}
-		defer unlock()
 		if err := s.abandonSnapshot(ctx, x.ID, errors.New("the call that began it was cut off")); err != nil {
 			return x, false, err
 		}
 		return x, false, again{fmt.Errorf("snapshot %s was left unfinished; try again: %w", x.ID, volume.ErrBusy)}
 	}
-	for _, h := range x.Holders {
-		err := s.agents.CutSnapshot(ctx, h.Node, SnapshotSpec{ID: x.ID, Volume: x.Volume, Replica: h.ID, Pool: h.Pool, Freeze: x.Freeze})
-		if err == nil {
-			continue
-		}
-		err = fmt.Errorf("cut snapshot %s of volume %s on node %s: %w", x.ID, x.Volume, h.Node, err)
-		if !definite(err) {
-			return x, true, unfinished(err)
-		}
-		if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
-			return x, true, err
-		}
-		return x, true, err
+	cut, err := s.cut(ctx, x)
+	if err == nil {
+		res, err = s.proposeSnapshot(ctx, command.FinishSnapshot{Cut: cut})
+	} else {
+		err = fmt.Errorf("cut snapshot %s of volume %s: %w", x.ID, x.Volume, err)
 	}
-	res, err = s.proposeSnapshot(ctx, command.FinishSnapshot{Snapshot: x.ID})
-	if errors.Is(err, volume.ErrBusy) {
+	switch {
+	case err == nil:
+		return res.Snapshot, true, nil
+	case errors.Is(err, volume.ErrBusy):
 		if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
 			return x, true, err
 		}
 		return x, true, again{err}
-	}
-	if err != nil {
+	case !definite(err):
 		return x, true, unfinished(err)
 	}
-	return res.Snapshot, true, nil
+	if err := s.abandonSnapshot(ctx, x.ID, err); err != nil {
+		return x, true, err
+	}
+	return x, true, err
+}
+
+// cut has a snapshot that was announced cut: by the engine, or else by the one replica that is in sync.
+func (s *Service) cut(ctx context.Context, x volume.Snapshot) (command.Cut, error) {
+	node, spec, err := s.cutter(ctx, x)
+	if err != nil {
+		return command.Cut{}, err
+	}
+	holders, err := s.agents.CutSnapshot(ctx, node, spec)
+	return command.Cut{Snapshot: x.ID, Number: x.Cut.Number, ConfigVersion: x.Cut.ConfigVersion, Holders: holders}, err
+}
+
+// cutter is the node that cuts a snapshot, and what it needs for that.
+func (s *Service) cutter(ctx context.Context, x volume.Snapshot) (volume.NodeID, SnapshotSpec, error) {
+	spec := SnapshotSpec{ID: x.ID, Volume: x.Volume, Barrier: *x.Cut, Freeze: x.Freeze}
+	node := x.Holders[0].Node
+	if x.Cut.Number != 0 {
+		v, err := s.live(ctx, x.Volume)
+		if err != nil {
+			return "", spec, err
+		}
+		if v.Epoch != x.Cut.Epoch || v.Owner == "" {
+			return "", spec, fmt.Errorf("volume %s was attached or detached meanwhile: %w", v.ID, volume.ErrBusy)
+		}
+		node = v.Owner
+	}
+	for _, h := range x.Holders {
+		if h.Node == node {
+			spec.Replica, spec.Pool = h.ID, h.Pool
+		}
+	}
+	return node, spec, nil
 }
 
 // abandonSnapshot undoes a snapshot that nobody was told of. nil: nothing of it is left. Otherwise the reconciler goes on,
@@ -154,18 +245,22 @@ func (s *Service) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 // completeDeleteSnapshot has the holders of a snapshot with a tombstone let go of it, and forgets it. The caller has its
 // lock.
 func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot) error {
-	view, err := s.view(ctx)
+	c, err := s.cluster(ctx)
 	if err != nil {
 		return err
 	}
-	var errs []error
-	for _, h := range x.Holders {
-		if why := view.Down[h.Node]; why != "" {
-			errs = append(errs, fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable))
-		} else if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID); err != nil {
-			errs = append(errs, fmt.Errorf("free snapshot %s on node %s: %w", x.ID, h.Node, err))
-		}
+	errs := make([]error, len(x.Holders))
+	var wg sync.WaitGroup
+	for i, h := range x.Holders {
+		wg.Go(func() {
+			if why := c.silent[h.Node]; why != "" {
+				errs[i] = fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable)
+			} else if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID); err != nil {
+				errs[i] = fmt.Errorf("free snapshot %s on node %s: %w", x.ID, h.Node, err)
+			}
+		})
 	}
+	wg.Wait()
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}

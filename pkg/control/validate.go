@@ -28,6 +28,10 @@ func CheckCapability(c volume.Capability) error {
 		if c.FSType != "" || len(c.MountFlags) > 0 {
 			return fmt.Errorf("block access has no filesystem and no mount flags: %w", volume.ErrInvalid)
 		}
+		if c.Mode == volume.MultiNodeMultiWriter || c.Mode == volume.MultiNodeSingleWriter {
+			return fmt.Errorf("access mode %s is not supported: a volume is written through one node at a time, which alone keeps its replicas alike; ask for one of the SINGLE_NODE modes: %w",
+				c.Mode, volume.ErrInvalid)
+		}
 	case volume.AccessMount:
 		if c.Mode == volume.MultiNodeMultiWriter || c.Mode == volume.MultiNodeSingleWriter {
 			return fmt.Errorf("access mode %s needs block access: a filesystem of one node cannot be written while others use it: %w", c.Mode, volume.ErrInvalid)

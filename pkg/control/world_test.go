@@ -3,6 +3,7 @@ package control_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -43,6 +44,7 @@ func newWorld(t *testing.T) *world {
 	})
 	w := &world{t: t, store: st, f: &faults{}, now: time.Unix(1000, 0)}
 	w.agents = newFakeAgents(w.f)
+	w.agents.store = st
 	w.restart()
 	w.register("n1", pool("p1", "n1", 100*gib))
 	return w
@@ -141,13 +143,18 @@ func (w *world) check() {
 		if x.State != volume.Ready {
 			w.t.Errorf("snapshot %s is unfinished: %+v", x.ID, x)
 		}
-		snaps = append(snaps, x.ID)
+		for _, h := range x.Holders {
+			snaps = append(snaps, volume.SnapshotID(fmt.Sprintf("%s@%s", x.ID, h.Pool)))
+		}
 		u := used[x.Tenant]
 		u.PhysicalBytes += x.PhysicalBytes
-		u.Snapshots++
+		if !x.Hidden {
+			u.Snapshots++
+		}
 		used[x.Tenant] = u
 	}
 	slices.Sort(rs)
+	slices.Sort(snaps)
 	gotR, gotS := w.agents.held()
 	if d := cmp.Diff(rs, append([]volume.ReplicaID{}, gotR...)); d != "" {
 		w.t.Errorf("replicas: records -, pools +\n%s", d)

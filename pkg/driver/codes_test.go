@@ -128,7 +128,7 @@ func TestPoint02_CodeTable(t *testing.T) {
 			Mount: &csi.VolumeCapability_MountVolume{VolumeMountGroup: "1000"}}})), codes.InvalidArgument},
 		{"CreateVolume no access type", createVolume(caps(&csi.VolumeCapability{AccessMode: writer.AccessMode})), codes.InvalidArgument},
 		{"Point21 CreateVolume RWX mount", createVolume(name("rwx"), caps(mountCap(rwx))), codes.InvalidArgument},
-		{"Point21 CreateVolume RWX block", createVolume(name("rwx-block"), caps(blockCap(rwx))), codes.OK},
+		{"Point21 CreateVolume RWX block", createVolume(name("rwx-block"), caps(blockCap(rwx))), codes.InvalidArgument},
 		{"CreateVolume unsupported filesystem", createVolume(param("fsType", "ntfs")), codes.InvalidArgument},
 		{"CreateVolume unknown parameter", createVolume(param("color", "red")), codes.InvalidArgument},
 		{"CreateVolume mutable key in parameters", createVolume(param("iopsLimit", "1")), codes.InvalidArgument},
@@ -225,8 +225,10 @@ func TestPoint02_CodeTable(t *testing.T) {
 		{"Modify unknown key", modify(v, map[string]string{"iopsLimit": "5", "color": "red"}), codes.InvalidArgument},
 		{"Modify fixed parameter of a class", modify(v, map[string]string{"blockSize": "512"}), codes.InvalidArgument},
 		{"Modify replicas to what they are", modify(v, map[string]string{"replicas": "1", "minInSync": "1", "dataLocality": "preferred"}), codes.OK},
-		{"Modify replicas", modify(v, map[string]string{"replicas": "2"}), codes.InvalidArgument},
-		{"Modify locality", modify(v, map[string]string{"dataLocality": "required"}), codes.InvalidArgument},
+		{"Modify replicas", modify(v, map[string]string{"replicas": "2"}), codes.OK},
+		{"Modify replicas below minInSync", modify(v, map[string]string{"replicas": "1", "minInSync": "2"}), codes.InvalidArgument},
+		{"Modify replicas to too many", modify(v, map[string]string{"replicas": "6"}), codes.InvalidArgument},
+		{"Modify locality", modify(v, map[string]string{"dataLocality": "required"}), codes.OK},
 		{"Modify limits", modify(v, map[string]string{"iopsLimit": "10k", "bandwidthLimit": "100Mi"}), codes.OK},
 		{"Modify limit out of bounds", modify(v, map[string]string{"bandwidthLimit": "1"}), codes.InvalidArgument},
 
@@ -317,7 +319,7 @@ func TestNamesInErrors(t *testing.T) {
 	_, onOther := w.ControllerPublishVolume(w.ctx, w.publish(v, "n2"))
 	_, inUse := w.DeleteVolume(w.ctx, &csi.DeleteVolumeRequest{VolumeId: v})
 	_, unknown := w.CreateVolume(w.ctx, create("x", func(r *csi.CreateVolumeRequest) { r.Parameters = map[string]string{"color": "red"} }))
-	_, mutable := w.ControllerModifyVolume(w.ctx, &csi.ControllerModifyVolumeRequest{VolumeId: v, MutableParameters: map[string]string{"replicas": "3"}})
+	_, mutable := w.ControllerModifyVolume(w.ctx, &csi.ControllerModifyVolumeRequest{VolumeId: v, MutableParameters: map[string]string{"replicas": "9"}})
 	for _, tt := range []struct {
 		err  error
 		want string

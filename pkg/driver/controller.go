@@ -32,7 +32,7 @@ type Volumes interface {
 	Detach(ctx context.Context, id volume.ID, node volume.NodeID) error
 	// ExpandVolume takes sizes in bytes; 0 is not given.
 	ExpandVolume(ctx context.Context, id volume.ID, required, limit int64) (volume.Volume, error)
-	ModifyVolume(ctx context.Context, id volume.ID, q control.ModifyQoS) (volume.Volume, error)
+	ModifyVolume(ctx context.Context, id volume.ID, q control.Modify) (volume.Volume, error)
 	Capacity(ctx context.Context, q control.CapacityQuery) (control.Capacity, error)
 	// Node returns volume.ErrNotFound for one that is not known.
 	Node(ctx context.Context, id volume.NodeID) (volume.Node, error)

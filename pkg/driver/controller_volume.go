@@ -146,6 +146,9 @@ func supports(v volume.Volume, req *csi.ValidateVolumeCapabilitiesRequest) error
 		return err
 	}
 	for _, w := range want {
+		if err := control.CheckCapability(w); err != nil {
+			return err
+		}
 		if fs := v.Filesystem; w.FSType != "" && fs.Phase == volume.Formatted && fs.Type != w.FSType {
 			return fmt.Errorf("the volume carries %s, not %s: %w", fs.Type, w.FSType, volume.ErrInvalid)
 		}
@@ -250,24 +253,21 @@ func (c *Controller) ControllerModifyVolume(ctx context.Context, req *csi.Contro
 	if err := required("volume_id", req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	q, fixed, err := parseMutable(req.GetMutableParameters())
+	m, err := parseMutable(req.GetMutableParameters())
 	if err != nil {
 		return nil, err
 	}
 	id := volume.ID(req.GetVolumeId())
-	v, err := c.cluster.Volume(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	if err := changes(v.Parameters, fixed); err != nil {
-		return nil, err
-	}
-	if q.IOPS != nil || q.Bandwidth != nil {
-		_, err := keylock.Do(ctx, c.locks, volumeKey(id), print("modify", q),
-			func(ctx context.Context) (volume.Volume, error) { return c.cluster.ModifyVolume(ctx, id, q) })
-		if err != nil {
+	if m == (control.Modify{}) {
+		if _, err := c.cluster.Volume(ctx, id); err != nil {
 			return nil, err
 		}
+		return &csi.ControllerModifyVolumeResponse{}, nil
+	}
+	_, err = keylock.Do(ctx, c.locks, volumeKey(id), print("modify", m),
+		func(ctx context.Context) (volume.Volume, error) { return c.cluster.ModifyVolume(ctx, id, m) })
+	if err != nil {
+		return nil, err
 	}
 	return &csi.ControllerModifyVolumeResponse{}, nil
 }

@@ -55,7 +55,7 @@ func newWorld(t testing.TB) *world {
 			t.Error(err)
 		}
 	})
-	w := &world{t: t, ctx: t.Context(), agents: &fakeAgents{
+	w := &world{t: t, ctx: t.Context(), agents: &fakeAgents{store: store,
 		replicas: map[volume.ReplicaID]int64{}, snapshots: map[volume.SnapshotID][]control.Extent{}}, log: &syncBuffer{}}
 	w.gate = &gate{Service: control.New(store, w.agents, control.Options{})}
 	for id, size := range map[volume.NodeID]int64{"n1": 100 * gib, "n2": 10 * gib} {
@@ -178,7 +178,7 @@ func (g *gate) Attach(ctx context.Context, r control.Attach) (v volume.Volume, e
 	return v, err
 }
 
-func (g *gate) ModifyVolume(ctx context.Context, id volume.ID, q control.ModifyQoS) (v volume.Volume, err error) {
+func (g *gate) ModifyVolume(ctx context.Context, id volume.ID, q control.Modify) (v volume.Volume, err error) {
 	err = g.pass(ctx, "ModifyVolume", func() error { v, err = g.Service.ModifyVolume(ctx, id, q); return err })
 	return v, err
 }
@@ -210,6 +210,7 @@ func (g *gate) Ready(ctx context.Context) error {
 
 // fakeAgents is the data plane of every node: sizes of replicas, extents of snapshots.
 type fakeAgents struct {
+	store      control.Store
 	mu         sync.Mutex
 	replicas   map[volume.ReplicaID]int64
 	snapshots  map[volume.SnapshotID][]control.Extent
@@ -240,16 +241,52 @@ func (a *fakeAgents) ResizeReplica(_ context.Context, _ volume.NodeID, _ volume.
 	return a.locked(func() { a.replicas[id] = size })
 }
 
-func (a *fakeAgents) CutSnapshot(_ context.Context, _ volume.NodeID, s control.SnapshotSpec) error {
-	return a.locked(func() { a.snapshots[s.ID] = nil })
+func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, _ volume.ID, size int64) error {
+	return a.ResizeReplica(ctx, r.Node, r.Pool, r.ID, size)
+}
+
+func (a *fakeAgents) Fence(context.Context, volume.Replica, volume.ID, volume.Epoch) (time.Duration, error) {
+	return 0, nil
+}
+
+func (a *fakeAgents) Inspect(context.Context, volume.Replica, volume.ID) (control.ReplicaReport, error) {
+	return control.ReplicaReport{}, nil
+}
+
+func (a *fakeAgents) OpenEngine(context.Context, volume.NodeID, volume.ID, volume.Epoch) error {
+	return nil
+}
+
+func (a *fakeAgents) Evict(context.Context, volume.NodeID, volume.ID, volume.ReplicaID) error {
+	return nil
+}
+
+func (a *fakeAgents) Drain(context.Context, volume.NodeID, control.SnapshotSpec) error { return nil }
+
+func (a *fakeAgents) Release(context.Context, volume.NodeID, control.SnapshotSpec) error { return nil }
+
+// CutSnapshot has every replica of the volume that it knows cut.
+func (a *fakeAgents) CutSnapshot(ctx context.Context, _ volume.NodeID, s control.SnapshotSpec) ([]volume.ReplicaID, error) {
+	holders := []volume.ReplicaID{s.Replica}
+	if s.Barrier.Number != 0 {
+		v, err := a.store.Volume(ctx, s.Volume)
+		if err != nil {
+			return nil, err
+		}
+		holders = nil
+		for _, r := range v.InSync() {
+			holders = append(holders, r.ID)
+		}
+	}
+	return holders, a.locked(func() { a.snapshots[s.ID] = nil })
 }
 
 func (a *fakeAgents) DeleteSnapshot(_ context.Context, _ volume.NodeID, _ volume.PoolID, id volume.SnapshotID) error {
 	return a.locked(func() { delete(a.snapshots, id) })
 }
 
-func (a *fakeAgents) Detach(_ context.Context, n volume.NodeID, id volume.ID) error {
-	return a.locked(func() { a.detached = append(a.detached, fmt.Sprintf("%s from %s", id, n)) })
+func (a *fakeAgents) Detach(_ context.Context, n volume.NodeID, id volume.ID) (bool, error) {
+	return true, a.locked(func() { a.detached = append(a.detached, fmt.Sprintf("%s from %s", id, n)) })
 }
 
 func (a *fakeAgents) SetQoS(context.Context, volume.NodeID, volume.ID, volume.QoS) error { return nil }

@@ -98,17 +98,22 @@ func parseParameters(parameters, mutable map[string]string) (classParameters, er
 	return p, nil
 }
 
-// parseMutable reads the parameters of a modify. The second result holds those that cannot change yet.
-func parseMutable(mutable map[string]string) (control.ModifyQoS, volume.Parameters, error) {
+// parseMutable reads the parameters of a modify.
+func parseMutable(mutable map[string]string) (control.Modify, error) {
 	p, err := parseParameters(nil, mutable)
-	var q control.ModifyQoS
-	if _, ok := mutable[paramIOPS]; ok {
-		q.IOPS = &p.qos.IOPS
+	var m control.Modify
+	for key, give := range map[string]func(){
+		paramIOPS:         func() { m.IOPS = &p.qos.IOPS },
+		paramBandwidth:    func() { m.Bandwidth = &p.qos.Bandwidth },
+		paramReplicas:     func() { m.Replicas = &p.Replicas },
+		paramMinInSync:    func() { m.MinInSync = &p.MinInSync },
+		paramDataLocality: func() { m.DataLocality = &p.DataLocality },
+	} {
+		if _, ok := mutable[key]; ok {
+			give()
+		}
 	}
-	if _, ok := mutable[paramBandwidth]; ok {
-		q.Bandwidth = &p.qos.Bandwidth
-	}
-	return q, p.Parameters, err
+	return m, err
 }
 
 func (p *classParameters) setMutable(key, value string) (err error) {
@@ -141,22 +146,6 @@ func (p *classParameters) setShared(key, value string) (err error) {
 		}
 	}
 	return err
-}
-
-// changes returns volume.ErrInvalid where what is given of want differs from have.
-func changes(have, want volume.Parameters) error {
-	refuse := func(key string, have any) error {
-		return fmt.Errorf("%s is %v and cannot be changed after the volume was created: %w", key, have, volume.ErrInvalid)
-	}
-	switch {
-	case want.Replicas != 0 && want.Replicas != have.Replicas:
-		return refuse(paramReplicas, have.Replicas)
-	case want.MinInSync != 0 && want.MinInSync != have.MinInSync:
-		return refuse(paramMinInSync, have.MinInSync)
-	case want.DataLocality != "" && want.DataLocality != have.DataLocality:
-		return refuse(paramDataLocality, have.DataLocality)
-	}
-	return nil
 }
 
 // parseSnapshotParameters tells whether a mounted filesystem is to be frozen around the cut.

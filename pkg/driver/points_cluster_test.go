@@ -248,9 +248,11 @@ func TestPoint34_ModifyIsAllOrNothing(t *testing.T) {
 		{"iopsLimit": "200", "bandwidthLimit": "fast"},
 		{"iopsLimit": "200", "bandwidthLimit": "-1"},
 		{"iopsLimit": "200", "color": "red"},
-		{"iopsLimit": "200", "replicas": "3"},
+		{"iopsLimit": "200", "replicas": "6"},
 		{"iopsLimit": "200", "minInSync": "0"},
-		{"iopsLimit": "200", "dataLocality": "none"},
+		{"iopsLimit": "200", "replicas": "2", "minInSync": "3"},
+		{"iopsLimit": "200", "minInSync": "2"}, // of one replica
+		{"iopsLimit": "200", "dataLocality": "near"},
 	} {
 		wantCode(t, modify(bad), codes.InvalidArgument)
 		limits(100, 100*mib)

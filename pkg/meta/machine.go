@@ -2,6 +2,7 @@ package meta
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/quota"
@@ -41,8 +42,24 @@ func apply(v *view, encoded []byte) command.Result {
 		r, err = finishExpand(v, c)
 	case command.AbortExpand:
 		r, err = abortExpand(v, c)
-	case command.ModifyQoS:
-		r, err = modifyQoS(v, c)
+	case command.ModifyVolume:
+		r, err = modifyVolume(v, c)
+	case command.FreeReplica:
+		r, err = freeReplica(v, c)
+	case command.Commit:
+		r, err = commit(v, c)
+	case command.ForceDetach:
+		r, err = forceDetach(v, c)
+	case command.OpenEngine:
+		r, err = openEngine(v, c)
+	case command.CloseEngine:
+		r, err = closeEngine(v, c)
+	case command.AddReplica:
+		r, err = addReplica(v, c)
+	case command.DropReplica:
+		r, err = dropReplica(v, c)
+	case command.Salvage:
+		r, err = salvage(v, c)
 	case command.SetFilesystem:
 		r, err = setFilesystem(v, c)
 	case command.BeginSnapshot:
@@ -53,6 +70,27 @@ func apply(v *view, encoded []byte) command.Result {
 		r, err = beginDeleteSnapshot(v, c)
 	case command.FinishDeleteSnapshot:
 		r, err = finishDeleteSnapshot(v, c)
+	case command.AddHolder:
+		r, err = addHolder(v, c)
+	case command.DropHolder:
+		r, err = dropHolder(v, c)
+	case command.BeginGroup:
+		r, err = beginGroup(v, c)
+	case command.FinishGroup:
+		r, err = finishGroup(v, c)
+	case command.BeginDeleteGroup:
+		r, err = beginDeleteGroup(v, c)
+	case command.SetNodeState:
+		r, err = setNodeState(v, c)
+	case command.RemoveNode:
+		r, err = removeNode(v, c)
+	case command.CreateJoinToken:
+		r, err = createJoinToken(v, c)
+	case command.RevokeJoinToken:
+		v.del(joinTokens + c.ID)
+		r = command.Done{}
+	case command.RedeemJoinToken:
+		r, err = redeemJoinToken(v, c)
 	case command.SetQuota:
 		save(v, limits+c.Tenant, c.Limit)
 		r = command.Done{}
@@ -64,6 +102,32 @@ func apply(v *view, encoded []byte) command.Result {
 	}
 	if err != nil {
 		return command.Refuse(err)
+	}
+	return located(v, r)
+}
+
+// located is an answer whose replicas are on the nodes that their pools are on now: a record keeps where they were when it
+// was written.
+func located(v *view, r command.Result) command.Result {
+	move := func(rs []volume.Replica) []volume.Replica {
+		rs = slices.Clone(rs)
+		for i := range rs {
+			rs[i] = place(v, rs[i])
+		}
+		return rs
+	}
+	switch x := r.(type) {
+	case command.Volume:
+		x.Volume.Replicas, x.Volume.Leaving = move(x.Volume.Replicas), move(x.Volume.Leaving)
+		return x
+	case command.Snapshot:
+		x.Snapshot.Holders = move(x.Snapshot.Holders)
+		return x
+	case command.Group:
+		for i := range x.Snapshots {
+			x.Snapshots[i].Holders = move(x.Snapshots[i].Holders)
+		}
+		return x
 	}
 	return r
 }

@@ -13,16 +13,20 @@ import (
 // both serve a copied disk.
 const takeover = volume.Timestamp(150e9)
 
+// nodeRecord is a node less its pools.
 type nodeRecord struct {
-	ID       volume.NodeID    `json:"id"`
-	LastSeen volume.Timestamp `json:"lastSeen"`
-	Pools    []volume.PoolID  `json:"pools"` // in order
+	volume.Node
+	Pools []volume.PoolID `json:"pools"` // in order
 }
 
 func registerNode(v *view, c command.RegisterNode) (command.Result, error) {
+	if v.read(removedNodes+string(c.Node.ID)) != nil {
+		return nil, fmt.Errorf("node %s was removed from the cluster; it can join anew with a token: %w", c.Node.ID, volume.ErrInUse)
+	}
 	n, _ := load[nodeRecord](v, nodes+string(c.Node.ID))
-	n.ID = c.Node.ID
-	n.LastSeen = max(n.LastSeen, c.Now)
+	seen, state := max(n.LastSeen, c.Now), n.State
+	n.Node = c.Node
+	n.LastSeen, n.State, n.Node.Pools = seen, state, nil
 	present := map[volume.PoolID]bool{}
 	for _, p := range c.Node.Pools {
 		present[p.ID] = true
@@ -75,7 +79,7 @@ func forgetPool(v *view, p volume.Pool) {
 	}
 	n.Pools = slices.DeleteFunc(n.Pools, func(id volume.PoolID) bool { return id == p.ID })
 	if len(n.Pools) == 0 && p.Capacity != 0 {
-		v.del(nodes + string(n.ID)) // nothing is left of it: a host that was renamed
+		forgetNode(v, n.ID) // nothing is left of it: a host that was renamed
 		return
 	}
 	save(v, nodes+string(n.ID), n)
@@ -102,17 +106,35 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 	for _, id := range slices.Sorted(maps.Keys(c.Replicas)) {
 		owner := v.read(replicas + string(id))
 		rec, ok := load[volume.Volume](v, volumes+string(owner))
-		if bytes := c.Replicas[id]; ok && rec.PhysicalBytes != bytes {
-			measure(v, rec.Tenant, rec.PhysicalBytes, bytes)
-			rec.PhysicalBytes = bytes
+		if !ok {
+			continue
+		}
+		rec.Replicas, rec.Leaving = slices.Clone(rec.Replicas), slices.Clone(rec.Leaving)
+		is := func(r volume.Replica) bool { return r.ID == id }
+		var r *volume.Replica
+		if i := slices.IndexFunc(rec.Replicas, is); i >= 0 {
+			r = &rec.Replicas[i]
+		} else if i := slices.IndexFunc(rec.Leaving, is); i >= 0 {
+			r = &rec.Leaving[i]
+		}
+		if bytes := c.Replicas[id]; r != nil && r.PhysicalBytes != bytes {
+			measure(v, rec.Tenant, r.PhysicalBytes, bytes)
+			rec.PhysicalBytes += bytes - r.PhysicalBytes
+			r.PhysicalBytes = bytes
 			putVolume(v, rec)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(c.Snapshots)) {
 		rec, ok := load[volume.Snapshot](v, snapshots+string(id))
-		if bytes := c.Snapshots[id]; ok && rec.PhysicalBytes != bytes {
-			measure(v, rec.Tenant, rec.PhysicalBytes, bytes)
-			rec.PhysicalBytes = bytes
+		if !ok {
+			continue
+		}
+		rec.Holders = slices.Clone(rec.Holders)
+		i := slices.IndexFunc(rec.Holders, func(h volume.Replica) bool { return place(v, h).Node == c.Node })
+		if bytes := c.Snapshots[id]; i >= 0 && rec.Holders[i].PhysicalBytes != bytes {
+			measure(v, rec.Tenant, rec.Holders[i].PhysicalBytes, bytes)
+			rec.PhysicalBytes += bytes - rec.Holders[i].PhysicalBytes
+			rec.Holders[i].PhysicalBytes = bytes
 			putSnapshot(v, rec)
 		}
 	}

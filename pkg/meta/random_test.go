@@ -3,23 +3,34 @@ package meta
 import (
 	"context"
 	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
 	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// draw makes a command about few things, so that they meet.
-func draw(t *rapid.T) command.Command {
+// draw makes a command about few things, so that they meet, and mostly one that fits the state.
+func draw(t *rapid.T, s *Store) command.Command {
 	i := rapid.IntRange(0, 3).Draw(t, "i")
 	vol := volume.ID(fmt.Sprintf("vol-%020x", i))
 	snap := volume.SnapshotID(fmt.Sprintf("snap-%020x", i))
 	size := int64(rapid.IntRange(1, 40).Draw(t, "GiB")) * gib
 	now := volume.Timestamp(rapid.Int64Range(0, 1e12).Draw(t, "now"))
-	switch rapid.IntRange(0, 22).Draw(t, "kind") {
+	version := volume.ConfigVersion(rapid.IntRange(1, 3).Draw(t, "version"))
+	epoch := volume.Epoch(rapid.IntRange(1, 4).Draw(t, "epoch"))
+	if rec, err := s.Volume(context.Background(), vol); err == nil && rapid.IntRange(0, 4).Draw(t, "fits") > 0 {
+		epoch, version = rec.Epoch, rec.ConfigVersion
+		if rec.Attachment != nil && rapid.Bool().Draw(t, "of the attachment") {
+			epoch = rec.Attachment.Epoch
+		}
+	}
+	rep := replica(i, rapid.IntRange(0, 2).Draw(t, "replica"))
+	switch rapid.IntRange(0, 40).Draw(t, "kind") {
 	case 0:
 		n := volume.NodeID(fmt.Sprint("n", rapid.IntRange(1, 2).Draw(t, "node")))
 		c := node(n)
@@ -38,6 +49,11 @@ func draw(t *rapid.T) command.Command {
 		v.Name = fmt.Sprint("name ", rapid.IntRange(0, 2).Draw(t, "name"))
 		v.Size = size
 		v.Tenant = fmt.Sprint("t", i%2)
+		if other := volume.PoolID("p3"); rapid.Bool().Draw(t, "two replicas") {
+			v.Parameters.Replicas = 2
+			role := rapid.SampledFrom([]volume.ReplicaRole{volume.InSync, volume.InSync, volume.Filling}).Draw(t, "role")
+			v.Replicas = append(v.Replicas, volume.Replica{ID: replica(i, 1), Node: "n3", Pool: other, Role: role})
+		}
 		switch rapid.IntRange(0, 3).Draw(t, "source") {
 		case 0:
 			v.Source = &volume.Source{Snapshot: volume.SnapshotID(fmt.Sprintf("snap-%020x", rapid.IntRange(0, 3).Draw(t, "s")))}
@@ -55,13 +71,13 @@ func draw(t *rapid.T) command.Command {
 		return command.Attach{Now: now, Volume: vol, Node: volume.NodeID(fmt.Sprint("n", rapid.IntRange(1, 2).Draw(t, "node"))),
 			Capability: volume.Capability{Access: volume.AccessBlock, Mode: volume.SingleNodeWriter}}
 	case 13:
-		return command.BeginDetach{Volume: vol, Epoch: volume.Epoch(rapid.IntRange(0, 6).Draw(t, "epoch"))}
+		return command.BeginDetach{Volume: vol, Epoch: epoch}
 	case 14:
-		return command.FinishDetach{Volume: vol, Epoch: volume.Epoch(rapid.IntRange(0, 6).Draw(t, "epoch"))}
+		return command.FinishDetach{Volume: vol, Epoch: epoch, Clean: rapid.Bool().Draw(t, "clean")}
 	case 15:
 		return command.BeginExpand{Volume: vol, Target: size}
 	case 16:
-		return command.FinishExpand{Volume: vol, Size: size}
+		return command.FinishExpand{Volume: vol, Size: size, ConfigVersion: version}
 	case 17:
 		return command.AbortExpand{Volume: vol, Target: size}
 	case 18:
@@ -69,18 +85,95 @@ func draw(t *rapid.T) command.Command {
 	case 19:
 		return command.BeginSnapshot{Now: now, ID: snap, Name: fmt.Sprint("snap ", rapid.IntRange(0, 2).Draw(t, "name")), Volume: vol}
 	case 20:
-		return command.FinishSnapshot{Snapshot: snap}
+		return command.FinishSnapshot{Cut: cut(t, s, snap)}
 	case 21:
 		if rapid.Bool().Draw(t, "begin") {
 			return command.BeginDeleteSnapshot{Snapshot: snap}
 		}
 		return command.FinishDeleteSnapshot{Snapshot: snap}
+	case 23, 24:
+		return command.AddReplica{Volume: vol, Replica: volume.Replica{ID: replica(i, 2), Pool: rapid.SampledFrom([]volume.PoolID{"p1", "p3", "p4"}).Draw(t, "pool"), Role: volume.Filling}}
+	case 25:
+		return command.DropReplica{Volume: vol, Replica: rep}
+	case 26:
+		return command.FreeReplica{Volume: vol, Replica: rep}
+	case 27, 28, 29:
+		r := &replication.Reconfigure{Epoch: epoch, ConfigVersion: version}
+		switch rapid.IntRange(0, 3).Draw(t, "change") {
+		case 0:
+			r.Remove = []volume.ReplicaID{rep}
+		case 1:
+			r.Add = []replication.Proof{{ID: rep, Incarnation: 1, BootID: 2}}
+		case 2:
+			r.Boots = []replication.Proof{{ID: rep, Incarnation: 3, BootID: 4}}
+		}
+		if r.Remove == nil && r.Add == nil && r.Boots == nil {
+			return command.Commit{Volume: vol, Change: replication.Change{Attach: &replication.Attach{Node: "n1"}}}
+		}
+		return command.Commit{Volume: vol, Change: replication.Change{Reconfigure: r}}
+	case 30:
+		return command.Commit{Volume: vol, Change: replication.Change{ExpandCommit: &replication.ExpandCommit{Epoch: epoch, ConfigVersion: version, Size: size}}}
+	case 31:
+		return command.OpenEngine{Volume: vol, Node: "n1"}
+	case 32:
+		return command.CloseEngine{Volume: vol, Epoch: epoch, Clean: rapid.Bool().Draw(t, "clean")}
+	case 33:
+		return command.ForceDetach{Volume: vol, Epoch: epoch}
+	case 34:
+		return command.Salvage{Volume: vol, Replica: rep, Seen: version}
+	case 35:
+		group := volume.GroupID(fmt.Sprint("group ", i))
+		switch rapid.IntRange(0, 3).Draw(t, "step") {
+		case 0, 1:
+			return command.BeginGroup{Now: now, ID: group, Name: fmt.Sprint("group ", i%2), Volumes: []volume.ID{vol, "vol-00000000000000000000"}[:1+i%2],
+				IDs: []volume.SnapshotID{volume.SnapshotID(fmt.Sprint("snap-a", i)), volume.SnapshotID(fmt.Sprint("snap-b", i))}[:1+i%2]}
+		case 2:
+			return command.FinishGroup{Group: group, Cuts: []command.Cut{cut(t, s, volume.SnapshotID(fmt.Sprint("snap-a", i))), cut(t, s, volume.SnapshotID(fmt.Sprint("snap-b", i)))}}
+		}
+		return command.BeginDeleteGroup{Group: group}
+	case 36:
+		return command.FinishDeleteSnapshot{Snapshot: volume.SnapshotID(fmt.Sprint("snap-", []string{"a", "b"}[i%2], i))}
+	case 37:
+		if rapid.Bool().Draw(t, "add") {
+			return command.AddHolder{Snapshot: snap, Replica: rep}
+		}
+		return command.DropHolder{Snapshot: snap, Pool: "p1"}
+	case 38:
+		return command.ModifyVolume{Volume: vol, Replicas: new(1 + i), MinInSync: new(1 + i/2)}
+	case 39:
+		return command.SetNodeState{Node: volume.NodeID(fmt.Sprint("n", i)), State: rapid.SampledFrom([]volume.NodeState{volume.NodeActive, volume.NodeDrained, volume.NodeEmptying}).Draw(t, "state"),
+			Idle: []volume.NodeID{"n1"}}
+	case 40:
+		return command.RemoveNode{Node: volume.NodeID(fmt.Sprint("n", i))}
 	default:
 		if rapid.Bool().Draw(t, "lift") {
 			return command.DeleteQuota{Tenant: fmt.Sprint("t", i%2)}
 		}
 		return command.SetQuota{Tenant: fmt.Sprint("t", i%2), Limit: volume.Amounts{LogicalBytes: size * 2, PhysicalBytes: size, Volumes: 2, Snapshots: 2}}
 	}
+}
+
+func replica(i, n int) volume.ReplicaID { return volume.ReplicaID(fmt.Sprintf("rep-%020x-%d", i, n)) }
+
+func cut(t *rapid.T, s *Store, id volume.SnapshotID) command.Cut {
+	c := command.Cut{
+		Snapshot: id, Number: uint64(rapid.IntRange(0, 2).Draw(t, "barrier")), ConfigVersion: volume.ConfigVersion(rapid.IntRange(1, 3).Draw(t, "version")),
+		Holders: []volume.ReplicaID{replica(0, 0)},
+	}
+	x, err := s.Snapshot(context.Background(), id)
+	if err != nil || rapid.IntRange(0, 4).Draw(t, "fits") == 0 {
+		return c
+	}
+	if x.Cut != nil {
+		c.Number, c.ConfigVersion = x.Cut.Number, x.Cut.ConfigVersion
+	}
+	for _, h := range x.Holders {
+		if len(c.Holders) == 1 || rapid.Bool().Draw(t, "holder") {
+			c.Holders = append(c.Holders, h.ID)
+		}
+	}
+	c.Holders = slices.Compact(c.Holders[min(1, len(c.Holders)-1):])
+	return c
 }
 
 // Any log leaves a sound state; the same log in another machine, with replays and other transactions, leaves the same
@@ -91,12 +184,19 @@ func TestAnyLog(t *testing.T) {
 		defer a.Close()
 		defer b.Close()
 		for _, s := range []*Store{a, b} {
-			if _, err := s.Apply(Entry{Index: 1, Kind: KindCommand, Body: mustEncode(rt, node("n1", "p1", "p2"))}); err != nil {
-				rt.Fatal(err)
+			two := newVolume(1, "p1")
+			two.Parameters.Replicas, two.Replicas = 2, append(two.Replicas, volume.Replica{ID: replica(1, 1), Pool: "p3", Role: volume.InSync})
+			for i, c := range []command.Command{
+				node("n1", "p1", "p2"), node("n3", "p3", "p4"), command.CreateVolume{Volume: newVolume(0, "p1")}, command.FinishCreate{Volume: newVolume(0, "p1").ID},
+				command.CreateVolume{Volume: two}, command.FinishCreate{Volume: two.ID},
+			} {
+				if _, err := s.Apply(Entry{Index: uint64(i + 1), Kind: KindCommand, Body: mustEncode(rt, c)}); err != nil {
+					rt.Fatal(err)
+				}
 			}
 		}
 		var batch []Entry
-		index := uint64(1)
+		index := uint64(6)
 		flush := func() {
 			if len(batch) == 0 {
 				return
@@ -107,7 +207,7 @@ func TestAnyLog(t *testing.T) {
 			batch = nil
 		}
 		for range rapid.IntRange(1, 40).Draw(rt, "commands") {
-			c := draw(rt)
+			c := draw(rt, a)
 			before := dump(t, a.Machine)
 			index++
 			e := Entry{Index: index, Kind: KindCommand, Body: mustEncode(rt, c)}
@@ -185,24 +285,35 @@ func verifyWith(t interface {
 	pinned := map[string]int{}
 	for _, v := range vs {
 		u := used[v.Tenant]
+		var physical int64
+		for _, r := range slices.Concat(v.Replicas, v.Leaving) {
+			physical += r.PhysicalBytes
+			provisioned[r.Pool] += reserved(v)
+			index[replicas+string(r.ID)] = string(v.ID)
+		}
+		if physical != v.PhysicalBytes {
+			t.Fatalf("replicas occupy %d: %+v", physical, v)
+		}
 		u.PhysicalBytes += v.PhysicalBytes
 		if v.State != volume.Deleting {
 			u.LogicalBytes += reserved(v)
 			u.Volumes++
 			index[volumeNames+v.Name] = string(v.ID)
+			if m := command.Membership(v); m.Check() != nil {
+				t.Fatalf("%v: %+v", m.Check(), v)
+			}
 		}
 		used[v.Tenant] = u
-		for _, r := range v.Replicas {
-			provisioned[r.Pool] += reserved(v)
-			index[replicas+string(r.ID)] = string(v.ID)
-		}
 		if v.State == volume.Creating && v.Source != nil {
 			pinned[pins+sourceID(v)]++
 		}
-		if v.Attachment != nil {
-			pinned[attached+string(v.Attachment.Node)]++
+		if a := v.Attachment; a != nil {
+			pinned[attached+string(a.Node)]++
+			if v.Owner != a.Node && !(a.Detaching && v.Owner == "") {
+				t.Fatalf("attached and not owned: %+v", v)
+			}
 		}
-		if v.State != volume.Ready || v.Target != 0 || (v.Attachment != nil && v.Attachment.Detaching) {
+		if unfinished(v) {
 			index[unsettled+"v/"+string(v.ID)] = "\x01"
 		}
 		if v.Attachment != nil && v.State != volume.Ready || v.Target != 0 && v.Target <= v.Size || v.Size < volume.MinSize {
@@ -211,15 +322,38 @@ func verifyWith(t interface {
 	}
 	for _, x := range ss {
 		u := used[x.Tenant]
+		var physical int64
+		for _, h := range x.Holders {
+			physical += h.PhysicalBytes
+		}
+		if physical != x.PhysicalBytes || len(x.Holders) == 0 && x.State != volume.Deleting || (x.Cut != nil) != (x.State == volume.Creating) && x.State != volume.Deleting {
+			t.Fatalf("impossible snapshot %+v", x)
+		}
 		u.PhysicalBytes += x.PhysicalBytes
 		if x.State != volume.Deleting {
 			u.Snapshots++
-			index[snapshotNames+x.Name] = string(x.ID)
+			if x.Group == "" {
+				index[snapshotNames+x.Name] = string(x.ID)
+			}
 		}
 		used[x.Tenant] = u
 		index[snapshotsOf+string(x.Volume)+"/"+string(x.ID)] = "\x01"
 		if x.State != volume.Ready {
 			index[unsettled+"s/"+string(x.ID)] = "\x01"
+		}
+	}
+	gs, err := s.Groups(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range gs {
+		if g.State != volume.Deleting {
+			index[groupNames+g.Name] = string(g.ID)
+		}
+		for _, id := range g.Snapshots {
+			if x, err := s.Snapshot(ctx, id); err != nil || x.Group != g.ID || x.State != g.State {
+				t.Fatalf("group %+v has %+v, %v", g, x, err)
+			}
 		}
 	}
 	for _, q := range qs {
@@ -250,7 +384,7 @@ func verifyWith(t interface {
 	got := map[string]string{}
 	gotPins := map[string]int{}
 	err = s.read(ctx, func(r *reader) error {
-		for _, prefix := range []string{volumeNames, replicas, unsettled, snapshotNames, snapshotsOf} {
+		for _, prefix := range []string{volumeNames, replicas, unsettled, snapshotNames, snapshotsOf, groupNames} {
 			if err := r.scan(prefix, "", func(k string, b []byte) (bool, error) {
 				got[prefix+k] = string(b)
 				return true, nil

@@ -144,7 +144,10 @@ func (r *reader) locate(rs []volume.Replica) []volume.Replica {
 
 // finish makes a record that may be shared its reader's own.
 func (r *reader) finish(v volume.Volume) volume.Volume {
-	v.Replicas = r.locate(v.Replicas)
+	v.Replicas, v.Leaving = r.locate(v.Replicas), r.locate(v.Leaving)
+	if v.Barrier != nil {
+		v.Barrier = new(*v.Barrier)
+	}
 	v.Capabilities = slices.Clone(v.Capabilities)
 	v.Accessible = slices.Clone(v.Accessible)
 	if v.Source != nil {
@@ -264,7 +267,7 @@ func (m *Machine) Nodes(ctx context.Context) (list []volume.Node, err error) {
 	err = m.read(ctx, func(r *reader) error {
 		return r.scan(nodes, "", func(_ string, b []byte) (bool, error) {
 			rec, err := decode[nodeRecord](b)
-			n := volume.Node{ID: rec.ID, LastSeen: rec.LastSeen}
+			n := rec.Node
 			for _, id := range rec.Pools {
 				if p, ok := load[volume.Pool](r.view, pools+string(id)); ok {
 					n.Pools = append(n.Pools, p)

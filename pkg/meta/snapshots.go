@@ -2,8 +2,10 @@ package meta
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -23,28 +25,49 @@ func beginSnapshot(v *view, c command.BeginSnapshot) (command.Result, error) {
 		}
 		return command.Snapshot{Snapshot: old}, nil
 	}
-	if v.read(snapshots+string(c.ID)) != nil {
-		return nil, fmt.Errorf("snapshot id %s is taken: %w", c.ID, volume.ErrBusy)
-	}
-	vol, err := findReady(v, c.Volume)
+	rec, err := announce(v, volume.Snapshot{ID: c.ID, Name: c.Name, Volume: c.Volume, Freeze: c.Freeze, Hidden: c.Hidden, CreatedAt: c.Now})
 	if err != nil {
 		return nil, err
 	}
-	if vol.Target != 0 {
-		return nil, fmt.Errorf("volume %s is being expanded; try again: %w", vol.ID, volume.ErrBusy)
-	}
-	if err := reserve(v, vol.Tenant, volume.Amounts{Snapshots: 1}); err != nil {
-		return nil, err
-	}
-	rec := volume.Snapshot{
-		ID: c.ID, Name: c.Name, Volume: vol.ID, Tenant: vol.Tenant, State: volume.Creating, Size: vol.Size, Freeze: c.Freeze,
-		Filesystem: vol.Filesystem, BlockSize: vol.Parameters.BlockSize, DataLocality: vol.Parameters.DataLocality,
-		CreatedAt: c.Now, Holders: vol.Replicas,
-	}
 	v.put(snapshotNames+rec.Name, []byte(rec.ID))
+	return command.Snapshot{Snapshot: rec, Created: true}, nil
+}
+
+// announce records a snapshot that is to be cut.
+func announce(v *view, rec volume.Snapshot) (volume.Snapshot, error) {
+	if v.read(snapshots+string(rec.ID)) != nil {
+		return rec, fmt.Errorf("snapshot id %s is taken: %w", rec.ID, volume.ErrBusy)
+	}
+	vol, err := findReady(v, rec.Volume)
+	if err != nil {
+		return rec, err
+	}
+	if vol.Target != 0 {
+		return rec, fmt.Errorf("volume %s is being expanded; try again: %w", vol.ID, volume.ErrBusy)
+	}
+	if !rec.Hidden {
+		if err := reserve(v, vol.Tenant, volume.Amounts{Snapshots: 1}); err != nil {
+			return rec, err
+		}
+	}
+	rec.Cut = &volume.Barrier{Snapshot: rec.ID, Epoch: vol.Epoch, ConfigVersion: vol.ConfigVersion}
+	if vol.Owner != "" {
+		if vol, err = command.Change(vol, replication.Change{Prepare: &replication.Prepare{Snapshot: rec.ID}}); err != nil {
+			return rec, err
+		}
+		*rec.Cut = *vol.Barrier
+		putVolume(v, vol)
+	} else if n := len(vol.InSync()); n > 1 {
+		return rec, fmt.Errorf("volume %s has %d replicas in sync and no engine that cuts them together: %w", vol.ID, n, volume.ErrBusy)
+	}
+	rec.Tenant, rec.State, rec.Size = vol.Tenant, volume.Creating, vol.Size
+	rec.Filesystem, rec.BlockSize, rec.DataLocality = vol.Filesystem, vol.Parameters.BlockSize, vol.Parameters.DataLocality
+	for _, r := range vol.InSync() {
+		rec.Holders = append(rec.Holders, volume.Replica{ID: r.ID, Node: r.Node, Pool: r.Pool})
+	}
 	v.put(snapshotsOf+string(rec.Volume)+"/"+string(rec.ID), []byte{1})
 	putSnapshot(v, rec)
-	return command.Snapshot{Snapshot: rec, Created: true}, nil
+	return rec, nil
 }
 
 func finishSnapshot(v *view, c command.FinishSnapshot) (command.Result, error) {
@@ -52,14 +75,103 @@ func finishSnapshot(v *view, c command.FinishSnapshot) (command.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if rec.State == volume.Ready {
-		return command.Snapshot{Snapshot: rec}, nil
+	if rec.Group != "" {
+		return nil, fmt.Errorf("snapshot %s is a member of group %s: %w", rec.ID, rec.Group, volume.ErrInvalid)
+	}
+	if rec.State != volume.Ready {
+		if rec, err = finishCut(v, rec, c.Cut); err != nil {
+			return nil, err
+		}
+	}
+	return command.Snapshot{Snapshot: rec}, nil
+}
+
+// finishCut makes a snapshot Ready that has been cut.
+func finishCut(v *view, rec volume.Snapshot, c command.Cut) (volume.Snapshot, error) {
+	again := func(why string) (volume.Snapshot, error) {
+		return rec, fmt.Errorf("volume %s %s while snapshot %s was cut; try again: %w", rec.Volume, why, rec.ID, volume.ErrBusy)
 	}
 	vol, ok := load[volume.Volume](v, volumes+string(rec.Volume))
-	if ok && (vol.Size != rec.Size || vol.Target != 0 || vol.Filesystem != rec.Filesystem) {
-		return nil, fmt.Errorf("volume %s grew or was formatted while snapshot %s was cut; try again: %w", vol.ID, rec.ID, volume.ErrBusy)
+	switch cut := rec.Cut; {
+	case !ok || vol.State != volume.Ready || vol.Epoch != cut.Epoch:
+		return again("was attached, detached or deleted")
+	case vol.Size != rec.Size || vol.Target != 0 || vol.Filesystem != rec.Filesystem:
+		return again("grew or was formatted")
+	case c.Number != cut.Number || c.ConfigVersion != cut.ConfigVersion:
+		return again("got another barrier")
+	case cut.Number == 0 && vol.ConfigVersion != cut.ConfigVersion:
+		return again("got other replicas")
 	}
-	rec.State = volume.Ready
+	if rec.Cut.Number != 0 {
+		done := replication.Complete{Number: c.Number, ConfigVersion: c.ConfigVersion, Holders: c.Holders}
+		vol, err := command.Change(vol, replication.Change{Complete: &done})
+		if err != nil {
+			return again(fmt.Sprintf("refused the barrier (%v)", err))
+		}
+		putVolume(v, vol)
+	}
+	holders := rec.Holders
+	rec.Holders = nil
+	for _, h := range holders {
+		if slices.Contains(c.Holders, h.ID) {
+			rec.Holders = append(rec.Holders, h)
+		}
+	}
+	if len(rec.Holders) != len(c.Holders) {
+		return rec, fmt.Errorf("snapshot %s was cut by replicas that were not asked to: %w", rec.ID, volume.ErrInvalid)
+	}
+	rec.State, rec.Cut = volume.Ready, nil
+	putSnapshot(v, rec)
+	return rec, nil
+}
+
+// withdraw gives up the barrier of a snapshot that is not to be cut any more.
+func withdraw(v *view, rec volume.Snapshot) error {
+	vol, ok := load[volume.Volume](v, volumes+string(rec.Volume))
+	if !ok || vol.Barrier == nil || vol.Barrier.Snapshot != rec.ID {
+		return nil
+	}
+	vol, err := command.Change(vol, replication.Change{AbortBarrier: &replication.AbortBarrier{Number: vol.Barrier.Number}})
+	if err == nil {
+		putVolume(v, vol)
+	}
+	return err
+}
+
+func addHolder(v *view, c command.AddHolder) (command.Result, error) {
+	rec, err := findSnapshot(v, c.Snapshot)
+	if err != nil {
+		return nil, err
+	}
+	vol, ok := load[volume.Volume](v, volumes+string(rec.Volume))
+	i := slices.IndexFunc(vol.Replicas, func(r volume.Replica) bool { return r.ID == c.Replica })
+	if !ok || i < 0 || rec.State != volume.Ready {
+		return nil, fmt.Errorf("snapshot %s is not ready, or %s is no replica of its volume: %w", rec.ID, c.Replica, volume.ErrNotFound)
+	}
+	r := vol.Replicas[i]
+	if !slices.ContainsFunc(rec.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
+		rec.Holders = append(slices.Clone(rec.Holders), volume.Replica{ID: r.ID, Node: r.Node, Pool: r.Pool})
+		putSnapshot(v, rec)
+	}
+	return command.Snapshot{Snapshot: rec}, nil
+}
+
+func dropHolder(v *view, c command.DropHolder) (command.Result, error) {
+	rec, ok := load[volume.Snapshot](v, snapshots+string(c.Snapshot))
+	if !ok {
+		return nil, fmt.Errorf("snapshot %s does not exist: %w", c.Snapshot, volume.ErrNotFound)
+	}
+	i := slices.IndexFunc(rec.Holders, func(h volume.Replica) bool { return h.Pool == c.Pool })
+	if i < 0 {
+		return command.Snapshot{Snapshot: rec}, nil
+	}
+	if len(rec.Holders) == 1 && rec.State != volume.Deleting {
+		return nil, fmt.Errorf("pool %s holds the only copy of snapshot %s: %w", c.Pool, rec.ID, volume.ErrInUse)
+	}
+	gone := rec.Holders[i].PhysicalBytes
+	rec.Holders = slices.Delete(slices.Clone(rec.Holders), i, i+1)
+	measure(v, rec.Tenant, gone, 0)
+	rec.PhysicalBytes = max(0, rec.PhysicalBytes-gone)
 	putSnapshot(v, rec)
 	return command.Snapshot{Snapshot: rec}, nil
 }
@@ -72,14 +184,31 @@ func beginDeleteSnapshot(v *view, c command.BeginDeleteSnapshot) (command.Result
 	if rec.State == volume.Deleting {
 		return command.Snapshot{Snapshot: rec}, nil
 	}
-	if n, _ := load[int](v, pins+string(rec.ID)); n > 0 {
-		return nil, fmt.Errorf("snapshot %s is being restored; delete it when the volume is made: %w", rec.ID, volume.ErrInUse)
+	if rec.Group != "" {
+		return nil, fmt.Errorf("snapshot %s is a member of group snapshot %s; delete that: %w", rec.ID, rec.Group, volume.ErrInvalid)
 	}
-	release(v, rec.Tenant, volume.Amounts{Snapshots: 1})
-	rec.State = volume.Deleting
+	rec, err := bury(v, rec)
+	if err != nil {
+		return nil, err
+	}
 	v.del(snapshotNames + rec.Name)
-	putSnapshot(v, rec)
 	return command.Snapshot{Snapshot: rec}, nil
+}
+
+// bury gives a snapshot its tombstone.
+func bury(v *view, rec volume.Snapshot) (volume.Snapshot, error) {
+	if n, _ := load[int](v, pins+string(rec.ID)); n > 0 {
+		return rec, fmt.Errorf("snapshot %s is being restored; delete it when the volume is made: %w", rec.ID, volume.ErrInUse)
+	}
+	if err := withdraw(v, rec); err != nil {
+		return rec, err
+	}
+	if !rec.Hidden {
+		release(v, rec.Tenant, volume.Amounts{Snapshots: 1})
+	}
+	rec.State = volume.Deleting
+	putSnapshot(v, rec)
+	return rec, nil
 }
 
 func finishDeleteSnapshot(v *view, c command.FinishDeleteSnapshot) (command.Result, error) {
@@ -94,5 +223,8 @@ func finishDeleteSnapshot(v *view, c command.FinishDeleteSnapshot) (command.Resu
 	v.del(snapshots + string(rec.ID))
 	v.del(snapshotsOf + string(rec.Volume) + "/" + string(rec.ID))
 	settle(v, "s/"+string(rec.ID), false)
+	if rec.Group != "" {
+		leaveGroup(v, rec)
+	}
 	return command.Done{}, nil
 }

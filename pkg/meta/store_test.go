@@ -81,7 +81,7 @@ func newVolume(n int, pool volume.PoolID) volume.Volume {
 		ID: id, Name: fmt.Sprint("name ", n), Tenant: "t", State: volume.Creating, Size: gib, CreatedAt: 5,
 		Parameters:   volume.Parameters{Replicas: 1, MinInSync: 1, DataLocality: volume.LocalityPreferred, BlockSize: 4096},
 		Capabilities: []volume.Capability{{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, MountFlags: []string{"noatime"}}},
-		Replicas:     []volume.Replica{{ID: volume.ReplicaID(fmt.Sprintf("rep-%020x-0", n)), Node: "n1", Pool: pool}},
+		Replicas:     []volume.Replica{{ID: volume.ReplicaID(fmt.Sprintf("rep-%020x-0", n)), Node: "n1", Pool: pool, Role: volume.InSync}},
 	}
 }
 
@@ -243,7 +243,7 @@ func TestTheLargestRecords(t *testing.T) {
 		report.Replicas[newVolume(i, "p1").Replicas[0].ID] = 1
 	}
 	together(func(i int) {
-		propose(t, s, command.ModifyQoS{Volume: newVolume(i, "p1").ID, IOPS: new(int64(7))})
+		propose(t, s, command.ModifyVolume{Volume: newVolume(i, "p1").ID, IOPS: new(int64(7))})
 	})
 	propose(t, s, report)
 	verify(t, s)

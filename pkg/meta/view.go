@@ -22,7 +22,12 @@ const (
 	snapshots     = "s/"  // + snapshot id
 	snapshotNames = "sn/"
 	snapshotsOf   = "sv/" // + volume id / snapshot id
+	groups        = "g/"  // + group id
+	groupNames    = "gn/"
 	nodes         = "n/"
+	idleNodes     = "ni"  // the nodes that are drained or emptying, in order
+	removedNodes  = "nr/" // + node id
+	joinTokens    = "j/"  // + token id
 	pools         = "p/"
 	limits        = "ql/" // + tenant
 	uses          = "qu/" // + tenant
@@ -134,7 +139,13 @@ func decode[T any](b []byte) (rec T, err error) {
 // putVolume stores a volume and keeps the index of what is unsettled.
 func putVolume(v *view, rec volume.Volume) {
 	save(v, volumes+string(rec.ID), rec)
-	settle(v, "v/"+string(rec.ID), rec.State != volume.Ready || rec.Target != 0 || (rec.Attachment != nil && rec.Attachment.Detaching))
+	settle(v, "v/"+string(rec.ID), unfinished(rec))
+}
+
+// unfinished tells whether something of a volume must end.
+func unfinished(rec volume.Volume) bool {
+	a := rec.Attachment
+	return rec.State != volume.Ready || rec.Target != 0 || len(rec.Leaving) > 0 || a != nil && a.Detaching || a == nil && rec.Owner != ""
 }
 
 func putSnapshot(v *view, rec volume.Snapshot) {

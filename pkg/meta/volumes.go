@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -56,7 +57,7 @@ func createVolume(v *view, c command.CreateVolume) (command.Result, error) {
 	if err := provision(v, rec.Replicas, rec.Size); err != nil {
 		return nil, err
 	}
-	rec.Epoch, rec.ConfigVersion = 1, 1
+	rec.Protocol = volume.Protocol{Epoch: 1, ConfigVersion: 1, Lineage: 1, Revision: 1, Clean: true}
 	v.put(volumeNames+rec.Name, []byte(rec.ID))
 	putVolume(v, rec)
 	return command.Volume{Volume: rec, Created: true}, nil
@@ -81,12 +82,12 @@ func takeSource(v *view, rec *volume.Volume) error {
 		if s.Target != 0 {
 			return fmt.Errorf("source volume %s is being expanded; try again: %w", s.ID, volume.ErrBusy)
 		}
-		size, holders, rec.Filesystem, rec.Parameters.BlockSize = s.Size, s.Replicas, s.Filesystem, s.Parameters.BlockSize
+		size, holders, rec.Filesystem, rec.Parameters.BlockSize = s.Size, s.InSync(), s.Filesystem, s.Parameters.BlockSize
 	}
 	if rec.Size < size {
 		return fmt.Errorf("size %d is below that of the source, %d: %w", rec.Size, size, volume.ErrOutOfRange)
 	}
-	for _, r := range rec.Replicas {
+	for _, r := range rec.InSync() { // the others are filled from these
 		if !slices.ContainsFunc(holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
 			return fmt.Errorf("pool %s does not hold source %s: %w", r.Pool, source, volume.ErrNoSpace)
 		}
@@ -142,9 +143,11 @@ func beginDelete(v *view, c command.BeginDelete) (command.Result, error) {
 	if rec.State == volume.Creating && rec.Source != nil {
 		pin(v, sourceID(rec), -1)
 	}
+	rec, err := command.Change(rec, replication.Change{Tombstone: &replication.Tombstone{}})
+	if err != nil {
+		return nil, err
+	}
 	release(v, rec.Tenant, volume.Amounts{LogicalBytes: reserved(rec), Volumes: 1})
-	rec.State = volume.Deleting
-	rec.Epoch++
 	v.del(volumeNames + rec.Name)
 	putVolume(v, rec)
 	return command.Volume{Volume: rec}, nil
@@ -158,11 +161,11 @@ func finishDelete(v *view, c command.FinishDelete) (command.Result, error) {
 	if rec.State != volume.Deleting {
 		return nil, fmt.Errorf("volume %s has no tombstone: %w", rec.ID, volume.ErrInUse)
 	}
-	unprovision(v, rec.Replicas, reserved(rec))
-	release(v, rec.Tenant, volume.Amounts{PhysicalBytes: rec.PhysicalBytes})
-	for _, r := range rec.Replicas {
+	for _, r := range slices.Concat(rec.Replicas, rec.Leaving) {
 		v.del(replicas + string(r.ID))
+		unprovision(v, []volume.Replica{r}, reserved(rec))
 	}
+	release(v, rec.Tenant, volume.Amounts{PhysicalBytes: rec.PhysicalBytes})
 	v.del(volumes + string(rec.ID))
 	settle(v, "v/"+string(rec.ID), false)
 	return command.Done{}, nil
@@ -193,9 +196,13 @@ func attach(v *view, c command.Attach) (command.Result, error) {
 	if n, _ := load[int](v, attached+string(c.Node)); n >= volume.MaxAttached {
 		return nil, fmt.Errorf("node %s has %d volumes attached, more it does not take; detach one of them first: %w", c.Node, n, volume.ErrNoSpace)
 	}
+	// An engine that looked after the volume meanwhile is fenced by the one that comes.
+	rec, err = command.Change(rec, replication.Change{Attach: &replication.Attach{Node: c.Node, Force: true}})
+	if err != nil {
+		return nil, err
+	}
 	count(v, attached+string(c.Node), 1)
-	rec.Attachment = &volume.Attachment{Node: c.Node, ReadOnly: c.ReadOnly, Capability: c.Capability, Since: c.Now}
-	rec.Epoch++
+	rec.Attachment = &volume.Attachment{Node: c.Node, ReadOnly: c.ReadOnly, Capability: c.Capability, Since: c.Now, Epoch: rec.Epoch}
 	putVolume(v, rec)
 	return command.Volume{Volume: rec, Created: true}, nil
 }
@@ -213,10 +220,28 @@ func beginDetach(v *view, c command.BeginDetach) (command.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if a := rec.Attachment; a != nil && rec.Epoch == c.Epoch && !a.Detaching {
+	if a := rec.Attachment; a != nil && a.Epoch == c.Epoch && !a.Detaching {
 		a.Detaching = true
 		putVolume(v, rec)
 	}
+	return command.Volume{Volume: rec}, nil
+}
+
+func forceDetach(v *view, c command.ForceDetach) (command.Result, error) {
+	rec, err := find(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if a := rec.Attachment; a == nil || a.Epoch != c.Epoch || rec.Owner == "" {
+		return command.Volume{Volume: rec}, nil
+	} else if !a.Detaching {
+		return nil, fmt.Errorf("volume %s is attached to node %s and not being detached: %w", rec.ID, a.Node, volume.ErrInUse)
+	}
+	rec, err = command.Change(rec, replication.Change{Detach: &replication.Detach{}})
+	if err != nil {
+		return nil, err
+	}
+	putVolume(v, rec)
 	return command.Volume{Volume: rec}, nil
 }
 
@@ -225,14 +250,22 @@ func finishDetach(v *view, c command.FinishDetach) (command.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if a := rec.Attachment; a != nil && rec.Epoch == c.Epoch {
-		if !a.Detaching {
-			return nil, fmt.Errorf("volume %s is attached to node %s and not being detached: %w", rec.ID, a.Node, volume.ErrInUse)
-		}
-		count(v, attached+string(a.Node), -1)
-		rec.Attachment = nil
-		putVolume(v, rec)
+	a := rec.Attachment
+	if a == nil || a.Epoch != c.Epoch {
+		return command.Volume{Volume: rec}, nil
 	}
+	if !a.Detaching {
+		return nil, fmt.Errorf("volume %s is attached to node %s and not being detached: %w", rec.ID, a.Node, volume.ErrInUse)
+	}
+	if rec.Owner != "" { // else it was forced out
+		rec, err = command.Change(rec, replication.Change{Detach: &replication.Detach{Clean: c.Clean}})
+		if err != nil {
+			return nil, err
+		}
+	}
+	count(v, attached+string(a.Node), -1)
+	rec.Attachment = nil
+	putVolume(v, rec)
 	return command.Volume{Volume: rec}, nil
 }
 
@@ -245,11 +278,14 @@ func beginExpand(v *view, c command.BeginExpand) (command.Result, error) {
 		if err := reserve(v, rec.Tenant, volume.Amounts{LogicalBytes: more}); err != nil {
 			return nil, err
 		}
-		if err := provision(v, rec.Replicas, more); err != nil {
+		if err := provision(v, slices.Concat(rec.Replicas, rec.Leaving), more); err != nil {
 			return nil, err
 		}
 		fresh := rec.Target == 0
-		rec.Target = c.Target
+		rec, err = command.Change(rec, replication.Change{ExpandIntent: &replication.ExpandIntent{Target: c.Target}})
+		if err != nil {
+			return nil, err
+		}
 		putVolume(v, rec)
 		return command.Volume{Volume: rec, Created: fresh}, nil
 	}
@@ -265,7 +301,11 @@ func finishExpand(v *view, c command.FinishExpand) (command.Result, error) {
 		return nil, fmt.Errorf("volume %s: size %d was not reserved, %d is: %w", rec.ID, c.Size, reserved(rec), volume.ErrInvalid)
 	}
 	if c.Size > rec.Size {
+		if c.ConfigVersion != rec.ConfigVersion {
+			return nil, fmt.Errorf("volume %s: other replicas are in sync than those that were expanded; try again: %w", rec.ID, volume.ErrBusy)
+		}
 		rec.Size = c.Size
+		rec.Revision++
 		if rec.Target <= rec.Size {
 			rec.Target = 0
 		}
@@ -282,29 +322,50 @@ func abortExpand(v *view, c command.AbortExpand) (command.Result, error) {
 	if rec.Target == c.Target && rec.Target > rec.Size {
 		less := rec.Target - rec.Size
 		release(v, rec.Tenant, volume.Amounts{LogicalBytes: less})
-		unprovision(v, rec.Replicas, less)
+		unprovision(v, slices.Concat(rec.Replicas, rec.Leaving), less)
 		rec.Target = 0
+		rec.Revision++
 		putVolume(v, rec)
 	}
 	return command.Volume{Volume: rec}, nil
 }
 
-func modifyQoS(v *view, c command.ModifyQoS) (command.Result, error) {
+func modifyVolume(v *view, c command.ModifyVolume) (command.Result, error) {
 	rec, err := findReady(v, c.Volume)
 	if err != nil {
 		return nil, err
 	}
-	old := rec.QoS
-	if c.IOPS != nil {
-		rec.QoS.IOPS = *c.IOPS
+	old := rec
+	set(&rec.QoS.IOPS, c.IOPS)
+	set(&rec.QoS.Bandwidth, c.Bandwidth)
+	set(&rec.Parameters.Replicas, c.Replicas)
+	set(&rec.Parameters.DataLocality, c.DataLocality)
+	p := rec.Parameters
+	set(&p.MinInSync, c.MinInSync)
+	if err := command.CheckParameters(p); err != nil {
+		return nil, fmt.Errorf("volume %s: %w", rec.ID, err)
 	}
-	if c.Bandwidth != nil {
-		rec.QoS.Bandwidth = *c.Bandwidth
+	if a := rec.Attachment; a != nil && p.DataLocality == volume.LocalityRequired && old.Parameters.DataLocality != p.DataLocality &&
+		!slices.ContainsFunc(rec.Replicas, func(r volume.Replica) bool { return place(v, r).Node == a.Node }) {
+		return nil, fmt.Errorf("volume %s is attached to node %s, which has no replica of it: data locality cannot become required now: %w",
+			rec.ID, a.Node, volume.ErrInvalid)
 	}
-	if rec.QoS != old {
+	if p.MinInSync != rec.Parameters.MinInSync {
+		rec, err = command.Change(rec, replication.Change{SetMinInSync: &replication.SetMinInSync{MinInSync: p.MinInSync}})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if rec.QoS != old.QoS || rec.Parameters != old.Parameters {
 		putVolume(v, rec)
 	}
 	return command.Volume{Volume: rec}, nil
+}
+
+func set[T any](to *T, from *T) {
+	if from != nil {
+		*to = *from
+	}
 }
 
 func setFilesystem(v *view, c command.SetFilesystem) (command.Result, error) {

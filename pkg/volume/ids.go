@@ -11,6 +11,8 @@ type (
 	ID string
 	// SnapshotID names a snapshot, "snap-" and 20 hex digits.
 	SnapshotID string
+	// GroupID names a group snapshot, "group-" and 20 hex digits.
+	GroupID string
 	// ReplicaID names one copy of a volume on one pool.
 	ReplicaID string
 	// NodeID is the CSI node_id and the value of TopologyKey.
@@ -46,6 +48,8 @@ const (
 	DefaultSize int64 = 10 << 30
 	// MaxReplicas bounds the copies of a volume.
 	MaxReplicas = 5
+	// MaxGroup bounds the members of a group snapshot: all of them wait for the slowest to be cut.
+	MaxGroup = 32
 	// MaxAttached bounds the volumes attached to one node: each has a kernel device, a FUSE file and buffers there.
 	MaxAttached = 256
 )

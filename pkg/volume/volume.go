@@ -31,15 +31,44 @@ type Volume struct {
 	// Accessible lists the nodes the requester asked for (empty: any), the first 32 of them.
 	Accessible []NodeID `json:"accessible,omitempty"`
 
-	Replicas   []Replica   `json:"replicas"`
+	// Replicas are the copies of the volume; at least one is in sync.
+	Replicas []Replica `json:"replicas"`
+	// Leaving are replicas that are none any more, and that their nodes have yet to free.
+	Leaving    []Replica   `json:"leaving,omitempty"`
 	Attachment *Attachment `json:"attachment,omitempty"`
 	Filesystem Filesystem  `json:"filesystem"`
+	CreatedAt  Timestamp   `json:"createdAt"`
+	// PhysicalBytes is what the layers of all its replicas, those that leave included, occupied when their nodes last
+	// reported, in bytes.
+	PhysicalBytes int64 `json:"physicalBytes"`
 
+	Protocol
+}
+
+// Protocol is what the replication protocol keeps of a volume, beside its sizes, its replicas and MinInSync. Package
+// replication says what each part means: its Membership is made of these.
+type Protocol struct {
 	Epoch         Epoch         `json:"epoch"`
 	ConfigVersion ConfigVersion `json:"configVersion"`
-	CreatedAt     Timestamp     `json:"createdAt"`
-	// PhysicalBytes is what its own layers occupied when a node last reported, in bytes.
-	PhysicalBytes int64 `json:"physicalBytes"`
+	// Lineage counts salvages, from 1.
+	Lineage  uint64 `json:"lineage"`
+	Revision uint64 `json:"revision"`
+	// Owner is the node that runs the engine: that of the attachment, or one that looks after a volume that is not attached.
+	Owner     NodeID   `json:"owner,omitempty"`
+	Clean     bool     `json:"clean,omitempty"`
+	SkipLease bool     `json:"skipLease,omitempty"`
+	Barrier   *Barrier `json:"barrier,omitempty"`
+	Barriers  uint64   `json:"barriers,omitempty"`
+}
+
+// Barrier is a snapshot that is being cut.
+type Barrier struct {
+	// Number is unique among the barriers of the volume.
+	Number   uint64     `json:"number"`
+	Snapshot SnapshotID `json:"snapshot"`
+	// Epoch and ConfigVersion in which it is valid.
+	Epoch         Epoch         `json:"epoch"`
+	ConfigVersion ConfigVersion `json:"configVersion"`
 }
 
 // DataLocality says whether a volume must have a replica on the node it is attached to.
@@ -52,8 +81,10 @@ const (
 	LocalityNone      DataLocality = "none"
 )
 
-// Parameters are fixed when a volume is created.
+// Parameters say how a volume is kept. Replicas, MinInSync and DataLocality can be changed while it is used; the others are
+// fixed when it is created.
 type Parameters struct {
+	// Replicas is how many there should be; there are fewer, or more, while that is brought about.
 	Replicas     int          `json:"replicas"`
 	MinInSync    int          `json:"minInSync"`
 	DataLocality DataLocality `json:"dataLocality"`
@@ -78,11 +109,44 @@ type Source struct {
 	Snapshot SnapshotID `json:"snapshot,omitempty"`
 }
 
-// Replica is one copy of a volume on one pool.
+// Replica is one copy of a volume, or of a snapshot, on one pool.
 type Replica struct {
 	ID   ReplicaID `json:"id"`
 	Node NodeID    `json:"node"`
 	Pool PoolID    `json:"pool"`
+
+	// Role, and what the engine last committed of the disk and the process behind the replica: package replication. They
+	// are not set for the holders of a snapshot.
+	Role        ReplicaRole   `json:"role,omitempty"`
+	Incarnation uint64        `json:"incarnation,omitempty"`
+	BootID      uint64        `json:"bootID,omitempty"`
+	RemovedAt   ConfigVersion `json:"removedAt,omitempty"`
+	// PhysicalBytes is what it occupied when its node last reported, in bytes.
+	PhysicalBytes int64 `json:"physicalBytes,omitempty"`
+}
+
+// ReplicaRole is what a replica is to its volume.
+type ReplicaRole string
+
+// Replica roles.
+const (
+	// InSync holds every acknowledged write.
+	InSync ReplicaRole = "in-sync"
+	// Stale was in sync once, and is brought back when it can be reached.
+	Stale ReplicaRole = "stale"
+	// Filling has never been in sync: it is being filled.
+	Filling ReplicaRole = "filling"
+)
+
+// InSync lists the replicas that hold every acknowledged write.
+func (v Volume) InSync() []Replica {
+	var out []Replica
+	for _, r := range v.Replicas {
+		if r.Role == InSync {
+			out = append(out, r)
+		}
+	}
+	return out
 }
 
 // Attachment is the one node that may run the volume's engine.
@@ -91,6 +155,8 @@ type Attachment struct {
 	ReadOnly   bool       `json:"readOnly,omitempty"`
 	Capability Capability `json:"capability"`
 	Since      Timestamp  `json:"since"`
+	// Epoch is the one that it began; the volume's rises with every engine that its node starts.
+	Epoch Epoch `json:"epoch"`
 	// Detaching is set before the node is fenced: it stages and publishes nothing new, and detaching goes on to its end.
 	Detaching bool `json:"detaching,omitempty"`
 }
@@ -120,8 +186,10 @@ type Snapshot struct {
 	Tenant string     `json:"tenant"`
 	State  State      `json:"state"`
 	// Size is the volume's size when it was cut, in bytes.
-	Size       int64      `json:"size"`
-	Freeze     bool       `json:"freeze,omitempty"`
+	Size   int64 `json:"size"`
+	Freeze bool  `json:"freeze,omitempty"`
+	// Hidden: it is there for a clone of the volume while that is made. No quota counts it and no list shows it.
+	Hidden     bool       `json:"hidden,omitempty"`
 	Filesystem Filesystem `json:"filesystem"`
 	BlockSize  int        `json:"blockSize"`
 	// DataLocality is the volume's when it was cut.
@@ -129,8 +197,24 @@ type Snapshot struct {
 	CreatedAt    Timestamp    `json:"createdAt"`
 	// Holders are the pools that have every byte of it.
 	Holders []Replica `json:"holders"`
-	// PhysicalBytes is what its layer occupied when a node last reported, in bytes.
+	// Cut is the barrier under which it is being cut, its Number 0 where no engine runs; nil once it is.
+	Cut *Barrier `json:"cut,omitempty"`
+	// Group is the group snapshot that it is a member of, or "".
+	Group GroupID `json:"group,omitempty"`
+	// PhysicalBytes is what its layers on all holders occupied when their nodes last reported, in bytes.
 	PhysicalBytes int64 `json:"physicalBytes"`
+}
+
+// Group is the controllers' record of snapshots of several volumes that were cut at one instant.
+type Group struct {
+	ID     GroupID `json:"id"`
+	Name   string  `json:"name"`
+	State  State   `json:"state"`
+	Freeze bool    `json:"freeze,omitempty"`
+	// Snapshots are its members, in the order of their volumes' ids.
+	Snapshots []SnapshotID `json:"snapshots"`
+	Volumes   []ID         `json:"volumes"`
+	CreatedAt Timestamp    `json:"createdAt"`
 }
 
 // Node is a host that runs ballastd.
@@ -145,7 +229,9 @@ type Node struct {
 	DataAddress string     `json:"dataAddress,omitempty"`
 	Roles       []NodeRole `json:"roles,omitempty"`
 	State       NodeState  `json:"state,omitempty"`
-	Pools       []Pool     `json:"pools"`
+	// BootID names the life of its process, as in Replica.
+	BootID uint64 `json:"bootID,omitempty"`
+	Pools  []Pool `json:"pools"`
 }
 
 // NodeRole is what a node does for the cluster.

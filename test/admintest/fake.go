@@ -54,7 +54,7 @@ func Sample() *Cluster {
 				ID: "vol-00000000000000000001", Name: "orders", Tenant: "shop", State: volume.Ready, Size: 10 << 30, PhysicalBytes: 3 << 30,
 				Parameters:   volume.Parameters{Replicas: 1, MinInSync: 1, DataLocality: volume.LocalityPreferred, FSType: "xfs", BlockSize: 512},
 				QoS:          volume.QoS{IOPS: 2000, Bandwidth: 100 << 20},
-				Capabilities: []volume.Capability{mountable}, Replicas: replica("1"), Epoch: 3,
+				Capabilities: []volume.Capability{mountable}, Replicas: replica("1"), Protocol: volume.Protocol{Epoch: 3},
 				Attachment: &volume.Attachment{Node: "node-1", Capability: mountable, Since: Ago(time.Hour)},
 				Filesystem: volume.Filesystem{Phase: volume.Formatted, Type: "xfs"}, CreatedAt: Ago(26 * time.Hour),
 			},
@@ -266,7 +266,7 @@ func (c *Cluster) ExpandVolume(ctx context.Context, id volume.ID, required, _ in
 }
 
 // ModifyVolume implements admin.Control.
-func (c *Cluster) ModifyVolume(ctx context.Context, id volume.ID, q control.ModifyQoS) (volume.Volume, error) {
+func (c *Cluster) ModifyVolume(ctx context.Context, id volume.ID, q control.Modify) (volume.Volume, error) {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
 	v, err := c.volume(id)

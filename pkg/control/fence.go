@@ -1,0 +1,153 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// completeDetach ends the attachment that v shows. Its node is asked to end the volume's engine. Where the node does not
+// answer, and another has a replica that is in sync, the engine is forced out: the epoch rises, that replica refuses it
+// from then on, so that none of its writes can be acknowledged any more, and its lease is waited out, so that it cannot
+// serve reads either. The caller has v's lock.
+func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
+	// Marked first: between the end of the engine and that of the attachment the node must not begin anew.
+	a := v.Attachment
+	x, err := s.proposeVolume(ctx, command.BeginDetach{Volume: v.ID, Epoch: a.Epoch})
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	if now := x.Volume.Attachment; now == nil || now.Epoch != a.Epoch {
+		return nil // ended meanwhile
+	}
+	v = x.Volume
+	clean := false
+	if v.Owner != "" {
+		clean, err = s.endEngine(ctx, v)
+		elsewhere := slices.ContainsFunc(v.InSync(), func(r volume.Replica) bool { return r.Node != a.Node })
+		if err != nil && (!errors.Is(err, volume.ErrUnavailable) || !elsewhere) {
+			return fmt.Errorf("volume %s cannot be fenced on node %s: %w", v.ID, a.Node, unfinished(err))
+		}
+		if err != nil {
+			s.o.Logger.Warn("node does not answer; its engine is fenced at the replicas", "volume", v.ID, "node", a.Node, "error", err)
+			if x, err = s.proposeVolume(ctx, command.ForceDetach{Volume: v.ID, Epoch: a.Epoch}); err != nil {
+				return ignoreNotFound(err)
+			}
+			v = x.Volume
+		}
+	}
+	if v.Owner == "" {
+		if err := s.fence(ctx, v); err != nil {
+			return err
+		}
+	}
+	if err := s.propose(ctx, command.FinishDetach{Volume: v.ID, Epoch: a.Epoch, Clean: clean}); err != nil {
+		return ignoreNotFound(err)
+	}
+	s.forget(v.ID)
+	return nil
+}
+
+// endEngine has the owner of a volume end its engine. A node that is not known answers nothing.
+func (s *Service) endEngine(ctx context.Context, v volume.Volume) (clean bool, err error) {
+	known, err := s.knows(ctx, v.Owner)
+	if err != nil {
+		return false, err
+	}
+	if !known {
+		return false, fmt.Errorf("node %s is not known any more: %w", v.Owner, volume.ErrUnavailable)
+	}
+	return s.agents.Detach(ctx, v.Owner, v.ID)
+}
+
+// fence has the replicas of a volume refuse every engine of a lower epoch, and waits until none of those can serve reads.
+// One replica that is in sync is enough: without it no write is acknowledged, and no read is served once its lease is
+// over. The others are fenced too if they answer; who attaches next fences them again.
+func (s *Service) fence(ctx context.Context, v volume.Volume) error {
+	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	defer cancel()
+	rs := v.InSync()
+	leases, errs := make([]time.Duration, len(rs)), make([]error, len(rs))
+	var wg sync.WaitGroup
+	for i, r := range rs {
+		wg.Go(func() { leases[i], errs[i] = s.agents.Fence(limit, r, v.ID, v.Epoch) })
+	}
+	wg.Wait()
+	fenced, wait := false, time.Duration(0)
+	for i := range rs {
+		if errs[i] == nil {
+			fenced, wait = true, max(wait, leases[i])
+		}
+	}
+	if !fenced {
+		return fmt.Errorf("volume %s: no replica that is in sync can be fenced (%v): %w", v.ID, errors.Join(errs...), volume.ErrUnavailable)
+	}
+	if wait <= 0 {
+		return nil
+	}
+	t := time.NewTimer(min(wait, maxLease))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// maxLease bounds what is waited for at a replica's word.
+const maxLease = time.Minute
+
+// openEngine has a node with a replica that is in sync run the engine of a volume that is not attached, and returns the
+// record of its epoch. The caller has the volume's lock.
+func (s *Service) openEngine(ctx context.Context, v volume.Volume) (volume.Volume, error) {
+	if v.Owner != "" {
+		return v, s.agents.OpenEngine(ctx, v.Owner, v.ID, v.Epoch)
+	}
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return v, err
+	}
+	why := error(nil)
+	for _, r := range v.InSync() {
+		if silent := c.silent[r.Node]; silent != "" {
+			why = errors.Join(why, fmt.Errorf("replica %s: %s", r.ID, silent))
+			continue
+		}
+		x, err := s.proposeVolume(ctx, command.OpenEngine{Volume: v.ID, Node: r.Node})
+		if err != nil {
+			return v, err
+		}
+		v = x.Volume
+		if err = s.agents.OpenEngine(ctx, r.Node, v.ID, v.Epoch); err == nil {
+			return s.store.Volume(ctx, v.ID) // the in-sync set may be another one
+		}
+		why = errors.Join(why, fmt.Errorf("replica %s: %w", r.ID, err))
+		if err := s.closeEngine(ctx, v); err != nil {
+			return v, err
+		}
+	}
+	return v, fmt.Errorf("volume %s: no node can look after it now (%v): %w", v.ID, why, volume.ErrUnavailable)
+}
+
+// closeEngine ends what openEngine began, cleanly if its node answers. The caller has the volume's lock.
+func (s *Service) closeEngine(ctx context.Context, v volume.Volume) error {
+	if v.Owner == "" || v.Attachment != nil {
+		return nil
+	}
+	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	defer cancel()
+	clean, err := s.endEngine(limit, v)
+	// Its node has begun epochs of its own.
+	now, readErr := s.store.Volume(ctx, v.ID)
+	if readErr != nil {
+		return ignoreNotFound(readErr)
+	}
+	return s.propose(ctx, command.CloseEngine{Volume: v.ID, Epoch: now.Epoch, Clean: clean && err == nil})
+}

@@ -1,0 +1,228 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// State is what repairs are planned from.
+type State struct {
+	Nodes     []volume.Node
+	Volumes   []volume.Volume
+	Snapshots []volume.Snapshot
+	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. Pools that can be reached
+	// are not in it.
+	Away map[volume.PoolID]time.Duration
+}
+
+// State reads it.
+func (s *Service) State(ctx context.Context) (st State, err error) {
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return st, err
+	}
+	st.Nodes = c.nodes
+	if st.Volumes, err = s.store.Volumes(ctx, "", 0); err != nil {
+		return st, err
+	}
+	if st.Snapshots, err = s.store.Snapshots(ctx, "", "", 0); err != nil {
+		return st, err
+	}
+	st.Away = map[volume.PoolID]time.Duration{}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	offline := map[volume.PoolID]time.Time{}
+	for _, n := range c.nodes {
+		for _, p := range n.Pools {
+			if p.Capacity == 0 { // nobody records since when
+				offline[p.ID] = s.o.Now()
+				if since, ok := s.offline[p.ID]; ok {
+					offline[p.ID] = since
+				}
+				st.Away[p.ID] = s.o.Now().Sub(offline[p.ID])
+			}
+			if c.silent[n.ID] != "" {
+				st.Away[p.ID] = s.silence(n)
+			}
+		}
+	}
+	s.offline = offline
+	return st, nil
+}
+
+// wanting tells whether a volume has replicas that its engine can bring up, or does not know of yet.
+func (s *Service) wanting(v volume.Volume) bool {
+	return slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Role != volume.InSync })
+}
+
+// AddReplica gives a volume one more replica, in a pool, and has it filled. volume.ErrNoSpace: the pool has no room. It is
+// nil where the volume has one there.
+func (s *Service) AddReplica(ctx context.Context, id volume.ID, pool volume.PoolID) error {
+	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
+	if !ok {
+		return fmt.Errorf("volume %s: %w", id, ErrUnderWay)
+	}
+	defer unlock()
+	v, err := s.live(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	if slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Pool == pool }) {
+		return nil
+	}
+	random, err := newID()
+	if err != nil {
+		return err
+	}
+	r := volume.Replica{ID: volume.ReplicaID(replicaPrefix + random), Pool: pool, Role: volume.Filling}
+	x, err := s.proposeVolume(ctx, command.AddReplica{Volume: id, Replica: r})
+	s.record(ctx, "replica.add", string(r.ID), fmt.Sprintf("volume %s, pool %s", id, pool), err)
+	if err != nil {
+		return err
+	}
+	return s.bringUp(ctx, x.Volume)
+}
+
+// Sync has the engine of a volume bring up its replicas that are behind; it opens one where none runs, until they are.
+func (s *Service) Sync(ctx context.Context, id volume.ID) error {
+	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
+	if !ok {
+		return fmt.Errorf("volume %s: %w", id, ErrUnderWay)
+	}
+	defer unlock()
+	v, err := s.live(ctx, id)
+	if err != nil || v.State != volume.Ready {
+		return ignoreNotFound(err)
+	}
+	return s.bringUp(ctx, v)
+}
+
+// bringUp makes replicas that are recorded and not there yet, and has the engine see to them. The caller has v's lock.
+func (s *Service) bringUp(ctx context.Context, v volume.Volume) error {
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, r := range v.Replicas {
+		if r.Role != volume.Filling || c.silent[r.Node] != "" {
+			continue
+		}
+		spec := ReplicaSpec{ID: r.ID, Volume: v.ID, Tenant: v.Tenant, Pool: r.Pool, Size: v.Size}
+		err := s.agents.CreateReplica(ctx, r.Node, spec)
+		if errors.Is(err, volume.ErrNoSpace) {
+			// It cannot be filled there: another pool is chosen next time.
+			err = errors.Join(err, s.propose(ctx, command.DropReplica{Volume: v.ID, Replica: r.ID}))
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("replica %s on node %s: %w", r.ID, r.Node, err))
+		}
+	}
+	if v.Attachment != nil && v.Attachment.Detaching {
+		return errors.Join(errs...)
+	}
+	if _, err := s.openEngine(ctx, v); err != nil {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// DropReplica takes a replica from a volume and has its node free it, as soon as that answers. The last one that is in sync
+// stays: volume.ErrInUse.
+func (s *Service) DropReplica(ctx context.Context, id volume.ID, replica volume.ReplicaID) error {
+	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
+	if !ok {
+		return fmt.Errorf("volume %s: %w", id, ErrUnderWay)
+	}
+	defer unlock()
+	v, err := s.live(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	i := slices.IndexFunc(v.Replicas, func(r volume.Replica) bool { return r.ID == replica })
+	if i < 0 {
+		return nil
+	}
+	if v.Replicas[i].Role == volume.InSync && v.Owner != "" {
+		if len(v.InSync()) == 1 {
+			return fmt.Errorf("replica %s is the only one of volume %s that is in sync: %w", replica, id, volume.ErrInUse)
+		}
+		if err := s.agents.Evict(ctx, v.Owner, id, replica); err != nil {
+			return fmt.Errorf("engine of volume %s on node %s: %w", id, v.Owner, err)
+		}
+	}
+	x, err := s.proposeVolume(ctx, command.DropReplica{Volume: id, Replica: replica})
+	s.record(ctx, "replica.drop", string(replica), fmt.Sprintf("volume %s, pool %s", id, v.Replicas[i].Pool), err)
+	if err != nil {
+		return err
+	}
+	if err := s.freeReplicas(ctx, x.Volume, x.Volume.Leaving); err != nil {
+		s.o.Logger.Warn("replica has left its volume, its space will be freed later", "volume", id, "replica", replica, "error", err)
+	}
+	return nil
+}
+
+// DropHolder has a pool let go of a snapshot that others hold too.
+func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool volume.PoolID) error {
+	unlock, ok := s.flights.tryLock(snapshotKey(string(id)))
+	if !ok {
+		return fmt.Errorf("snapshot %s: %w", id, ErrUnderWay)
+	}
+	defer unlock()
+	x, err := s.Snapshot(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	i := slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool })
+	if i < 0 {
+		return nil
+	}
+	if len(x.Holders) == 1 {
+		return fmt.Errorf("pool %s holds the only copy of snapshot %s: %w", pool, id, volume.ErrInUse)
+	}
+	// Nobody reads what is freed: first the record, and until the pool has freed it its report shows it as a stray.
+	if err := s.propose(ctx, command.DropHolder{Snapshot: id, Pool: pool}); err != nil {
+		return err
+	}
+	s.record(ctx, "snapshot.move", string(id), fmt.Sprintf("pool %s holds it no more", pool), nil)
+	return s.agents.DeleteSnapshot(ctx, x.Holders[i].Node, pool, id)
+}
+
+// Commit applies a change that a volume's engine asks for, and returns the record after it. An error that wraps
+// volume.ErrUnavailable, or is ctx's, means that the outcome is unknown; any other that it was refused, as package
+// replication says, and the record is the current one.
+func (s *Service) Commit(ctx context.Context, id volume.ID, c replication.Change) (replication.Membership, error) {
+	x, err := s.proposeVolume(ctx, command.Commit{Volume: id, Change: c})
+	if err == nil {
+		return command.Membership(x.Volume), nil
+	}
+	if ctx.Err() != nil || errors.Is(err, volume.ErrUnavailable) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return replication.Membership{}, err
+	}
+	now, readErr := s.Membership(ctx, id)
+	if readErr != nil && !errors.Is(readErr, volume.ErrNotFound) {
+		return now, fmt.Errorf("%v: %w", err, volume.ErrUnavailable)
+	}
+	return now, err
+}
+
+// Membership returns a volume's record as its engine needs it; volume.ErrNotFound where there is none.
+func (s *Service) Membership(ctx context.Context, id volume.ID) (replication.Membership, error) {
+	v, err := s.store.Volume(ctx, id)
+	if err != nil {
+		return replication.Membership{}, err
+	}
+	return command.Membership(v), nil
+}
+
+// AddHolder records that a replica has filled in a snapshot.
+func (s *Service) AddHolder(ctx context.Context, id volume.SnapshotID, replica volume.ReplicaID) error {
+	return s.propose(ctx, command.AddHolder{Snapshot: id, Replica: replica})
+}

@@ -1,0 +1,135 @@
+package meta
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// change applies a change of the replication protocol to a volume that is ready.
+func change(v *view, id volume.ID, c replication.Change) (command.Result, error) {
+	rec, err := findReady(v, id)
+	if err != nil {
+		return nil, err
+	}
+	if rec, err = command.Change(rec, c); err != nil {
+		return nil, err
+	}
+	putVolume(v, rec)
+	return command.Volume{Volume: rec}, nil
+}
+
+func commit(v *view, c command.Commit) (command.Result, error) {
+	if c.Change.Attach != nil {
+		rec, err := findReady(v, c.Volume)
+		if err != nil {
+			return nil, err
+		}
+		if a := rec.Attachment; rec.Owner != c.Change.Attach.Node || a != nil && a.Detaching {
+			return nil, fmt.Errorf("volume %s is not for node %s to open: %w", rec.ID, c.Change.Attach.Node, replication.ErrAttached)
+		}
+	}
+	return change(v, c.Volume, c.Change)
+}
+
+func openEngine(v *view, c command.OpenEngine) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if v.read(nodes+string(c.Node)) == nil {
+		return nil, fmt.Errorf("node %s does not exist: %w", c.Node, volume.ErrNotFound)
+	}
+	if a := rec.Attachment; a != nil {
+		return nil, fmt.Errorf("volume %s is attached to node %s: %w", rec.ID, a.Node, volume.ErrInUse)
+	}
+	return change(v, c.Volume, replication.Change{Attach: &replication.Attach{Node: c.Node}})
+}
+
+func closeEngine(v *view, c command.CloseEngine) (command.Result, error) {
+	rec, err := find(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if rec.Attachment != nil || rec.Owner == "" || rec.Epoch != c.Epoch {
+		return command.Volume{Volume: rec}, nil
+	}
+	return change(v, c.Volume, replication.Change{Detach: &replication.Detach{Epoch: c.Epoch, Clean: c.Clean}})
+}
+
+func addReplica(v *view, c command.AddReplica) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if slices.ContainsFunc(rec.Replicas, func(r volume.Replica) bool { return r.ID == c.Replica.ID }) {
+		return command.Volume{Volume: rec}, nil
+	}
+	if v.read(replicas+string(c.Replica.ID)) != nil {
+		return nil, fmt.Errorf("replica id %s is taken: %w", c.Replica.ID, volume.ErrBusy)
+	}
+	c.Replica = place(v, c.Replica)
+	for _, r := range slices.Concat(rec.Replicas, rec.Leaving) {
+		if r = place(v, r); r.Node == c.Replica.Node || r.Pool == c.Replica.Pool {
+			return nil, fmt.Errorf("volume %s has replica %s on node %s already: %w", rec.ID, r.ID, r.Node, volume.ErrBusy)
+		}
+	}
+	if err := provision(v, []volume.Replica{c.Replica}, reserved(rec)); err != nil {
+		return nil, err
+	}
+	v.put(replicas+string(c.Replica.ID), []byte(rec.ID))
+	m := command.Member(c.Replica)
+	return change(v, c.Volume, replication.Change{AddReplica: &m})
+}
+
+func dropReplica(v *view, c command.DropReplica) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(rec.Replicas, func(r volume.Replica) bool { return r.ID == c.Replica }) {
+		return command.Volume{Volume: rec}, nil
+	}
+	return change(v, c.Volume, replication.Change{DropReplica: &replication.DropReplica{ID: c.Replica}})
+}
+
+func freeReplica(v *view, c command.FreeReplica) (command.Result, error) {
+	rec, ok := load[volume.Volume](v, volumes+string(c.Volume))
+	if !ok {
+		return command.Done{}, nil
+	}
+	from := &rec.Leaving
+	is := func(r volume.Replica) bool { return r.ID == c.Replica }
+	if rec.State == volume.Deleting && !slices.ContainsFunc(rec.Leaving, is) {
+		from = &rec.Replicas
+	}
+	i := slices.IndexFunc(*from, is)
+	if i < 0 {
+		if slices.ContainsFunc(rec.Replicas, is) {
+			return nil, fmt.Errorf("replica %s is one of volume %s: %w", c.Replica, rec.ID, volume.ErrInUse)
+		}
+		return command.Done{}, nil
+	}
+	r := (*from)[i]
+	*from = slices.Delete(slices.Clone(*from), i, i+1)
+	v.del(replicas + string(r.ID))
+	unprovision(v, []volume.Replica{r}, reserved(rec))
+	measure(v, rec.Tenant, r.PhysicalBytes, 0)
+	rec.PhysicalBytes = max(0, rec.PhysicalBytes-r.PhysicalBytes)
+	putVolume(v, rec)
+	return command.Done{}, nil
+}
+
+func salvage(v *view, c command.Salvage) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
+	if a := rec.Attachment; a != nil {
+		return nil, fmt.Errorf("volume %s is attached to node %s; detach it there first: %w", rec.ID, a.Node, volume.ErrInUse)
+	}
+	return change(v, c.Volume, replication.Change{Salvage: &replication.Salvage{ID: c.Replica, Seen: c.Seen}})
+}

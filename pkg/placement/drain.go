@@ -1,0 +1,58 @@
+package placement
+
+import (
+	"fmt"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Blocker is a volume that needs a node to stay up, and why.
+type Blocker struct {
+	Volume volume.ID
+	Reason string
+}
+
+// Blockers lists the volumes that a node cannot be stopped for: those with a replica in sync there, and not enough of them
+// on nodes that stay to be read and written. Nodes that are down, drained or being emptied do not stay.
+func Blockers(v View, volumes []volume.Volume, node volume.NodeID) []Blocker {
+	stays := map[volume.NodeID]bool{}
+	for _, n := range v.Nodes {
+		stays[n.ID] = n.ID != node && n.State == volume.NodeActive && v.Down[n.ID] == ""
+	}
+	var out []Blocker
+	for _, x := range volumes {
+		if x.State != volume.Ready {
+			continue
+		}
+		affected, left, behind, away := false, 0, 0, 0
+		for _, r := range x.Replicas {
+			switch {
+			case r.Node == node:
+				affected = affected || r.Role == volume.InSync
+			case !stays[r.Node]:
+				away++
+			case r.Role == volume.InSync:
+				left++
+			default:
+				behind++
+			}
+		}
+		if !affected || left >= x.Parameters.MinInSync {
+			continue
+		}
+		why := fmt.Sprintf("%d of its replicas would be in sync, it needs %d", left, x.Parameters.MinInSync)
+		if left == 0 {
+			why = "the only replica in sync that can be reached is there"
+		}
+		switch {
+		case behind > 0:
+			why += fmt.Sprintf("; %d elsewhere are still being brought up", behind)
+		case away > 0:
+			why += fmt.Sprintf("; %d are on nodes that are down or drained", away)
+		case len(x.Replicas) == 1:
+			why += "; it has no other"
+		}
+		out = append(out, Blocker{x.ID, why})
+	}
+	return out
+}
