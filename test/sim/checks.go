@@ -127,7 +127,9 @@ func (v *vol) checkAbsent(isr []*place) {
 		}
 		for _, q := range isr {
 			a, tracked := q.disk.missedOnIt[string(m.ID)]
-			if tracked && a.since > uint64(m.RemovedAt) {
+			// Untracked, it would be tracked from the next version on: too late, unless the member is alone and has not to
+			// commit anything to go on.
+			if tracked && a.since > uint64(m.RemovedAt) || !tracked && (len(isr) > 1 || v.m.ConfigVersion > m.RemovedAt) {
 				continue
 			}
 			logged := p.disk.wil | q.disk.wil
@@ -200,7 +202,9 @@ func (v *vol) checkChange(old, m *replication.Membership, c *replication.Change)
 			if p == nil || uint64(proof.Incarnation) != p.disk.incarnation {
 				continue // its disk was replaced since: the record says which one was meant
 			}
-			p.addedAt = w.now
+			if proof.BootID == p.boot {
+				p.addedAt = w.now
+			}
 			v.checkDurable(p, "its add")
 			p.disk.syncFailed = false
 		}

@@ -40,6 +40,7 @@ type client struct {
 	engine     *engine
 	node       *node
 	ops        []*op
+	busy       []*op // answered, but their buffers are still in use
 	blocks     int
 	dead       bool
 	kept       bool   // the device waits for another engine
@@ -209,11 +210,11 @@ func (c *client) answered(e *replication.Effect) {
 		w.tracef("e%d answers %s: result %d %v", c.engine.epoch, o, e.Result, decode(e.Data))
 	}
 	w.dirty = true
-	if !o.cancelled {
-		// The client uses its buffer for something else now.
-		for j := range o.data {
-			o.data[j] = 0xee
-		}
+	if e.Busy {
+		w.count.Busy++
+		c.busy = append(c.busy, o)
+	} else {
+		o.reuse()
 	}
 	switch e.Result {
 	case replication.ResultGone:
@@ -236,6 +237,27 @@ func (c *client) answered(e *replication.Effect) {
 	c.done = w.now
 	w.count.Acked++
 	v.checkAck(c, o, e)
+}
+
+// released gives a buffer back that was still in use when its write was answered.
+func (c *client) released(tag uint64) {
+	if c == nil {
+		return
+	}
+	i := slices.IndexFunc(c.busy, func(o *op) bool { return o.tag == tag })
+	if i < 0 {
+		c.w.fail("answer", "the buffer of operation %d is released, but was not in use", tag)
+		return
+	}
+	c.busy[i].reuse()
+	c.busy = slices.Delete(c.busy, i, i+1)
+}
+
+// reuse puts something else into the operation's buffer, as its owner may.
+func (o *op) reuse() {
+	for i := range o.data {
+		o.data[i] = 0xee
+	}
 }
 
 // die ends the client: its device is gone.

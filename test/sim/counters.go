@@ -11,7 +11,7 @@ import (
 // Counters count what a run, or many, came across: a suite in which something never happened proves nothing about it.
 type Counters struct {
 	// Clients.
-	Reads, Writes, Zeros, Flushes, FUAs, Cancels, Acked, Errors, Reissued int
+	Reads, Writes, Zeros, Flushes, FUAs, Cancels, Acked, Errors, Reissued, Busy int
 	// Machines.
 	Messages, StoreOps, Ticks, Attaches, Lives, KeptLives, FencedOnly, Reconnects, Cleared int
 	FailedSuperseded, FailedLost                                                           int
@@ -22,7 +22,7 @@ type Counters struct {
 	Connected, Broken, Dropped, Delayed, Duplicated, Held, Late, Partitions, OneWay, CtlCuts, CtlDowns int
 	// Nodes and disks.
 	Kills, KeptKills, PowerLosses, SitePowerLosses, Boots, Pauses, Swaps, Hangs, Full, Slow int
-	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost                               int
+	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened                     int
 	// Operations.
 	CleanDetaches, Detached, ForcedDetaches, ForcedAttaches, Deletes, Salvages      int
 	Prepared, Sealed, Ready, Aborted, Unsnapped, LayersDeleted, Groups, GroupsReady int

@@ -45,7 +45,8 @@ type disk struct {
 	wilDurable  uint64   // and as they may be found after a crash: a cleared bit may be back
 	missed      map[string]absent
 	missedOnIt  map[string]absent
-	syncFailed  bool // since then the cache is not to be believed
+	syncFailed  bool // something that was promised may be missing
+	cacheLies   bool // the cache shows what a failed sync lost, until the disk is opened again
 
 	// Faults.
 	hungUntil  int64 // nothing executes
@@ -192,7 +193,7 @@ func (d *disk) peers() []string {
 // loseSync is a failed fsync: of what was to be written some is on the platter, some is not and never will be, although
 // the cache still shows it.
 func (d *disk) loseSync(s *schedule) {
-	d.syncFailed = true
+	d.syncFailed, d.cacheLies = true, true
 	for i := range d.cells {
 		c := &d.cells[i]
 		if n := len(c.unsynced); n > 0 && s.chance(0.5) {
@@ -210,7 +211,8 @@ func (d *disk) kill(s *schedule) {
 		}
 	}
 	d.wilDurable = d.wil
-	if d.syncFailed {
+	if d.cacheLies {
+		d.cacheLies = false
 		// What the failed sync left in the cache is dropped with the file's last user: a new one reads the platter.
 		for i := range d.cells {
 			if c := &d.cells[i]; len(c.unsynced) == 0 {

@@ -125,6 +125,8 @@ func (g *engine) effects() {
 			g.conns[p.index].send(e.Msg, request)
 		case replication.EffectAnswer:
 			g.client.answered(e)
+		case replication.EffectReleased:
+			g.client.released(e.Tag)
 		case replication.EffectCommit:
 			g.commit(e.Commit, e.Change)
 		case replication.EffectReconnect:
@@ -148,6 +150,8 @@ func (g *engine) effects() {
 			w.count.failed(e.Reason)
 			if g.client != nil {
 				g.client.die()
+			} else if c := g.v.client; g.kept && c != nil && c.kept {
+				c.die()
 			}
 			g.v.engineFailed(g, e.Reason)
 			g.stop()
@@ -235,6 +239,10 @@ func (g *engine) wentLive() {
 		return
 	}
 	v.supersede(g.epoch)
+	if p := v.salvaging; p != nil {
+		v.oracle.restart(p.disk.cells)
+		v.salvaging, v.lost = nil, false
+	}
 	v.oracle.grow(int(g.known.Size / blockSize))
 	c := newClient(v, g)
 	v.client, g.client = c, c
@@ -242,5 +250,14 @@ func (g *engine) wentLive() {
 }
 
 func (g *engine) String() string {
-	return fmt.Sprintf("e%d@%s(live %v, fence only %v)", g.epoch, g.node.id, g.live, g.fenceOnly)
+	st := g.machine.Status()
+	s := fmt.Sprintf("e%d@%s %s size %d dirty %d waiting %d %v", g.epoch, g.node.id, st.Phase, st.Size/blockSize, st.Dirty, st.Waiting, st.Conditions)
+	for _, m := range st.Members {
+		s += fmt.Sprintf(" %s(in sync %v, connected %v, failed %v", m.ID, m.InSync, m.Connected, m.Failed)
+		if m.Resync != nil {
+			s += fmt.Sprintf(", resync %+v", *m.Resync)
+		}
+		s += ")"
+	}
+	return s
 }

@@ -30,6 +30,9 @@ func (w *world) heal() {
 			d.hungUntil, d.fullUntil, d.slow = 0, 0, 1
 			d.failSyncs, d.failWrites, d.failReads, d.failMetas = 0, 0, 0, 0
 		}
+		if v.m.MinInSync > len(v.m.Members) {
+			_, _ = v.apply(replication.Change{SetMinInSync: &replication.SetMinInSync{MinInSync: len(v.m.Members)}})
+		}
 		if v.want < 0 {
 			v.want = w.pick(len(w.nodes))
 		}

@@ -159,7 +159,7 @@ func (c *conn) arrive(m replication.Message, direction, lane, from, to int) {
 		if c.closed {
 			w.count.Late++
 		}
-		w.on(c.place.node, c.life, func() {
+		c.place.on(c.life, func() {
 			if w.opt.Trace && m.Kind != replication.KindPing {
 				w.tracef("  %s gets %s", c.place.id, describeMessage(&m))
 			}

@@ -23,7 +23,9 @@ func (v *vol) operator(delay int64) {
 func (v *vol) operate() {
 	w := v.w
 	if v.lost {
-		v.salvage()
+		if v.salvaging == nil {
+			v.salvage()
+		}
 		return
 	}
 	switch operation(w.prof.operations.draw(&w.schedule)) {
@@ -155,7 +157,10 @@ func (v *vol) fence(m replication.Membership) {
 	i := 0
 	var next func()
 	next = func() {
-		if !v.fencing || v.m.Epoch != m.Epoch || w.failure != nil {
+		if v.m.Epoch != m.Epoch {
+			v.fencing = false // another attach came between, and fences itself
+		}
+		if !v.fencing || w.failure != nil {
 			return
 		}
 		for _, g := range slices.Clone(v.engines) {
@@ -213,7 +218,7 @@ func (v *vol) hasPlace(n *node) bool {
 
 // removeReplica takes one replica away, if others are left.
 func (v *vol) removeReplica() {
-	if len(v.m.Members) > 1 {
+	if len(v.m.Members) > max(1, v.m.MinInSync) {
 		v.remove(v.m.Members[v.w.pick(len(v.m.Members))].ID)
 	}
 }
@@ -225,7 +230,7 @@ func (v *vol) remove(id volume.ReplicaID) {
 	var try func()
 	try = func() {
 		m, ok := v.m.Member(id)
-		if !ok || left == 0 || w.failure != nil || v.m.Deleted {
+		if !ok || left == 0 || w.calm || w.failure != nil || v.m.Deleted {
 			return
 		}
 		left--
@@ -293,7 +298,7 @@ func (v *vol) drain() {
 		var wait func()
 		left := 40
 		wait = func() {
-			if left--; left == 0 || w.failure != nil {
+			if left--; left == 0 || w.calm || w.failure != nil {
 				return
 			}
 			if len(v.m.ISR()) >= 2 {
@@ -326,21 +331,25 @@ func (v *vol) delete() {
 // salvage is an admin's last resort: no disk in the in-sync set is left, another one is taken as it is.
 func (v *vol) salvage() {
 	w := v.w
+	if v.fencing || v.m.Deleted {
+		return
+	}
 	var best *place
 	var seen volume.ConfigVersion
+	better := func(p, than *place) bool {
+		return than == nil || than.disk.syncFailed && !p.disk.syncFailed || than.disk.syncFailed == p.disk.syncFailed && p.seen.version > than.seen.version
+	}
 	for i := range v.m.Members {
 		p := v.place(v.m.Members[i].ID)
-		if p == nil || !p.node.up || p.machine == nil || p.disk.syncFailed {
+		if p == nil || !p.node.up || p.machine == nil || p.disk.cacheLies {
 			continue
 		}
 		seen = max(seen, p.seen.version)
-		if p.machine.Role() == replication.RoleISR || p.machine.Role() == replication.RoleSTALE {
-			if best == nil || p.seen.version > best.seen.version {
-				best = p
-			}
+		if r := p.machine.Role(); (r == replication.RoleISR || r == replication.RoleSTALE) && better(p, best) {
+			best = p
 		}
 	}
-	if best == nil || v.fencing {
+	if best == nil {
 		return
 	}
 	if v.m.Owner != "" {
@@ -358,9 +367,8 @@ func (v *vol) salvage() {
 		return
 	}
 	w.count.Salvages++
-	v.lost = false
-	v.salvages++
-	v.oracle.restart(best.disk.cells)
+	v.salvaging = best
+	best.disk.syncFailed, best.poisoned = false, false
 	v.snaps = nil
 	w.tracef("%s is salvaged from %s", v.id, best.id)
 }

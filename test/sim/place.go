@@ -18,7 +18,9 @@ type place struct {
 	index int
 	node  *node
 	disk  *disk
-	life  uint64 // of the node's process in which machine was opened
+	life  uint64 // of the machine: a new one each time it is opened
+	host  uint64 // the node's process in which it was opened
+	boot  replication.BootID
 
 	machine *replication.Replica
 	running []*storeOp
@@ -59,10 +61,12 @@ func (p *place) open() {
 	for i := range d.snapshots {
 		st.Snapshots = append(st.Snapshots, replication.SealedSnapshot{ID: d.snapshots[i].id, Number: d.snapshots[i].number})
 	}
-	p.life, p.opened, p.running = p.node.life, p.w.now, nil
+	p.w.ids++
+	p.life, p.host, p.opened, p.running = p.w.ids, p.node.life, p.w.now, nil
 	p.session = 0
+	p.boot = replication.BootID(p.w.id())
 	m, err := replication.NewReplica(replication.ReplicaConfig{
-		Volume: p.v.id, Replica: p.id, Incarnation: replication.Incarnation(d.incarnation), BootID: p.node.boot,
+		Volume: p.v.id, Replica: p.id, Incarnation: replication.Incarnation(d.incarnation), BootID: p.boot,
 		Geometry: p.w.geo, Timing: p.w.timing, Rules: p.w.opt.Rules,
 	}, st, p.w.clockOf(p.node))
 	if err != nil {
@@ -71,6 +75,29 @@ func (p *place) open() {
 	}
 	p.machine = m
 	p.effects()
+}
+
+// on has the machine's process do something, if the machine still lives the life it had then.
+func (p *place) on(life uint64, do func()) {
+	p.w.on(p.node, p.host, func() {
+		if p.life == life && p.machine != nil {
+			do()
+		}
+	})
+}
+
+// reopen is what a node does with a replica whose disk failed to sync: it is closed, and opened again.
+func (p *place) reopen() {
+	p.on(p.life, func() {
+		p.w.count.Reopened++
+		p.close(false)
+		for _, g := range p.v.engines {
+			if c := g.conns[p.index]; c != nil {
+				c.breaks()
+			}
+		}
+		p.open()
+	})
 }
 
 // close is the end of the process. What the kernel had been asked to do may still be done; power tells whether the cache is
@@ -132,7 +159,9 @@ func (p *place) answered(m *replication.Message) {
 		p.w.fail("S12", "%s told %+v after %+v", p.id, h, s)
 	}
 	p.seen = h
-	p.poisoned = p.poisoned || f.Poisoned
+	if f.Poisoned && f.Lineage == p.v.m.Lineage { // a salvage takes even a poisoned one
+		p.poisoned = true
+	}
 	if p.w.opt.Trace {
 		p.w.tracef("%s fenced by e%d session %d: role %v cfgver %d boot %x wil %v missed %v lease %dms", p.id, m.Epoch, m.Session,
 			f.Role, f.ConfigVersion, uint64(f.BootID), f.WIL, f.Missed, f.LeaseLeft/replication.Millisecond)
@@ -168,7 +197,7 @@ func (p *place) run(op *storeOp, life uint64, rest int64) {
 		return
 	}
 	p.execute(op)
-	w.after(rest, func() { w.on(p.node, life, func() { p.done(op) }) })
+	w.after(rest, func() { p.on(life, func() { p.done(op) }) })
 }
 
 func (p *place) done(op *storeOp) {
@@ -188,8 +217,14 @@ func (p *place) done(op *storeOp) {
 		p.disk.syncRange(int(op.Off/blockSize), int(n/blockSize), op.seq)
 	}
 	p.w.dirty = true
-	if op.Kind == replication.StoreSync && op.result.Status != replication.StatusOK {
+	if failed := op.result.Status != replication.StatusOK; failed && (op.Kind == replication.StoreSync || op.Kind == replication.StoreSeal || op.FUA) {
 		p.poisoned = true
+		life := p.life
+		p.w.after(p.w.wide(10*millisecond, second), func() {
+			if p.life == life {
+				p.reopen()
+			}
+		})
 	}
 	p.machine.Done(p.w.clockOf(p.node), op.ID, op.result)
 	p.effects()
@@ -324,6 +359,9 @@ func (p *place) executeWrite(op *storeOp) {
 		d.failWrites--
 		w.count.FailedWrites++
 		op.result.Status = replication.StatusIO
+		if op.FUA {
+			d.loseSync(&w.schedule)
+		}
 	}
 	for i := range count {
 		if failing && w.chance(0.5) {

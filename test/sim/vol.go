@@ -39,10 +39,10 @@ type vol struct {
 	snaps     []*snapshot
 	snapNames int
 	retryName volume.SnapshotID
-	lost      bool // no disk is left that has what was promised
-	deleted   bool // and fenced
-	salvages  int
-	asks      int // changes of the in-sync set that are under way
+	lost      bool   // no disk is left that has what was promised
+	deleted   bool   // and fenced
+	salvaging *place // was chosen; what it holds when the next engine is live is the volume
+	asks      int    // changes of the in-sync set that are under way
 }
 
 // snapshot is a ready one.
@@ -298,7 +298,13 @@ func (v *vol) agent() {
 	if v.pend != nil {
 		v.pend.watch()
 	}
-	if v.want < 0 || v.m.Deleted || v.fencing || v.lost || v.current() != nil || w.now < v.attaching {
+	if v.lost && v.salvaging == nil {
+		if w.calm {
+			v.salvage()
+		}
+		return
+	}
+	if v.want < 0 || v.m.Deleted || v.fencing || v.current() != nil || w.now < v.attaching {
 		return
 	}
 	n := w.nodes[v.want]

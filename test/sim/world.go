@@ -60,7 +60,6 @@ type node struct {
 	id      volume.NodeID
 	up      bool
 	life    uint64 // counts starts of the process
-	boot    replication.BootID
 	rate    float64
 	offset  int64
 	paused  int64 // until then the process does nothing
@@ -143,7 +142,6 @@ func (w *world) id() uint64 {
 func (w *world) boot(n *node) {
 	n.up, n.paused = true, 0
 	n.life++
-	n.boot = replication.BootID(w.id())
 	for _, p := range n.places {
 		p.open()
 	}
