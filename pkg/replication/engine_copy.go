@@ -74,6 +74,9 @@ func (e *Engine) startCopyWrite(o *op) {
 	} else {
 		o.want = e.isr &^ (1 << o.src)
 	}
+	if o.reads {
+		e.unlock(o, o.next)
+	}
 	o.acked, o.sent = 0, 0
 	e.sending(o)
 	e.sendAll(o)

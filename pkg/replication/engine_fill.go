@@ -51,7 +51,7 @@ func (e *Engine) resyncStep(m *member) {
 		if e.targetNeedsFlush(rs) {
 			return
 		}
-		if e.copySome(rs, e.cfg.Rules.WithoutCopyLock); rs.todo.Empty() && rs.ops == 0 {
+		if e.copySome(rs, false); rs.todo.Empty() && rs.ops == 0 {
 			rs.stage = stageFinal
 			if !e.cfg.Rules.WithoutMirror {
 				e.final = e.final.With(m.slot)
@@ -118,7 +118,15 @@ func (e *Engine) copySome(rs *resync, unlocked bool) {
 		rs.todo.RemoveRange(run.First, run.End())
 		rs.cursor = run.End()
 		o := e.newOp(opCopy, off, n)
-		o.fill, o.unlocked = rs, unlocked
+		o.fill = rs
+		switch {
+		case len(rs.fills) > 0 || unlocked && e.cfg.Rules.WithoutCopyReadLock || e.cfg.Rules.WithoutCopyLock:
+			o.unlocked = true // a snapshot does not change
+		case unlocked:
+			// Only while it reads, so that it reads nothing that not all members have: one of them could be left
+			// alone with the target, and know of no difference.
+			o.shared, o.reads = true, true
+		}
 		rs.ops++
 		e.copying += n
 		from, to := e.g.regions(off, n)

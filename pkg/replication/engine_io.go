@@ -22,6 +22,8 @@ type op struct {
 	shared bool
 	// unlocked ops keep nobody out.
 	unlocked, started, answered, hole bool
+	// reads: the lock is given back when the source has been read.
+	reads bool
 	// busy: the client is, or was, told to leave the data alone. doomed: no member could read it. lent: a member was given
 	// the client's memory to read to.
 	busy, doomed, lent bool
@@ -298,7 +300,13 @@ func (e *Engine) finish(o *op) {
 	}
 	next := o.next
 	e.ops.remove(o)
-	for p := next; p != nil; {
+	e.unlock(o, next)
+	e.freeOp(o)
+}
+
+// unlock lets go whoever of those from p on awaited o.
+func (e *Engine) unlock(o, p *op) {
+	for p != nil {
 		after := p.next
 		if p.conflicts > 0 && p.awaits(o) {
 			if p.conflicts--; p.conflicts == 0 {
@@ -307,7 +315,7 @@ func (e *Engine) finish(o *op) {
 		}
 		p = after
 	}
-	e.freeOp(o)
+	o.unlocked = true
 }
 
 // start sends an operation that has its lock.

@@ -63,6 +63,7 @@ type Rules struct {
 	WithoutRemovedAtCheck   bool // missed is believed whenever tracking began
 	WithoutOwnWIL           bool // what the returning replica itself had under way is not copied
 	WithoutCopyLock         bool // copies run beside mirrored writes
+	WithoutCopyReadLock     bool // copies read what not all members have
 	WithoutCopyDrain        bool // mirroring begins while unlocked copies run
 	WithoutMirror           bool // the last pass does not mirror writes
 	WithoutMarkedPass       bool // writes during a pass are not copied again
