@@ -184,8 +184,13 @@ func (e *Engine) unseal(id volume.SnapshotID) {
 
 // cutTarget has a target get the snapshot as well: its head, once it equals the snapshot, is sealed before it goes on.
 func (e *Engine) cutTarget(m *member, snap SealedSnapshot) {
-	if m.rs.stage <= stageList || len(m.rs.fills) > 0 {
-		m.rs.fills = append(m.rs.fills, snap)
+	if rs := m.rs; rs.stage <= stageList || len(rs.fills) > 0 {
+		if len(rs.fills) == 0 {
+			// What is, or was, listed was the head: what was written since then is in the snapshot.
+			rs.todo.Union(&rs.since)
+			rs.since.Clear()
+		}
+		rs.fills = append(rs.fills, snap)
 		return
 	}
 	// Copies under way are of the new head: they end with their session.
