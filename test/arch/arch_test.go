@@ -25,7 +25,7 @@ const (
 var (
 	core     = []string{"pkg/volume", "pkg/region", "pkg/replication", "pkg/command", "pkg/layer", "pkg/placement", "pkg/quota", "pkg/pki/jointoken"}
 	ports    = []string{"pkg/block", "pkg/disk", "pkg/frontend"}
-	adapters = []string{"pkg/extentstore", "pkg/nbd", "pkg/meta", "pkg/meta/metaraft", "pkg/mount", "pkg/frontend/fuseloop", "pkg/replicanet"}
+	adapters = []string{"pkg/extentstore", "pkg/engine", "pkg/nbd", "pkg/meta", "pkg/meta/metaraft", "pkg/mount", "pkg/frontend/fuseloop", "pkg/replicanet"}
 	services = []string{"pkg/control", "pkg/reconcile", "pkg/agent", "pkg/driver", "pkg/admin"}
 	// tools are small and know nothing of volumes' lives; anything but core and ports may use them.
 	tools = []string{"pkg/apart", "pkg/ioflusher", "pkg/keylock", "pkg/rpcerr", "pkg/audit", "pkg/metrics", "pkg/block/throttle", "pkg/pki"}

@@ -1,0 +1,259 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/block"
+	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Config is what an engine is made of.
+type Config struct {
+	Node        volume.NodeID
+	Controllers Controllers
+	Peers       Peers
+	Logger      *slog.Logger
+	Geometry    replication.Geometry
+	Timing      replication.Timing
+}
+
+// commitTimeout bounds one attempt to commit; its outcome is then unknown and it is made again.
+const commitTimeout = 3 * time.Second
+
+// Engine is an attached volume as a block.Device. While it cannot serve (attaching, no quorum of controllers, too few
+// members) requests wait.
+type Engine struct {
+	cfg Config
+	id  volume.ID
+	log *slog.Logger
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+
+	size atomic.Int64
+	wake chan struct{} // the timer is to be set anew
+
+	mu       sync.Mutex
+	m        *replication.Engine
+	epoch    volume.Epoch
+	peers    map[volume.ReplicaID]*peer
+	requests requests
+	barriers map[uint64]*barrier
+	alarm    replication.Now // when the timer goes off
+	closed   bool
+
+	live, fenced, detached chan struct{} // closed when that has been reached
+	over                   chan struct{} // closed when the engine has failed or was closed
+	reason                 replication.Reason
+}
+
+// Open begins an engine for the epoch that m, the record after an Attach, gives to this node. It returns at once; Live says
+// when the device serves. kept says that the kernel device of an earlier engine of this node lives on.
+func Open(cfg Config, m replication.Membership, kept bool) (*Engine, error) {
+	return open(cfg, m, replication.EngineConfig{Node: cfg.Node, Geometry: cfg.Geometry, Timing: cfg.Timing, DeviceKept: kept})
+}
+
+// Fence closes every replica to engines of an epoch before m's, and waits until no such engine can read any more. It
+// returns ctx's error where that cannot be told in time: it may be called again.
+func Fence(ctx context.Context, cfg Config, m replication.Membership) error {
+	e, err := open(cfg, m, replication.EngineConfig{Node: cfg.Node, Geometry: cfg.Geometry, Timing: cfg.Timing, FenceOnly: true})
+	if err != nil {
+		return err
+	}
+	defer e.Close()
+	return e.await(ctx, e.fenced)
+}
+
+func open(cfg Config, m replication.Membership, mc replication.EngineConfig) (*Engine, error) {
+	machine, err := replication.NewEngine(mc, m, now())
+	if err != nil {
+		return nil, err
+	}
+	e := &Engine{
+		cfg: cfg, id: m.Volume, log: cfg.Logger.With("volume", m.Volume, "epoch", m.Epoch), m: machine, epoch: m.Epoch,
+		wake: make(chan struct{}, 1), peers: map[volume.ReplicaID]*peer{}, barriers: map[uint64]*barrier{},
+		live: make(chan struct{}), fenced: make(chan struct{}), detached: make(chan struct{}), over: make(chan struct{}),
+	}
+	e.requests.init()
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	e.size.Store(m.Size)
+	e.mu.Lock()
+	e.meet(m)
+	fx := e.take()
+	e.mu.Unlock()
+	e.tasks.Go(e.keepTime)
+	e.carryOut(fx)
+	return e, nil
+}
+
+// Live returns when the device serves, or an error that wraps block.ErrClosed when it never will.
+func (e *Engine) Live(ctx context.Context) error { return e.await(ctx, e.live) }
+
+func (e *Engine) await(ctx context.Context, reached <-chan struct{}) error {
+	select {
+	case <-reached:
+		return nil
+	case <-e.over:
+		return e.gone()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Over is closed when the engine has failed for good, and its device must: Reason says why. Close closes it too.
+func (e *Engine) Over() <-chan struct{} { return e.over }
+
+// Reason is why the engine has failed, once Over is closed.
+func (e *Engine) Reason() replication.Reason {
+	select {
+	case <-e.over:
+		return e.reason
+	default:
+		return ""
+	}
+}
+
+// gone is called after the engine has ended.
+func (e *Engine) gone() error {
+	return fmt.Errorf("volume %s is not served by this engine any more (%s): %w", e.id, e.reason, block.ErrClosed)
+}
+
+// Detach ends the attachment: requests are refused from then on. Nil is that it is clean, all that was written being durable
+// and no lease held: the next attachment need not wait for one. Close is still to be called.
+func (e *Engine) Detach(ctx context.Context) error {
+	served := false
+	select {
+	case <-e.live:
+		served = true
+	default:
+	}
+	e.step(func() { e.m.Detach(now()) })
+	if err := e.await(ctx, e.detached); err != nil {
+		return err
+	}
+	if !served {
+		// An engine before it may hold a lease, which was not waited out.
+		return errNeverLive
+	}
+	return nil
+}
+
+var errNeverLive = fmt.Errorf("the engine ended before it served: %w", volume.ErrUnavailable)
+
+// Learn tells of a newer record than the engine may have: replicas to be added, a size to grow to.
+func (e *Engine) Learn(m replication.Membership) {
+	e.step(func() {
+		e.m.Learned(now(), m)
+		e.meet(m)
+	})
+}
+
+// Evict asks that a replica leave the in-sync set.
+func (e *Engine) Evict(id volume.ReplicaID) { e.step(func() { e.m.Evict(now(), id) }) }
+
+// SetResyncWindow bounds what resyncs have in flight, in bytes.
+func (e *Engine) SetResyncWindow(bytes int64) {
+	e.step(func() { e.m.SetResyncWindow(now(), bytes) })
+}
+
+// Status says what the engine does and what it waits for.
+func (e *Engine) Status() replication.EngineStatus {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.m.Status()
+}
+
+// Close ends the engine as a crash would: what was not flushed may be lost. Requests under way end with block.ErrClosed.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		return nil
+	}
+	e.closed = true
+	e.fail("Closed")
+	for _, q := range e.requests.all() {
+		e.end(q, &replication.Effect{Result: replication.ResultGone, Busy: true})
+	}
+	e.mu.Unlock()
+	e.cancel()
+	e.tasks.Wait()
+	return nil
+}
+
+// fail marks the engine as over; the mutex is held.
+func (e *Engine) fail(r replication.Reason) {
+	select {
+	case <-e.over:
+	default:
+		e.reason = r
+		close(e.over)
+	}
+}
+
+// step gives the machine an event and carries out what follows.
+func (e *Engine) step(event func()) {
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		return
+	}
+	event()
+	fx := e.take()
+	e.mu.Unlock()
+	e.carryOut(fx)
+}
+
+// keepTime steps the machine when it wants to be.
+func (e *Engine) keepTime() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-e.ctx.Done():
+			return
+		case <-e.wake:
+		case <-timer.C:
+		}
+		e.step(func() {
+			e.alarm = 0 // nobody need wake this goroutine: it looks anew
+			e.m.Tick(now())
+		})
+		e.mu.Lock()
+		e.alarm = e.m.NextWake()
+		wait := time.Duration(e.alarm - now())
+		e.mu.Unlock()
+		timer.Reset(max(wait, 0))
+	}
+}
+
+// commit asks the controllers for a change until their answer is known or the engine ends.
+func (e *Engine) commit(number uint64, c replication.Change) {
+	ctx, cancel := context.WithTimeout(e.ctx, commitTimeout)
+	defer cancel()
+	m, err := e.cfg.Controllers.Commit(ctx, e.id, c)
+	outcome := replication.CommitDone
+	switch {
+	case err == nil:
+	case errors.Is(err, volume.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		outcome = replication.CommitUnknown
+		e.log.Warn("the controllers do not answer", "error", err)
+	default:
+		outcome = replication.CommitRefused
+		e.log.Info("the controllers refused a change", "error", err)
+	}
+	e.step(func() {
+		e.m.Committed(now(), number, outcome, m)
+		if outcome != replication.CommitUnknown {
+			e.meet(m)
+		}
+	})
+}
