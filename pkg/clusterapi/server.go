@@ -1,0 +1,122 @@
+package clusterapi
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/pki"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// A peer that is silent for so long, when it should not be, is taken for dead.
+const (
+	pingAfter   = 5 * time.Second
+	pingTimeout = 3 * time.Second
+)
+
+// Services of a server; what is nil is not served.
+type Services struct {
+	Node       control.Agents
+	Controller Controller
+}
+
+// NewServer serves a member of the cluster to the others. tls is from pki.Credentials: ServerWithJoin where a Controller is
+// served, for nodes that have no certificate yet may ask to join.
+func NewServer(s Services, tls *tls.Config) *grpc.Server {
+	server := grpc.NewServer(
+		grpc.Creds(credentials.NewTLS(tls)), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(1024),
+		grpc.UnaryInterceptor(admit), grpc.StreamInterceptor(admitStream),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+	)
+	if s.Node != nil {
+		server.RegisterService(&nodeDesc, s.Node)
+	}
+	if s.Controller != nil {
+		server.RegisterService(&controllerDesc, s.Controller)
+	}
+	return server
+}
+
+// Connect returns a connection to a member at an address, made when it is first used.
+func Connect(address string, tls *tls.Config) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+address,
+		grpc.WithTransportCredentials(credentials.NewTLS(tls)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingAfter, Timeout: pingTimeout}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+			MinConnectTimeout: 2 * time.Second,
+		}))
+}
+
+// admit lets through what the caller may ask: a node's services are for controllers, a controller's for nodes, and Join is
+// for anybody.
+func admit(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if err := admits(ctx, info.FullMethod); err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+func admitStream(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if err := admits(s.Context(), info.FullMethod); err != nil {
+		return err
+	}
+	return handler(srv, s)
+}
+
+const joinMethod = "/" + controllerService + "/Join"
+
+func admits(ctx context.Context, method string) error {
+	if method == joinMethod {
+		return nil
+	}
+	p, err := caller(ctx)
+	switch {
+	case err != nil:
+		return status.Error(codes.Unauthenticated, err.Error())
+	case p.Kind != pki.KindNode:
+		return status.Errorf(codes.PermissionDenied, "%s is no node of the cluster", p.Identity)
+	case strings.HasPrefix(method, "/"+nodeService+"/") && !p.Has(pki.RoleController):
+		return status.Errorf(codes.PermissionDenied, "%s is no controller", p.Identity)
+	}
+	return nil
+}
+
+// caller is who is at the other end.
+func caller(ctx context.Context) (pki.Peer, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return pki.Peer{}, fmt.Errorf("the caller is not known")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return pki.Peer{}, fmt.Errorf("the caller is not known: no TLS")
+	}
+	return pki.PeerIn(info.State)
+}
+
+// isCaller returns volume.ErrInvalid unless the caller is that node: nobody speaks for another.
+func isCaller(ctx context.Context, node volume.NodeID) error {
+	p, err := caller(ctx)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, volume.ErrInvalid)
+	}
+	if p.Name != string(node) {
+		return fmt.Errorf("%s may not speak for node %s: %w", p.Identity, node, volume.ErrInvalid)
+	}
+	return nil
+}
