@@ -22,23 +22,54 @@ const maxMessage = 4 << 10
 var table = []struct {
 	is   error
 	code codes.Code
+	name string // Name
 }{
-	{context.Canceled, codes.Canceled},
-	{context.DeadlineExceeded, codes.DeadlineExceeded},
-	{volume.ErrUnavailable, codes.Unavailable},
-	{block.ErrClosed, codes.Unavailable},
-	{volume.ErrBusy, codes.Aborted},
-	{volume.ErrStale, codes.Aborted},
+	{context.Canceled, codes.Canceled, "canceled"},
+	{context.DeadlineExceeded, codes.DeadlineExceeded, "deadline-exceeded"},
+	{volume.ErrUnavailable, codes.Unavailable, "unavailable"},
+	{block.ErrClosed, codes.Unavailable, "closed"},
+	{volume.ErrBusy, codes.Aborted, "busy"},
+	{volume.ErrStale, codes.Aborted, "stale"},
 
-	{volume.ErrInvalid, codes.InvalidArgument},
-	{volume.ErrNotFound, codes.NotFound},
-	{volume.ErrExists, codes.AlreadyExists},
-	{volume.ErrInUse, codes.FailedPrecondition},
-	{volume.ErrOutOfRange, codes.OutOfRange},
-	{block.ErrRange, codes.OutOfRange},
-	{volume.ErrNoSpace, codes.ResourceExhausted},
-	{volume.ErrQuota, codes.ResourceExhausted},
-	{volume.ErrDataLoss, codes.DataLoss},
+	{volume.ErrInvalid, codes.InvalidArgument, "invalid"},
+	{volume.ErrNotFound, codes.NotFound, "not-found"},
+	{volume.ErrExists, codes.AlreadyExists, "exists"},
+	{volume.ErrInUse, codes.FailedPrecondition, "in-use"},
+	{volume.ErrOutOfRange, codes.OutOfRange, "out-of-range"},
+	{block.ErrRange, codes.OutOfRange, "range"},
+	{volume.ErrNoSpace, codes.ResourceExhausted, "no-space"},
+	{volume.ErrQuota, codes.ResourceExhausted, "quota"},
+	{volume.ErrDataLoss, codes.DataLoss, "data-loss"},
+}
+
+// Name is a stable name for the sentinel that an error wraps, "" for none: what passes between parts of one cluster, where
+// a code would say too little.
+func Name(err error) string {
+	for _, row := range table {
+		if errors.Is(err, row.is) {
+			return row.name
+		}
+	}
+	return ""
+}
+
+// remote is an error that another process told of.
+type remote struct {
+	message string
+	is      error
+}
+
+func (r remote) Error() string { return r.message }
+func (r remote) Unwrap() error { return r.is }
+
+// Named is an error of another process: its message, wrapping the sentinel of that name, if there is one.
+func Named(name, message string) error {
+	for _, row := range table {
+		if row.name == name {
+			return remote{message, row.is}
+		}
+	}
+	return errors.New(message)
 }
 
 // Code is the gRPC code of an error: OK for nil, Internal for one that wraps no sentinel. An error that is a gRPC

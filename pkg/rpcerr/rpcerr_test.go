@@ -87,3 +87,22 @@ func TestError(t *testing.T) {
 		t.Errorf("message of %d bytes, valid %v", len(long), utf8.ValidString(long))
 	}
 }
+
+// What goes to another process by name comes back as an error of the same kind.
+func TestNames(t *testing.T) {
+	seen := map[string]bool{}
+	for _, row := range table {
+		if row.name == "" || seen[row.name] {
+			t.Errorf("%v has no name of its own: %q", row.is, row.name)
+		}
+		seen[row.name] = true
+		err := fmt.Errorf("what happened: %w", row.is)
+		back := Named(Name(err), err.Error())
+		if !errors.Is(back, row.is) || back.Error() != err.Error() {
+			t.Errorf("%v came back as %v", err, back)
+		}
+	}
+	if err := errors.New("other"); Name(err) != "" || Named("", "other").Error() != "other" {
+		t.Error("an error of no kind is not kept")
+	}
+}
