@@ -151,6 +151,7 @@ func (d *daemon) serveAll(group *errgroup.Group, ls listeners) error {
 	controller := driver.Services{
 		Identity:         identity,
 		Controller:       driver.NewController(&d.cluster, d.locks),
+		GroupController:  driver.NewGroupController(&d.cluster, d.locks),
 		SnapshotMetadata: driver.NewSnapshotMetadata(&d.cluster),
 	}
 	node := driver.Services{Identity: identity, Node: driver.NewNode(&d.node, d.locks)}

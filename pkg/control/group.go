@@ -103,8 +103,8 @@ func (s *Service) groupOnce(ctx context.Context, r CreateGroup) (g Group, made b
 	}
 	g = Group{res.Group, res.Snapshots}
 	switch {
-	case !slices.Equal(g.Volumes, r.Volumes):
-		return g, false, fmt.Errorf("group snapshot %s has the name %q and is of other volumes: %w", g.ID, g.Name, volume.ErrExists)
+	case !slices.Equal(g.Volumes, r.Volumes) || g.Freeze != r.Freeze:
+		return g, false, fmt.Errorf("group snapshot %s has the name %q and is of other volumes, or cut in another way: %w", g.ID, g.Name, volume.ErrExists)
 	case g.State == volume.Ready:
 		return g, false, nil
 	case !res.Created:

@@ -72,6 +72,7 @@ func snapshotMessage(s volume.Snapshot) *csi.Snapshot {
 		SizeBytes:          s.Size,
 		CreationTime:       timestamppb.New(time.Unix(0, int64(s.CreatedAt))),
 		ReadyToUse:         s.State == volume.Ready,
+		GroupSnapshotId:    string(s.Group),
 		AccessibleTopology: accessible(s.DataLocality, s.Holders),
 	}
 }

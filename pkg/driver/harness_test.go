@@ -41,6 +41,7 @@ type world struct {
 	log    *syncBuffer
 	csi.IdentityClient
 	csi.ControllerClient
+	csi.GroupControllerClient
 	csi.SnapshotMetadataClient
 }
 
@@ -77,8 +78,10 @@ func newWorld(t testing.TB) *world {
 	conn := serve(t, Services{
 		Identity:         NewIdentity("1.2.3", w.gate, locks),
 		Controller:       NewController(w.gate, locks),
+		GroupController:  NewGroupController(w.gate, locks),
 		SnapshotMetadata: NewSnapshotMetadata(w.gate),
 	}, ServerOptions{Logger: slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	w.GroupControllerClient = csi.NewGroupControllerClient(conn)
 	w.IdentityClient, w.ControllerClient, w.SnapshotMetadataClient =
 		csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewSnapshotMetadataClient(conn)
 	return w
@@ -216,6 +219,8 @@ type fakeAgents struct {
 	snapshots  map[volume.SnapshotID][]control.Extent
 	conditions []volume.Condition
 	detached   []string
+	// cutting says what becomes of a cut; nil is fine.
+	cutting func(volume.ID) error
 }
 
 func (a *fakeAgents) locked(fn func()) error {
@@ -278,7 +283,14 @@ func (a *fakeAgents) CutSnapshot(ctx context.Context, _ volume.NodeID, s control
 			holders = append(holders, r.ID)
 		}
 	}
-	return holders, a.locked(func() { a.snapshots[s.ID] = nil })
+	err := a.locked(func() { a.snapshots[s.ID] = nil })
+	a.mu.Lock()
+	cutting := a.cutting
+	a.mu.Unlock()
+	if cutting != nil {
+		err = cutting(s.Volume)
+	}
+	return holders, err
 }
 
 func (a *fakeAgents) DeleteSnapshot(_ context.Context, _ volume.NodeID, _ volume.PoolID, id volume.SnapshotID) error {
@@ -407,7 +419,14 @@ func (w *world) state() string {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	b, err := json.Marshal([]any{vs, ss, qs, w.agents.held()})
+	gs, err := w.agents.store.Groups(w.ctx)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for i := range vs { // what a cut that was taken back leaves
+		vs[i].Revision, vs[i].Barriers = 0, 0
+	}
+	b, err := json.Marshal([]any{vs, ss, gs, qs, w.agents.held()})
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -36,6 +36,7 @@ const (
 	kubernetesPVC      = kubernetes + "pvc/"
 	kubernetesPV       = kubernetes + "pv/"
 	kubernetesSnapshot = kubernetes + "volumesnapshot"
+	kubernetesGroup    = kubernetes + "volumegroupsnapshot"
 )
 
 // classParameters is what the parameters of a create say.
@@ -160,7 +161,7 @@ func parseSnapshotParameters(parameters map[string]string) (freeze bool, err err
 			default:
 				return false, fmt.Errorf("parameter %s is neither true nor false: %w", key, volume.ErrInvalid)
 			}
-		case strings.HasPrefix(key, kubernetesSnapshot), metadata(key):
+		case strings.HasPrefix(key, kubernetesSnapshot), strings.HasPrefix(key, kubernetesGroup), metadata(key):
 		default:
 			return false, fmt.Errorf("parameter %.64q is unknown, the only one is %s: %w", key, paramFreeze, volume.ErrInvalid)
 		}

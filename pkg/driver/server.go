@@ -26,6 +26,7 @@ const (
 type Services struct {
 	Identity         csi.IdentityServer
 	Controller       csi.ControllerServer
+	GroupController  csi.GroupControllerServer
 	SnapshotMetadata csi.SnapshotMetadataServer
 	Node             csi.NodeServer
 }
@@ -75,6 +76,9 @@ func NewServer(s Services, o ServerOptions) (*Server, error) {
 	csi.RegisterIdentityServer(g, s.Identity)
 	if s.Controller != nil {
 		csi.RegisterControllerServer(g, s.Controller)
+	}
+	if s.GroupController != nil {
+		csi.RegisterGroupControllerServer(g, s.GroupController)
 	}
 	if s.SnapshotMetadata != nil {
 		csi.RegisterSnapshotMetadataServer(g, s.SnapshotMetadata)

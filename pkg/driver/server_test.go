@@ -40,13 +40,13 @@ func TestIdentity(t *testing.T) {
 			got["expansion "+e.GetType().String()] = true
 		}
 	}
-	for _, want := range []string{"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE",
+	for _, want := range []string{"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "GROUP_CONTROLLER_SERVICE",
 		"SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "expansion ONLINE"} {
 		if !got[want] {
 			t.Errorf("%s is not advertised", want)
 		}
 	}
-	if len(got) != 5 {
+	if len(got) != 6 {
 		t.Errorf("advertised: %v", got)
 	}
 }
@@ -63,6 +63,21 @@ func TestAdvertisedIsImplemented(t *testing.T) {
 	}
 	for _, m := range csi.Controller_ServiceDesc.Methods {
 		_, err := m.Handler(NewController(w.gate, keylock.New(time.Minute)), w.ctx, func(any) error { return nil }, nil)
+		if status.Code(err) == codes.Unimplemented {
+			t.Errorf("%s is not implemented", m.MethodName)
+		}
+	}
+}
+
+// TestAdvertisedGroupIsImplemented does so for group snapshots.
+func TestAdvertisedGroupIsImplemented(t *testing.T) {
+	w := newWorld(t)
+	caps, err := w.GroupControllerGetCapabilities(w.ctx, &csi.GroupControllerGetCapabilitiesRequest{})
+	if err != nil || len(caps.GetCapabilities()) != 1 {
+		t.Fatal(caps, err)
+	}
+	for _, m := range csi.GroupController_ServiceDesc.Methods {
+		_, err := m.Handler(NewGroupController(w.gate, keylock.New(time.Minute)), w.ctx, func(any) error { return nil }, nil)
 		if status.Code(err) == codes.Unimplemented {
 			t.Errorf("%s is not implemented", m.MethodName)
 		}
