@@ -364,3 +364,87 @@ func TestMissedStaysBounded(t *testing.T) {
 		t.Errorf("%d runs: %v", len(some), err)
 	}
 }
+
+// TestTagVouches cuts an addition off at each of its steps: a tag is there only with all that it vouches for.
+func TestTagVouches(t *testing.T) {
+	for _, broken := range []bool{false, true} {
+		extents, found := set{}, false
+		for i := range uint32(10) {
+			extents[i*missedExtents+7] = true
+		}
+		for steps := 0; ; steps++ {
+			o := Options{Capacity: 64 * mib, manual: true, maxMissed: 2, broken: rules{tagBeforeMissed: broken}}
+			m := newMachine()
+			p := openMem(t, m, o)
+			r := newReplica(t, p, "r", 16<<30, "")
+			must(t, r.TrackMissed(t.Context(), tag("old", 9)))
+			w := &power{left: steps, rng: rand.New(rand.NewPCG(uint64(steps), 1))}
+			m.plug(w)
+			var err error
+			for _, peer := range []string{"old", "new"} {
+				err = errors.Join(err, r.AddMissed(t.Context(), tag(peer, 5), extents.runs()))
+			}
+			m = m.crash(uint64(steps))
+			_ = p.Close()
+			p = openMem(t, m, o)
+			r, openErr := p.OpenReplica(t.Context(), "r")
+			must(t, openErr)
+			for _, tag := range r.Missed() {
+				_, runs, err := missedOf(r, tag.Peer, 3)
+				must(t, err)
+				if lost := extents.without(setOf(runs)); tag.Since == 5 && len(lost) > 0 {
+					found = true
+					if !broken {
+						t.Errorf("after %d steps the tag of %s vouches for %v, which is lost", steps, tag.Peer, lost)
+					}
+				}
+			}
+			settle(t, p)
+			must(t, p.Close())
+			sound(t, m)
+			if err == nil {
+				break
+			}
+		}
+		if found != broken {
+			t.Errorf("with the rule broken %v, a tag without its extents was found: %v", broken, found)
+		}
+	}
+}
+
+// TestMarkDuringClear marks a region again while the commit that takes it out is under way: that commit does not count.
+func TestMarkDuringClear(t *testing.T) {
+	for _, broken := range []bool{false, true} {
+		o := Options{Capacity: 64 * mib, manual: true, broken: rules{clearStaysStored: broken}}
+		m := newMachine()
+		p := openMem(t, m, o)
+		r := newReplica(t, p, "r", 16<<30, "")
+		must(t, r.MarkWIL(t.Context(), runs(5, 1)))
+		must(t, r.ClearWIL(t.Context(), runs(5, 1)))
+		w := &power{left: -1, rng: rand.New(rand.NewPCG(1, 1))}
+		marked := make(chan error, 1)
+		w.during = func(string) {
+			w.mu.Lock()
+			w.during = nil
+			w.mu.Unlock()
+			go func() { marked <- r.MarkWIL(context.Background(), runs(5, 1)) }()
+			eventually(t, "a mark that waits or is answered", func() bool {
+				p.wil.mu.Lock()
+				defer p.wil.mu.Unlock()
+				return p.wil.open != nil || len(marked) > 0
+			})
+		}
+		m.plug(w)
+		p.settleWIL()
+		must(t, <-marked)
+		m = m.crash(1)
+		_ = p.Close()
+		p = openMem(t, m, o)
+		r, err := p.OpenReplica(t.Context(), "r")
+		must(t, err)
+		if lost := len(r.WIL()) == 0; lost != broken {
+			t.Errorf("with the rule broken %v, the mark was lost: %v", broken, lost)
+		}
+		must(t, p.Close())
+	}
+}

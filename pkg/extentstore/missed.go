@@ -177,7 +177,9 @@ func (h *Replica) AddMissed(ctx context.Context, tag replication.MissedTag, exte
 			return err
 		}
 	}
-	m.header = m.header || l.p.opts.broken.tagBeforeMissed
+	if l.p.opts.broken.tagBeforeMissed {
+		m.tag, m.header = tag, true
+	}
 	l.mu.Unlock()
 	for _, run := range extents {
 		for from := run.First; from < run.End(); {

@@ -3,6 +3,7 @@ package extentstore
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -152,7 +153,7 @@ func (w *world) diff() error {
 // verify compares everything that there is, and checks the pool's own books.
 func (w *world) verify(crashed bool) error {
 	for _, v := range w.vols {
-		if err := w.compareVolume(v, crashed); err != nil {
+		if err := errors.Join(w.compareVolume(v, crashed), w.compareJournal(v, crashed)); err != nil {
 			return err
 		}
 	}

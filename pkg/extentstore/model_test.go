@@ -38,6 +38,7 @@ type modelVolume struct {
 	touched map[int64]bool
 	parent  *modelSnapshot
 	dev     *Replica
+	journal *modelJournal
 }
 
 // now is a block's present value: the last of those that it may have after a crash.
@@ -89,7 +90,7 @@ func newWorld(seed uint64, broken rules) (*world, error) {
 	w := &world{
 		rng: rng, seed: seed, m: newMachine(), vols: map[volume.ReplicaID]*modelVolume{}, snaps: map[volume.SnapshotID]*modelSnapshot{},
 		tiny: rng.IntN(4) == 0,
-		o:    Options{ID: "pool", Capacity: 400 * layer.ExtentSize, CacheBytes: 1, manual: true, broken: broken},
+		o:    Options{ID: "pool", Capacity: 400 * layer.ExtentSize, CacheBytes: 1, manual: true, broken: broken, maxMissed: 2},
 	}
 	if w.tiny {
 		w.o.Capacity = 24 * layer.ExtentSize
@@ -248,6 +249,7 @@ func (w *world) flush(v *modelVolume) error {
 	for b, n := range before {
 		v.blocks[b] = v.blocks[b][n-1:]
 	}
+	v.journal.flushed()
 	return nil
 }
 
@@ -273,6 +275,7 @@ func (w *world) cut(v *modelVolume) error {
 		return err
 	}
 	v.settle()
+	v.journal.flushed()
 	delete(w.maybeSnap, s.id)
 	w.adoptSnap(s)
 	return w.p.Cut(context.Background(), v.id, s.id) // again is nil
@@ -287,7 +290,8 @@ func (w *world) adoptSnap(s *modelSnapshot) {
 
 func (w *world) create() error {
 	w.next++
-	v := &modelVolume{id: volume.ReplicaID(fmt.Sprintf("r%d", w.next)), sizes: []int64{modelSize}, blocks: map[int64][][]byte{}, touched: map[int64]bool{}}
+	v := &modelVolume{id: volume.ReplicaID(fmt.Sprintf("r%d", w.next)), sizes: []int64{modelSize}, blocks: map[int64][][]byte{}, touched: map[int64]bool{},
+		journal: newModelJournal()}
 	spec := ReplicaSpec{ID: v.id, Volume: "v", Tenant: "t"}
 	if s, ok := pick(w.rng, w.snaps); ok && w.rng.IntN(4) > 0 {
 		spec.Parent, v.parent = s.id, s
@@ -353,6 +357,8 @@ func (w *world) act() error {
 		return w.create()
 	}
 	switch k := w.rng.IntN(100); {
+	case k < 10:
+		return w.useJournal(v)
 	case k < 45:
 		return w.write(v)
 	case k < 57:
@@ -467,6 +473,7 @@ func (w *world) run(rounds, ops, steps int) error {
 		} else {
 			for _, v := range w.vols {
 				v.settle()
+				v.journal.flushed()
 			}
 			w.note("reopen")
 			if err := w.restart(w.m.reopen(), -1); err != nil {

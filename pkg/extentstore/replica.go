@@ -123,7 +123,7 @@ func (h *Replica) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if n == 0 {
 		return nil
 	}
-	if err := h.log.bound(2 * h.r.p.opts.maxMissed); err != nil {
+	if err := h.log.bound(maxMissedDirty + h.r.p.opts.maxMissed); err != nil {
 		return err
 	}
 	err := h.write(ctx, p, off)
@@ -139,7 +139,7 @@ func (h *Replica) Zero(ctx context.Context, off, n int64) error {
 	if n == 0 {
 		return nil
 	}
-	if err := h.log.bound(2 * h.r.p.opts.maxMissed); err != nil {
+	if err := h.log.bound(maxMissedDirty + h.r.p.opts.maxMissed); err != nil {
 		return err
 	}
 	defer h.r.wrote(0)

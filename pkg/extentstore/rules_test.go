@@ -9,7 +9,7 @@ func TestRules(t *testing.T) {
 		from   uint64 // a seed that finds it, at the time of writing
 	}{
 		"commitBeforeSync":    {rules{commitBeforeSync: true}, 57},
-		"syncBeforeSnapshot":  {rules{syncBeforeSnapshot: true}, 129},
+		"syncBeforeSnapshot":  {rules{syncBeforeSnapshot: true}, 146},
 		"ackBeforeCommit":     {rules{ackBeforeCommit: true}, 0},
 		"reuseBeforeCommit":   {rules{reuseBeforeCommit: true}, 8},
 		"splitPairs":          {rules{splitPairs: true}, 13},
@@ -18,6 +18,10 @@ func TestRules(t *testing.T) {
 		"mergeForgetsZeros":   {rules{mergeForgetsZeros: true}, 1},
 		"mergeWithoutCopy":    {rules{mergeWithoutCopy: true}, 0},
 		"resizeInMemory":      {rules{resizeInMemory: true}, 0},
+		"markBeforeCommit":    {rules{markBeforeCommit: true}, 0},
+		"missedLeftOut":       {rules{missedLeftOut: true}, 0},
+		"dropInMemory":        {rules{dropInMemory: true}, 43},
+		"stateInMemory":       {rules{stateInMemory: true}, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
