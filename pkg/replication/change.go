@@ -230,7 +230,7 @@ func (m *Membership) reconfigure(r Reconfigure, without Rules) error {
 			return ErrUnknownMember
 		}
 		if a := &m.Members[i]; a.Role == RoleISR {
-			a.Role, a.RemovedAt = RoleSTALE, m.ConfigVersion
+			a.Role, a.RemovedAt, a.RemovedBarriers = RoleSTALE, m.ConfigVersion, m.Barriers
 		}
 	}
 	for _, p := range r.Add {
@@ -242,7 +242,7 @@ func (m *Membership) reconfigure(r Reconfigure, without Rules) error {
 			return fmt.Errorf("proof of %s: %w", p.ID, volume.ErrInvalid)
 		}
 		a := &m.Members[i]
-		a.Role, a.RemovedAt, a.Incarnation, a.BootID = RoleISR, 0, p.Incarnation, p.BootID
+		a.Role, a.RemovedAt, a.RemovedBarriers, a.Incarnation, a.BootID = RoleISR, 0, 0, p.Incarnation, p.BootID
 	}
 	for _, p := range r.Boots {
 		i := m.index(p.ID)

@@ -43,7 +43,8 @@ type resync struct {
 	stage stage
 	dead  bool
 	reset bool // the next configuration begins it
-	full  bool
+	// partial: what it missed since it was removed is copied, if anyone knows; full: everything.
+	partial, full bool
 
 	// todo is still to be copied, copied still to be compared, in extents. since is what was written while snapshots were
 	// filled in.
@@ -122,10 +123,8 @@ func (e *Engine) beginResync(m *member) {
 			rs.since.AddRange(e.g.extents(o.off, o.n))
 		}
 	}
-	for i := len(e.chain()) - 1; i >= 0 && !slices.Contains(m.fence.Snapshots, e.chain()[i]); i-- {
-		rs.fills = append(rs.fills, e.chain()[i])
-	}
-	slices.Reverse(rs.fills)
+	rs.partial = m.rec.RemovedAt > 0 && (m.rec.Incarnation == m.incarnation || e.cfg.Rules.WithoutIncarnationCheck)
+	e.chooseFills(rs)
 	size := max(e.size, e.m.Target)
 	if m.fence.Size >= size || e.cfg.Rules.WithoutExpandOnFence {
 		rs.stage = stageConfigure
@@ -146,17 +145,31 @@ func (e *Engine) beginResync(m *member) {
 	}).Len = size
 }
 
+// chooseFills finds the snapshots that the target lacks and can be given: where only what it missed is copied, those that
+// were cut since it was removed; where everything is, all that are newer than the newest it has.
+func (e *Engine) chooseFills(rs *resync) {
+	rs.fills = nil
+	chain := e.chain()
+	for i := len(chain) - 1; i >= 0 && !slices.Contains(rs.m.fence.Snapshots, chain[i]); i-- {
+		if rs.partial && chain[i].Number <= rs.m.rec.RemovedBarriers {
+			break
+		}
+		rs.fills = append(rs.fills, chain[i])
+	}
+	slices.Reverse(rs.fills)
+}
+
 // resyncReady is called when the target is configured and may be sent data.
 func (e *Engine) resyncReady(m *member) {
 	rs := m.rs
 	switch rs.stage {
 	case stageConfigure:
 		rs.stage = stageList
-		if m.rec.RemovedAt == 0 || m.rec.Incarnation != m.incarnation && !e.cfg.Rules.WithoutIncarnationCheck {
+		if rs.partial {
+			e.listMissed(m)
+		} else {
 			e.listAll(m)
-			return
 		}
-		e.listMissed(m)
 	case stagePaused:
 		rs.stage = stageCopy
 	}
@@ -326,7 +339,10 @@ func (e *Engine) listMissedPage(m, q *member, from uint32) {
 // listAll takes everything that source or target has stored.
 func (e *Engine) listAll(m *member) {
 	rs := m.rs
-	rs.full = true
+	if rs.full = true; rs.partial {
+		rs.partial = false
+		e.chooseFills(rs)
+	}
 	rs.again = func() { e.listAll(m) }
 	q := e.reader(0)
 	if q == nil {

@@ -50,6 +50,8 @@ type Member struct {
 	Role Role `json:"role"`
 	// RemovedAt is the version whose change took it out of the in-sync set; 0 where there is none since it was added.
 	RemovedAt volume.ConfigVersion `json:"removedAt,omitempty"`
+	// RemovedBarriers is what Barriers was then: snapshots of greater numbers were cut without it.
+	RemovedBarriers uint64 `json:"removedBarriers,omitempty"`
 }
 
 // Barrier is a pending snapshot. It is valid in its epoch only.
