@@ -179,7 +179,12 @@ func (n *lane) release() {
 func (n *lane) rest() {
 	n.c.mu.Lock()
 	defer n.c.mu.Unlock()
-	if n.over || n.load() > 0 || n.idle != nil {
+	select {
+	case <-n.ready:
+	default:
+		return // run does it
+	}
+	if n.over || n.conn == nil || n.load() > 0 || n.idle != nil {
 		return
 	}
 	n.idle = time.AfterFunc(idleAfter, func() {
@@ -229,6 +234,7 @@ func (n *lane) run() {
 	stop := context.AfterFunc(n.c.ctx, func() { n.conn.abort(errClosed) })
 	defer stop()
 	close(n.ready)
+	n.rest()
 	err = n.conn.run(n)
 	n.c.mu.Lock()
 	if !n.over {

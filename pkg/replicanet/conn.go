@@ -73,7 +73,6 @@ type conn struct {
 	// batch is being written by whoever set writing; batch[:sent] is written. spare is memory for the next queue.
 	batch, spare []frame
 	sent         int
-	batches      uint64
 	queued       int // bytes in queue
 	writing      bool
 	flushing     bool // somebody is about to take the queue
@@ -160,7 +159,6 @@ func (c *conn) take() bool {
 	}
 	c.batch, c.queue, c.spare = c.queue, c.spare[:0], nil
 	c.sent, c.queued = 0, 0
-	c.batches++
 	c.writing = true
 	return true
 }
@@ -339,6 +337,9 @@ func (c *conn) read(k control) error {
 			rest = make([]byte, hd.rest) // long ones are rare and not kept
 		}
 		rest = rest[:hd.rest]
+		if !c.ready(hd.rest) {
+			c.setCork(false)
+		}
 		if _, err := io.ReadFull(c.in, rest); err != nil {
 			return err
 		}

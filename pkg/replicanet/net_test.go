@@ -60,7 +60,7 @@ func (a acceptor) Open(ctx context.Context, l *Link, v volume.ID, r volume.Repli
 }
 
 // serve starts a server of node "server" on loopback.
-func serve(t testing.TB, a Acceptor, secure bool) (*Server, string) {
+func serve(t testing.TB, a Acceptor, secure bool, change ...func(*Server)) (*Server, string) {
 	t.Helper()
 	cfg := ServerConfig{Cluster: "test", Node: "server", Acceptor: a, Log: quiet(), Insecure: !secure}
 	if secure {
@@ -69,6 +69,9 @@ func serve(t testing.TB, a Acceptor, secure bool) (*Server, string) {
 	s, err := NewServer(cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, f := range change {
+		f(s)
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -289,6 +289,36 @@ func TestIdle(t *testing.T) {
 	open(t, c, target(addr, 1), e).Close()
 }
 
+// TestDialThatTakesLong: who does not want to wait leaves; the connection is there for the next, and closed when none comes.
+func TestDialThatTakesLong(t *testing.T) {
+	_, addr := serve(t, newReplica(t), false)
+	c := dial(t, false)
+	goOn, quick := make(chan bool), c.dial
+	c.dial = func(ctx context.Context, address string) (net.Conn, error) {
+		<-goOn
+		return quick(ctx, address)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Dial(ctx, target(addr, 1), newEngine()); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	n := c.lanes[destination{"server", addr}][0]
+	if n.idle != nil {
+		t.Error("what is not there yet is to be closed")
+	}
+	c.mu.Unlock()
+	close(goOn)
+	<-n.ready
+	for armed := false; !armed; time.Sleep(time.Millisecond) {
+		c.mu.Lock()
+		armed = n.idle != nil
+		c.mu.Unlock()
+	}
+	open(t, c, target(addr, 1), newEngine()).Close()
+}
+
 func TestHandshakeRefuses(t *testing.T) {
 	_, plain := serve(t, newReplica(t), false)
 	_, secure := serve(t, newReplica(t), true)
@@ -494,11 +524,12 @@ func (s *sleeper) Receive(l *Link, m *replication.Message) {
 func TestBudget(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {
 		rep := &hoarder{replica: newReplica(t), got: make(chan replication.Message, 1000)}
-		_, addr := serve(t, acceptor(func(context.Context, *Link, volume.ID, volume.ReplicaID) (Handler, error) { return rep, nil }), secure)
+		const most = 40
+		_, addr := serve(t, acceptor(func(context.Context, *Link, volume.ID, volume.ReplicaID) (Handler, error) { return rep, nil }), secure,
+			func(s *Server) { s.budget = most * replication.MaxData })
 		e := newEngine()
 		l := open(t, dial(t, secure), target(addr, 1), e)
 		data := make([]byte, replication.MaxData)
-		const most = receiveBudget / replication.MaxData
 		for i := range most + 30 {
 			l.Send(&replication.Message{Kind: replication.KindWrite, Session: 2, Seq: uint64(i), Data: data})
 			l.Flush()

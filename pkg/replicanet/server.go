@@ -19,8 +19,9 @@ const (
 	maxConns = 1024
 	// maxLinks bounds the links of one connection, those being opened included.
 	maxLinks = 4096
-	// receiveBudget bounds the data received on one connection and not yet given back, in bytes.
-	receiveBudget = 64 << 20
+	// receiveBudget bounds the data received on one connection and not yet given back, in bytes. Reading stops there for
+	// all volumes of the connection, so it is more than one of them has under way while its store hangs.
+	receiveBudget = 256 << 20
 )
 
 // Acceptor opens replicas for engines.
@@ -45,6 +46,7 @@ type ServerConfig struct {
 // Server serves the replicas of a node.
 type Server struct {
 	cfg    ServerConfig
+	budget int
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -64,7 +66,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		return nil, errInsecure
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &Server{cfg: cfg, ctx: ctx, cancel: cancel, conns: map[*conn]bool{}}, nil
+	return &Server{cfg: cfg, budget: receiveBudget, ctx: ctx, cancel: cancel, conns: map[*conn]bool{}}, nil
 }
 
 // Serve takes over a listener for TCP and serves whoever calls, until Close; it then returns nil.
@@ -135,7 +137,7 @@ func (s *Server) serve(tcp *net.TCPConn) {
 		}
 		return
 	}
-	c := newConn(t, receiveBudget)
+	c := newConn(t, s.budget)
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
