@@ -42,6 +42,8 @@ type Options struct {
 	Split bool
 	// Args are added to the command line.
 	Args []string
+	// Wrap makes the command that runs the daemon; it must become the daemon, with the same process id.
+	Wrap func(name string, args ...string) *exec.Cmd
 	// Env is added to the environment.
 	Env []string
 }
@@ -153,7 +155,11 @@ func (d *Daemon) Launch() error {
 	if d.cmd != nil {
 		return errors.New("the daemon runs already")
 	}
-	cmd := exec.Command(d.o.Bin.Ballastd, d.args()...)
+	wrap := d.o.Wrap
+	if wrap == nil {
+		wrap = exec.Command
+	}
+	cmd := wrap(d.o.Bin.Ballastd, d.args()...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	cmd.Env = append(os.Environ(), marker+"="+d.o.Dir)
 	cmd.Env = append(cmd.Env, d.o.Env...)
