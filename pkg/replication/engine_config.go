@@ -27,35 +27,34 @@ func (e *Engine) propose() {
 	if e.commit != nil || e.phase != phaseMarking && e.phase != phaseLive {
 		return
 	}
-	r := Reconfigure{Epoch: e.m.Epoch, ConfigVersion: e.m.ConfigVersion}
 	gone := e.isr & e.failed
-	well := false
+	well, restarted := false, false
 	for _, m := range e.members {
 		if m != nil && (e.isr &^ e.failed).Has(m.slot) && m.open {
 			well = true
-			if p, ok := m.newBoot(); ok {
-				r.Boots = append(r.Boots, p)
-			}
+			_, is := m.newBoot()
+			restarted = restarted || is
 		}
 	}
-	if !well {
+	switch {
+	case !well:
 		return // whoever is left has to be there first
+	case gone != 0:
+	case e.expandPropose() || e.addPropose() || !restarted:
+		return
 	}
-	if gone != 0 {
-		for _, m := range e.members {
-			if m != nil && gone.Has(m.slot) {
-				r.Remove = append(r.Remove, m.id)
-			}
+	r := &Reconfigure{Epoch: e.m.Epoch, ConfigVersion: e.m.ConfigVersion}
+	for _, m := range e.members {
+		if m == nil {
+			continue
 		}
-		e.propose1(Change{Reconfigure: &r}, 0, gone)
-		return
+		if gone.Has(m.slot) {
+			r.Remove = append(r.Remove, m.id)
+		} else if p, ok := m.newBoot(); ok && m.open && e.isr.Has(m.slot) {
+			r.Boots = append(r.Boots, p)
+		}
 	}
-	if e.expandPropose() || e.addPropose() {
-		return
-	}
-	if len(r.Boots) > 0 {
-		e.propose1(Change{Reconfigure: &r}, 0, 0)
-	}
+	e.propose1(Change{Reconfigure: r}, 0, gone)
 }
 
 // Committed answers EffectCommit: id is its number, m the record as it is now (unless the outcome is unknown).
