@@ -111,7 +111,7 @@ func secure(ctx context.Context, tcp *net.TCPConn, cfg *tls.Config, server bool)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	in := bufio.NewReaderSize(countingReader{tcp}, readAhead)
+	in := bufio.NewReaderSize(tcp, readAhead)
 	if cfg == nil {
 		return &transport{out: sock, in: in}, struct {
 			io.Reader

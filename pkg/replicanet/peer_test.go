@@ -510,6 +510,31 @@ func TestStuckPeer(t *testing.T) {
 	})
 }
 
+// TestWornOut: a connection is not used for longer than its keys are good for.
+func TestWornOut(t *testing.T) {
+	rep := newReplica(t)
+	_, addr := serve(t, rep, true)
+	c := dial(t, true)
+	e := newEngine()
+	old := open(t, c, target(addr, 1), e)
+	defer old.Close()
+	old.c.mu.Lock() // whoever writes had the lock before
+	old.c.out.(*sealed).carried = maxSealed + 1
+	old.c.mu.Unlock()
+	old.Send(&replication.Message{Kind: replication.KindPing, Seq: 1})
+	old.Flush()
+	if err := within(t, "end", e.closed); !errors.Is(err, errWornOut) {
+		t.Error(err)
+	}
+	l := open(t, c, target(addr, 1), e)
+	defer l.Close()
+	l.Send(&replication.Message{Kind: replication.KindPing, Seq: 2})
+	l.Flush()
+	if m := within(t, "answer", e.answers); m.Seq != 2 {
+		t.Errorf("%+v", m)
+	}
+}
+
 // sleeper does not take messages until it is let go.
 type sleeper struct {
 	*replica
