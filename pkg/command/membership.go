@@ -102,7 +102,7 @@ func checkChange(c replication.Change) error {
 			parts++
 		}
 	}
-	if parts != 1 || c.Reconfigure == nil && c.ExpandCommit == nil && (c.Attach == nil || c.Attach.Force) {
+	if parts != 1 || c.Reconfigure == nil && c.ExpandCommit == nil && (c.Attach == nil || c.Attach.Force || c.Attach.Assign) {
 		return fmt.Errorf("an engine changes the in-sync set or the exposed size, or begins an epoch, one at a time: %w", volume.ErrInvalid)
 	}
 	r := c.Reconfigure

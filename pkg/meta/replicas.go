@@ -46,7 +46,7 @@ func openEngine(v *view, c command.OpenEngine) (command.Result, error) {
 	if a := rec.Attachment; a != nil {
 		return nil, fmt.Errorf("volume %s is attached to node %s: %w", rec.ID, a.Node, volume.ErrInUse)
 	}
-	return change(v, c.Volume, replication.Change{Attach: &replication.Attach{Node: c.Node}})
+	return change(v, c.Volume, replication.Change{Attach: &replication.Attach{Node: c.Node, Assign: true}})
 }
 
 func closeEngine(v *view, c command.CloseEngine) (command.Result, error) {

@@ -197,7 +197,7 @@ func attach(v *view, c command.Attach) (command.Result, error) {
 		return nil, fmt.Errorf("node %s has %d volumes attached, more it does not take; detach one of them first: %w", c.Node, n, volume.ErrNoSpace)
 	}
 	// An engine that looked after the volume meanwhile is fenced by the one that comes.
-	rec, err = command.Change(rec, replication.Change{Attach: &replication.Attach{Node: c.Node, Force: true}})
+	rec, err = command.Change(rec, replication.Change{Attach: &replication.Attach{Node: c.Node, Force: true, Assign: true}})
 	if err != nil {
 		return nil, err
 	}

@@ -48,10 +48,12 @@ type Change struct {
 }
 
 // Attach makes Node the owner in a new epoch. Where Force is not set, another node's attachment is refused: ErrAttached.
-// The engine of the new epoch fences the old one; a pending snapshot is aborted.
+// The engine of the new epoch fences the old one; a pending snapshot is aborted. With Assign the node is to have an engine, and
+// none runs yet: it attaches again before it makes one, so that every engine has an epoch of its own.
 type Attach struct {
-	Node  volume.NodeID `json:"node"`
-	Force bool          `json:"force,omitempty"`
+	Node   volume.NodeID `json:"node"`
+	Force  bool          `json:"force,omitempty"`
+	Assign bool          `json:"assign,omitempty"`
 }
 
 // Detach ends an attachment. A clean one is asked for by the engine, or its node, after the engine stopped. The other is
@@ -186,7 +188,7 @@ func (m *Membership) attach(a Attach, without Rules) error {
 		return ErrAttached
 	}
 	m.Epoch++
-	m.SkipLease, m.Clean = m.Clean && m.Owner == "", false
+	m.SkipLease, m.Clean = m.Clean, m.Clean && a.Assign
 	m.Owner = a.Node
 	if !without.WithoutBarrierAbort {
 		m.Barrier = nil
@@ -201,7 +203,7 @@ func (m *Membership) detach(d Detach) error {
 	if m.Owner == "" {
 		return nil
 	}
-	m.Owner, m.Clean, m.SkipLease, m.Barrier = "", d.Clean, false, nil
+	m.Owner, m.Clean, m.SkipLease, m.Barrier = "", d.Clean || m.Clean, false, nil
 	if !d.Clean {
 		m.Epoch++
 	}
