@@ -3,6 +3,8 @@ package sim
 import (
 	"fmt"
 	"reflect"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -27,7 +29,7 @@ var focusOf = map[string]Focus{}
 
 const (
 	mutationSeeds = 20000
-	mutationTime  = 60 * time.Second
+	mutationTime  = 10 * time.Second
 )
 
 // TestMutation switches each rule of the protocol off, one at a time, and must find a violation.
@@ -36,7 +38,7 @@ func TestMutation(t *testing.T) {
 	rules := reflect.TypeFor[replication.Rules]()
 	for i := range rules.NumField() {
 		name := rules.Field(i).Name
-		if *without != "" && *without != name {
+		if *without != "" && !slices.Contains(strings.Split(*without, ","), name) {
 			continue
 		}
 		began := time.Now()
