@@ -244,6 +244,17 @@ func TestDamageIsFound(t *testing.T) {
 		"lost database": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{key: []byte{keyPool}}}))
 		}, "no record", false, "rs"},
+		"lost protocol state": {func(t *testing.T, d *deps) {
+			b := encodeState([]byte("opaque"))
+			b[7] ^= 1
+			must(t, d.kv.Commit([]op{{journalKey(keyState, 1), b}}))
+		}, "protocol's state: corrupt", true, "rs"},
+		"lost write-intent log": {func(t *testing.T, d *deps) {
+			must(t, d.kv.Commit([]op{{journalKey(keyWIL, 1, 0), []byte("?")}}))
+		}, "write-intent log: corrupt", true, "rs"},
+		"journal of nobody": {func(t *testing.T, d *deps) {
+			must(t, d.kv.Commit([]op{{journalKey(keyWIL, 77, 0), []byte("?")}}))
+		}, "", true, "rs"},
 		"future": {func(t *testing.T, d *deps) {
 			must(t, d.kv.Commit([]op{{[]byte{keyPool}, poolRecord{9, "p", volume.PoolDir}.encode()}}))
 		}, "format 9", false, ""},

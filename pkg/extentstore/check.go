@@ -24,7 +24,7 @@ type Report struct {
 	Extents                            int64 // slots that hold data
 	Verified                           int64 // extents whose checksum was compared
 	Stale                              int64 // extents without a checksum yet: heads, and sealed a short while ago
-	Unreferenced                       int   // layers still to be freed in the background; not a problem
+	Unreferenced                       int   // layers and journals still to be freed in the background; not a problem
 	Problems                           []string
 	Truncated                          bool // there were more problems
 }
@@ -65,13 +65,15 @@ type checker struct {
 	file   disk.File
 	layers map[uint64]layerRecord
 	sizes  map[uint64]int64 // of the largest that sees the layer
-	owned  *layer.FreeMap
-	twice  map[layer.Slot][]string // who owns what several do
-	buf    []byte
+	// journals are by whom each is.
+	journals map[uint64]string
+	owned    *layer.FreeMap
+	twice    map[layer.Slot][]string // who owns what several do
+	buf      []byte
 }
 
 func check(ctx context.Context, f disk.File, db kv, progress Progress) (Report, error) {
-	c := &checker{file: f, layers: map[uint64]layerRecord{}, sizes: map[uint64]int64{}, owned: layer.NewFreeMap(int(f.Size() / layer.ExtentSize)),
+	c := &checker{file: f, layers: map[uint64]layerRecord{}, journals: map[uint64]string{}, sizes: map[uint64]int64{}, owned: layer.NewFreeMap(int(f.Size() / layer.ExtentSize)),
 		twice: map[layer.Slot][]string{}, buf: disk.Aligned(layer.ExtentSize)}
 	if err := c.identity(db); err != nil {
 		return c.Report, err
@@ -111,7 +113,10 @@ func check(ctx context.Context, f disk.File, db kv, progress Progress) (Report, 
 		}
 		return ctx.Err()
 	})
-	return c.Report, err
+	if err != nil {
+		return c.Report, err
+	}
+	return c.Report, c.protocol(ctx, db)
 }
 
 func (c *checker) identity(db kv) error {
@@ -187,6 +192,10 @@ func (c *checker) records(db kv) error {
 			return nil
 		}
 		c.refer("replica "+string(k[1:]), r.head, r.size, heads)
+		if other := c.journals[r.journal]; other != "" {
+			c.problem("journal %d is of %s and of %s", r.journal, other, k[1:])
+		}
+		c.journals[r.journal] = string(k[1:])
 		return nil
 	})
 	if err != nil {
@@ -292,6 +301,51 @@ func highest(m layer.Mask) int {
 		n++
 	}
 	return n
+}
+
+// protocol checks what the replication protocol keeps with the replicas.
+func (c *checker) protocol(ctx context.Context, db kv) error {
+	type peer struct {
+		id uint64
+		no uint32
+	}
+	left, peers := map[uint64]bool{}, map[peer]bool{}
+	for _, kind := range journalKinds {
+		err := db.Scan([]byte{kind.kind}, func(k, v []byte) error {
+			id, n, ok := parseJournalKey(k, kind.numbers)
+			who := c.journals[id]
+			if !ok || who == "" {
+				left[id] = true
+				return ctx.Err()
+			}
+			var err error
+			switch kind.kind {
+			case keyState:
+				_, err = decodeState(v)
+			case keyWIL:
+				err = decodeWords("the write-intent log", v, make([]uint64, groupRegions/64))
+				ok = n[0] <= maxWILGroup
+			case keyPeer:
+				_, err = decodePeer(v)
+				peers[peer{id, n[0]}] = true
+			case keyMissed:
+				if !peers[peer{id, n[0]}] {
+					return ctx.Err() // of one that was dropped
+				}
+				err = decodeWords("what a peer missed", v, make([]uint64, missedWords))
+				ok = n[1] <= maxMissedPage
+			}
+			if err != nil || !ok {
+				c.problem("replica %s, key %x: %v", who, k, errors.Join(err, badKey(k)))
+			}
+			return ctx.Err()
+		})
+		if err != nil {
+			return err
+		}
+	}
+	c.Unreferenced += len(left)
+	return nil
 }
 
 // sums compares the bytes of a page with their checksums, where those are of this very page.

@@ -400,8 +400,8 @@ func TestTagVouches(t *testing.T) {
 				}
 			}
 			settle(t, p)
-			must(t, p.Close())
 			sound(t, m)
+			must(t, p.Close())
 			if err == nil {
 				break
 			}
