@@ -139,13 +139,13 @@ func TestAnEmptyDisk(t *testing.T) {
 	x.stop()
 	x.putBack("")
 	x.start()
-	time.Sleep(5 * quick.pause)
+	c.until("it is refused", func() bool { return strings.Contains(*x.store.why.Load(), "another disk") })
 	if x.store.raft.Load() != nil {
 		t.Error("it takes part")
 	}
 	ctx, cancel := context.WithTimeout(within(t), time.Second)
 	defer cancel()
-	if err := x.set(ctx, "t", 1); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another disk") {
+	if err := x.set(ctx, "t", 1); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "not admitted") {
 		t.Errorf("it answered %v", err)
 	}
 	if err := c.nodes[0].store.Remove(within(t), x.id); err != nil {
