@@ -8,13 +8,15 @@ import (
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/placement"
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
 // State is what repairs are planned from.
 type State struct {
-	Nodes     []volume.Node
+	// View is the cluster for placement: what is away, drained or being emptied gets nothing new.
+	View      placement.View
 	Volumes   []volume.Volume
 	Snapshots []volume.Snapshot
 	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. Pools that can be reached
@@ -28,7 +30,7 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	if err != nil {
 		return st, err
 	}
-	st.Nodes = c.nodes
+	st.View = c.view()
 	if st.Volumes, err = s.store.Volumes(ctx, "", 0); err != nil {
 		return st, err
 	}

@@ -1,12 +1,13 @@
 // Package reconcile finishes what calls left unfinished: volumes half made, deleted, grown or detached, snapshots that
-// nobody waits for, limits that did not reach their node. What is to be done is planned by a pure function; the loop
-// carries it out, with a pause after each failure that grows.
+// nobody waits for, limits that did not reach their node. And it keeps as many replicas in sync as volumes should have. What
+// is to be done is planned by pure functions; the loop carries it out, with a pause after each failure that grows.
 package reconcile
 
 import (
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
 // Kind of an action.
@@ -14,15 +15,25 @@ type Kind string
 
 // Kinds of actions.
 const (
+	// Volume, Snapshot and QoS finish what was left unfinished.
 	Volume   Kind = "volume"
 	Snapshot Kind = "snapshot"
 	QoS      Kind = "qos"
+	// Add gives a volume a replica in Pool, Drop takes Replica from it, Sync has those that are behind brought up.
+	Add  Kind = "add replica"
+	Drop Kind = "drop replica"
+	Sync Kind = "sync"
+	// Move has Pool let go of a snapshot.
+	Move Kind = "move snapshot"
 )
 
 // Action is one thing to take up.
 type Action struct {
 	Kind Kind
 	ID   string
+	// Pool and Replica are set for the kinds that say so.
+	Pool    volume.PoolID
+	Replica volume.ReplicaID
 }
 
 // Attempt is what is remembered of an action that is not done.
@@ -33,36 +44,42 @@ type Attempt struct {
 	Next time.Time
 }
 
-// Plan returns what is to be done now: all that is pending, less what failed and still has to pause. Deleting comes with
-// the volumes, in the order of the state, so that two passes over the same state plan the same.
-func Plan(p control.Pending, tried map[Action]Attempt, now time.Time) []Action {
+// Plan returns what is unfinished, in the order of the state, so that two passes over the same state plan the same.
+// Deleting comes with the volumes.
+func Plan(p control.Pending) []Action {
 	var out []Action
-	add := func(a Action) {
-		if t, ok := tried[a]; !ok || !now.Before(t.Next) {
-			out = append(out, a)
-		}
-	}
 	for _, id := range p.Volumes {
-		add(Action{Volume, string(id)})
+		out = append(out, Action{Kind: Volume, ID: string(id)})
 	}
 	for _, id := range p.Snapshots {
-		add(Action{Snapshot, string(id)})
+		out = append(out, Action{Kind: Snapshot, ID: string(id)})
 	}
 	for _, id := range p.QoS {
-		add(Action{QoS, string(id)})
+		out = append(out, Action{Kind: QoS, ID: string(id)})
 	}
 	return out
 }
 
-// Settled returns the actions that were tried and are not pending any more: they can be forgotten.
-func Settled(p control.Pending, tried map[Action]Attempt) []Action {
-	pending := map[Action]bool{}
-	for _, a := range Plan(p, nil, time.Time{}) {
-		pending[a] = true
+// Due are the actions that need not pause any more after they failed.
+func Due(planned []Action, tried map[Action]Attempt, now time.Time) []Action {
+	var out []Action
+	for _, a := range planned {
+		if t, ok := tried[a]; !ok || !now.Before(t.Next) {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// Settled returns the actions that were tried and are not planned any more: they can be forgotten.
+func Settled(planned []Action, tried map[Action]Attempt) []Action {
+	still := map[Action]bool{}
+	for _, a := range planned {
+		still[a] = true
 	}
 	var out []Action
 	for a := range tried {
-		if !pending[a] {
+		if !still[a] {
 			out = append(out, a)
 		}
 	}

@@ -15,21 +15,23 @@ import (
 
 func TestPlan(t *testing.T) {
 	now := time.Unix(100, 0)
-	p := control.Pending{Volumes: []volume.ID{"v1", "v2"}, Snapshots: []volume.SnapshotID{"s1"}, QoS: []volume.ID{"v1"}}
+	v1, v2, s1, q1 := Action{Kind: Volume, ID: "v1"}, Action{Kind: Volume, ID: "v2"}, Action{Kind: Snapshot, ID: "s1"}, Action{Kind: QoS, ID: "v1"}
+	planned := Plan(control.Pending{Volumes: []volume.ID{"v1", "v2"}, Snapshots: []volume.SnapshotID{"s1"}, QoS: []volume.ID{"v1"}})
 	for _, c := range []struct {
 		name  string
 		tried map[Action]Attempt
 		want  []Action
 	}{
-		{"all", nil, []Action{{Volume, "v1"}, {Volume, "v2"}, {Snapshot, "s1"}, {QoS, "v1"}}},
-		{"one pauses", map[Action]Attempt{{Volume, "v1"}: {Next: now.Add(1)}}, []Action{{Volume, "v2"}, {Snapshot, "s1"}, {QoS, "v1"}}},
-		{"its pause is over", map[Action]Attempt{{Volume, "v1"}: {Next: now}}, []Action{{Volume, "v1"}, {Volume, "v2"}, {Snapshot, "s1"}, {QoS, "v1"}}},
+		{"all", nil, []Action{v1, v2, s1, q1}},
+		{"one pauses", map[Action]Attempt{v1: {Next: now.Add(1)}}, []Action{v2, s1, q1}},
+		{"its pause is over", map[Action]Attempt{v1: {Next: now}}, []Action{v1, v2, s1, q1}},
 	} {
-		if got := Plan(p, c.tried, now); !slices.Equal(got, c.want) {
+		if got := Due(planned, c.tried, now); !slices.Equal(got, c.want) {
 			t.Errorf("%s: %v", c.name, got)
 		}
 	}
-	if got := Settled(p, map[Action]Attempt{{Volume, "v1"}: {}, {Volume, "gone"}: {}}); !slices.Equal(got, []Action{{Volume, "gone"}}) {
+	gone := Action{Kind: Volume, ID: "gone"}
+	if got := Settled(planned, map[Action]Attempt{v1: {}, gone: {}}); !slices.Equal(got, []Action{gone}) {
 		t.Errorf("settled: %v", got)
 	}
 }
@@ -72,6 +74,24 @@ func (f *fake) Pending(context.Context) (p control.Pending, err error) {
 	return p, nil
 }
 
+func (f *fake) State(context.Context) (control.State, error) { return control.State{}, nil }
+
+func (f *fake) AddReplica(ctx context.Context, id volume.ID, pool volume.PoolID) error {
+	return f.resume(ctx, Action{Kind: Add, ID: string(id), Pool: pool})
+}
+
+func (f *fake) DropReplica(ctx context.Context, id volume.ID, r volume.ReplicaID) error {
+	return f.resume(ctx, Action{Kind: Drop, ID: string(id), Replica: r})
+}
+
+func (f *fake) Sync(ctx context.Context, id volume.ID) error {
+	return f.resume(ctx, Action{Kind: Sync, ID: string(id)})
+}
+
+func (f *fake) DropHolder(ctx context.Context, id volume.SnapshotID, pool volume.PoolID) error {
+	return f.resume(ctx, Action{Kind: Move, ID: string(id), Pool: pool})
+}
+
 func (f *fake) resume(ctx context.Context, a Action) error {
 	if hung := f.deaf[a]; hung != nil {
 		<-hung
@@ -91,20 +111,20 @@ func (f *fake) resume(ctx context.Context, a Action) error {
 }
 
 func (f *fake) ResumeVolume(ctx context.Context, id volume.ID) error {
-	return f.resume(ctx, Action{Volume, string(id)})
+	return f.resume(ctx, Action{Kind: Volume, ID: string(id)})
 }
 
 func (f *fake) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) error {
-	return f.resume(ctx, Action{Snapshot, string(id)})
+	return f.resume(ctx, Action{Kind: Snapshot, ID: string(id)})
 }
 
 func (f *fake) ResumeQoS(ctx context.Context, id volume.ID) error {
-	return f.resume(ctx, Action{QoS, string(id)})
+	return f.resume(ctx, Action{Kind: QoS, ID: string(id)})
 }
 
 func TestPassesTakeUpWhatIsDue(t *testing.T) {
-	down, busy, ok := Action{Volume, "down"}, Action{Volume, "busy"}, Action{Snapshot, "ok"}
-	f := &fake{left: map[Action]error{down: volume.ErrUnavailable, busy: control.ErrUnderWay, ok: nil, {QoS, "q"}: nil}}
+	down, busy, ok := Action{Kind: Volume, ID: "down"}, Action{Kind: Volume, ID: "busy"}, Action{Kind: Snapshot, ID: "ok"}
+	f := &fake{left: map[Action]error{down: volume.ErrUnavailable, busy: control.ErrUnderWay, ok: nil, {Kind: QoS, ID: "q"}: nil}}
 	l := newLoop(f, Options{MinPause: time.Hour, Interval: 2})
 	for range 3 {
 		if err := l.pass(context.Background()); err != nil {
@@ -117,7 +137,7 @@ func TestPassesTakeUpWhatIsDue(t *testing.T) {
 	for _, a := range f.calls {
 		n[a]++
 	}
-	if n[down] != 1 || n[busy] != 3 || n[ok] != 1 || n[Action{QoS, "q"}] != 1 {
+	if n[down] != 1 || n[busy] != 3 || n[ok] != 1 || n[Action{Kind: QoS, ID: "q"}] != 1 {
 		t.Errorf("calls: %v", n)
 	}
 	if len(l.tried) != 2 || l.tried[down].Failures != 1 || l.tried[busy].Failures != 0 {
@@ -131,10 +151,10 @@ func TestPassesTakeUpWhatIsDue(t *testing.T) {
 
 // What hangs, deaf to its context as a call into a dead kernel device is, holds up nothing else.
 func TestWhatHangsHoldsUpNothingElse(t *testing.T) {
-	hangs := Action{Volume, "0"}
+	hangs := Action{Kind: Volume, ID: "0"}
 	f := &fake{left: map[Action]error{hangs: nil}, deaf: map[Action]chan struct{}{hangs: make(chan struct{})}}
 	for i := range 50 {
-		f.left[Action{Volume, fmt.Sprint(i)}] = nil
+		f.left[Action{Kind: Volume, ID: fmt.Sprint(i)}] = nil
 	}
 	l := Start(f, Options{Interval: time.Hour, Parallel: 2}) // one pass, and those for which there was no room
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
@@ -154,7 +174,7 @@ func TestWhatHangsHoldsUpNothingElse(t *testing.T) {
 }
 
 func TestCloseCutsOffWhatHangs(t *testing.T) {
-	f := &fake{left: map[Action]error{{Volume, "v"}: nil}, block: make(chan struct{})}
+	f := &fake{left: map[Action]error{{Kind: Volume, ID: "v"}: nil}, block: make(chan struct{})}
 	l := Start(f, Options{Interval: time.Millisecond})
 	time.Sleep(5 * time.Millisecond)
 	done := make(chan error)
@@ -172,7 +192,7 @@ func TestCloseCutsOffWhatHangs(t *testing.T) {
 func TestTheLoopEndsWhatIsPending(t *testing.T) {
 	f := &fake{left: map[Action]error{}}
 	for i := range 20 {
-		f.left[Action{Volume, fmt.Sprint(i)}] = nil
+		f.left[Action{Kind: Volume, ID: fmt.Sprint(i)}] = nil
 	}
 	l := Start(f, Options{Interval: time.Millisecond})
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {

@@ -19,6 +19,12 @@ type Cluster interface {
 	ResumeVolume(ctx context.Context, id volume.ID) error
 	ResumeSnapshot(ctx context.Context, id volume.SnapshotID) error
 	ResumeQoS(ctx context.Context, id volume.ID) error
+	// State is what repairs are planned from. The methods that carry them out return control.ErrUnderWay too.
+	State(ctx context.Context) (control.State, error)
+	AddReplica(ctx context.Context, id volume.ID, pool volume.PoolID) error
+	DropReplica(ctx context.Context, id volume.ID, r volume.ReplicaID) error
+	Sync(ctx context.Context, id volume.ID) error
+	DropHolder(ctx context.Context, id volume.SnapshotID, pool volume.PoolID) error
 }
 
 // Options of the loop. Zero values are the defaults.
@@ -32,6 +38,11 @@ type Options struct {
 	MinPause, MaxPause time.Duration
 	// Parallel actions at most: 16. One that hangs keeps its place, and nothing else waits for it.
 	Parallel int
+	// SyncPause is the least between two looks at replicas that are being brought up: 30 s.
+	SyncPause time.Duration
+	Limits    Limits
+	// Leads tells whether this process is the one that acts; nil: always. While it is not, nothing is begun.
+	Leads func() bool
 }
 
 // Loop runs passes until it is closed.
@@ -48,6 +59,7 @@ type Loop struct {
 	tried   map[Action]Attempt
 	running map[Action]bool
 	waiting bool // some that are due found no room
+	away    map[volume.PoolID]time.Duration
 }
 
 // Start begins with a pass at once. It starts a goroutine, and that one more for each action under way; Close ends them.
@@ -72,6 +84,7 @@ func newLoop(c Cluster, o Options) *Loop {
 	set(&o.Timeout, time.Minute)
 	set(&o.MinPause, 5*time.Second)
 	set(&o.MaxPause, 5*time.Minute)
+	set(&o.SyncPause, 30*time.Second)
 	if o.Parallel == 0 {
 		o.Parallel = 16
 	}
@@ -108,17 +121,31 @@ func (l *Loop) run(ctx context.Context) {
 
 // pass begins what is pending, due and not under way yet, as much as there is room for.
 func (l *Loop) pass(ctx context.Context) error {
+	if l.o.Leads != nil && !l.o.Leads() {
+		return nil
+	}
 	p, err := l.cluster.Pending(ctx)
 	if err != nil {
 		return err
 	}
+	st, err := l.cluster.State(ctx)
+	if err != nil {
+		return err
+	}
+	planned := append(Plan(p), Repairs(st, l.o.Limits)...)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, a := range Settled(p, l.tried) {
+	for _, a := range Settled(planned, l.tried) {
 		delete(l.tried, a)
 	}
+	for pool := range l.away {
+		if _, still := st.Away[pool]; !still { // what failed for its sake may go now
+			l.tried = map[Action]Attempt{}
+		}
+	}
+	l.away = st.Away
 	l.waiting = false
-	for _, a := range Plan(p, l.tried, time.Now()) {
+	for _, a := range Due(planned, l.tried, time.Now()) {
 		if l.running[a] {
 			continue
 		}
@@ -143,6 +170,14 @@ func (l *Loop) take(ctx context.Context, a Action) {
 		err = l.cluster.ResumeSnapshot(ctx, volume.SnapshotID(a.ID))
 	case QoS:
 		err = l.cluster.ResumeQoS(ctx, volume.ID(a.ID))
+	case Add:
+		err = l.cluster.AddReplica(ctx, volume.ID(a.ID), a.Pool)
+	case Drop:
+		err = l.cluster.DropReplica(ctx, volume.ID(a.ID), a.Replica)
+	case Sync:
+		err = l.cluster.Sync(ctx, volume.ID(a.ID))
+	case Move:
+		err = l.cluster.DropHolder(ctx, volume.SnapshotID(a.ID), a.Pool)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -158,6 +193,9 @@ func (l *Loop) take(ctx context.Context, a Action) {
 	switch {
 	case err == nil:
 		t.Failures = 0
+		if a.Kind == Sync { // it is planned until they are up
+			pause = l.o.SyncPause
+		}
 	case errors.Is(err, control.ErrUnderWay):
 	default:
 		t.Failures++

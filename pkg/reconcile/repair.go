@@ -1,0 +1,220 @@
+package reconcile
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/placement"
+	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Limits of repairs. Zero values are the defaults.
+type Limits struct {
+	// ReplicaTimeout is for how long a replica may be away before another takes its place: 10 minutes.
+	ReplicaTimeout time.Duration
+	// Rebuilds is how many replicas a node fills at once, and of how many volumes that nobody has attached it looks after
+	// the replicas at once: 2.
+	Rebuilds int
+}
+
+func (l Limits) normal() Limits {
+	if l.ReplicaTimeout == 0 {
+		l.ReplicaTimeout = 10 * time.Minute
+	}
+	if l.Rebuilds == 0 {
+		l.Rebuilds = 2
+	}
+	return l
+}
+
+// Repairs returns what is to be done so that volumes have as many replicas in sync as they should, volumes with the fewest
+// copies first. A replica that was away for too long, and one on a node that is being emptied, is replaced: the new one
+// is filled before the old one goes. One that comes back in time is brought up.
+func Repairs(st control.State, l Limits) []Action {
+	p := planner{st: st, l: l.normal(), pools: map[volume.PoolID]volume.Node{}, filling: map[volume.NodeID]int{}, engines: map[volume.NodeID]int{}}
+	for _, n := range st.View.Nodes {
+		for _, pool := range n.Pools {
+			p.pools[pool.ID] = n
+		}
+	}
+	var vs []volume.Volume
+	for _, v := range st.Volumes {
+		if v.State != volume.Ready {
+			continue
+		}
+		vs = append(vs, v)
+		for _, r := range v.Replicas {
+			if r.Role == volume.Filling {
+				p.filling[r.Node]++
+			}
+		}
+		if v.Attachment == nil && v.Owner != "" {
+			p.engines[v.Owner]++
+		}
+	}
+	slices.SortStableFunc(vs, func(a, b volume.Volume) int {
+		return cmp.Or(cmp.Compare(len(p.good(a)), len(p.good(b))), cmp.Compare(a.ID, b.ID))
+	})
+	for _, v := range vs {
+		p.repair(v)
+	}
+	p.moveSnapshots(vs)
+	return p.out
+}
+
+type planner struct {
+	st    control.State
+	l     Limits
+	pools map[volume.PoolID]volume.Node
+	// filling is how many replicas each node fills, engines how many volumes it looks after.
+	filling, engines map[volume.NodeID]int
+	out              []Action
+}
+
+// reachable tells whether a replica can be asked now.
+func (p *planner) reachable(r volume.Replica) bool {
+	_, away := p.st.Away[r.Pool]
+	_, known := p.pools[r.Pool]
+	return known && !away
+}
+
+// stays tells whether a replica counts: it is not lost and not to leave its node.
+func (p *planner) stays(r volume.Replica) bool {
+	n, known := p.pools[r.Pool]
+	return known && p.st.Away[r.Pool] < p.l.ReplicaTimeout && n.State != volume.NodeEmptying
+}
+
+// good are the replicas that stay, are in sync and can be reached.
+func (p *planner) good(v volume.Volume) []volume.Replica {
+	return slices.DeleteFunc(v.InSync(), func(r volume.Replica) bool { return !p.stays(r) || !p.reachable(r) })
+}
+
+func (p *planner) repair(v volume.Volume) {
+	if a := v.Attachment; a != nil && a.Detaching {
+		return
+	}
+	want := v.Parameters.Replicas
+	var keep, leave []volume.Replica
+	for _, r := range v.Replicas {
+		if p.stays(r) {
+			keep = append(keep, r)
+		} else {
+			leave = append(leave, r)
+		}
+	}
+	source := slices.ContainsFunc(v.InSync(), p.reachable)
+	if !source {
+		return // nothing can be copied, and nothing may be given up
+	}
+	good := p.good(v)
+	switch {
+	case len(keep) < want && len(v.Replicas) < replication.MaxMembers:
+		p.add(v, want-len(keep))
+	case len(good) >= want && len(leave) > 0:
+		p.out = append(p.out, Action{Kind: Drop, ID: string(v.ID), Replica: leave[0].ID})
+	case len(good) >= want && len(keep) > want:
+		p.drop(v, keep, len(good) > want)
+	}
+	behind := slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Role != volume.InSync && p.reachable(r) })
+	unmade := slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Role == volume.Filling && p.reachable(r) })
+	if v.Attachment != nil && unmade || v.Attachment == nil && behind && p.engine(v) {
+		p.out = append(p.out, Action{Kind: Sync, ID: string(v.ID)})
+	}
+}
+
+// engine tells whether a node may look after a volume that nobody has attached.
+func (p *planner) engine(v volume.Volume) bool {
+	if v.Owner != "" {
+		return true
+	}
+	for _, r := range v.InSync() {
+		if p.reachable(r) { // the node that openEngine asks first
+			if p.engines[r.Node] >= p.l.Rebuilds {
+				return false
+			}
+			p.engines[r.Node]++
+			return true
+		}
+	}
+	return false
+}
+
+// add places new replicas of a volume, as many as may be filled now.
+func (p *planner) add(v volume.Volume, n int) {
+	n = min(n, replication.MaxMembers-len(v.Replicas))
+	r := placement.Request{
+		Size: max(v.Size, v.Target), Replicas: 1, Pool: v.Parameters.Pool, Beside: slices.Concat(v.Replicas, v.Leaving), Refused: map[volume.PoolID]string{},
+	}
+	if a := v.Attachment; a != nil && v.Parameters.DataLocality != volume.LocalityNone {
+		r.Preferred = []volume.NodeID{a.Node}
+	}
+	for id, node := range p.pools {
+		if p.filling[node.ID] >= p.l.Rebuilds {
+			r.Refused[id] = "its node fills as many replicas as it may"
+		}
+	}
+	for range n {
+		pools, err := placement.Choose(p.st.View, r)
+		if err != nil {
+			return // health says why; there may be room later
+		}
+		p.filling[pools[0].Node]++
+		p.out = append(p.out, Action{Kind: Add, ID: string(v.ID), Pool: pools[0].ID})
+		r.Beside = append(r.Beside, volume.Replica{Node: pools[0].Node, Pool: pools[0].ID})
+	}
+}
+
+// drop chooses a replica that is one too many: one that is not in sync, or else, where that may be, the one that is missed
+// least.
+func (p *planner) drop(v volume.Volume, keep []volume.Replica, inSync bool) {
+	zones := map[string]int{}
+	for _, r := range keep {
+		zones[p.pools[r.Pool].Zone]++
+	}
+	rank := func(r volume.Replica) []int {
+		n := p.pools[r.Pool]
+		local := v.Attachment != nil && v.Attachment.Node == r.Node
+		return []int{flag(r.Role == volume.InSync), flag(p.reachable(r)), flag(n.State == volume.NodeActive), flag(local), -zones[n.Zone]}
+	}
+	worst := slices.MinFunc(keep, func(a, b volume.Replica) int {
+		return cmp.Or(slices.Compare(rank(a), rank(b)), cmp.Compare(b.ID, a.ID))
+	})
+	if worst.Role != volume.InSync || inSync || !p.reachable(worst) {
+		p.out = append(p.out, Action{Kind: Drop, ID: string(v.ID), Replica: worst.ID})
+	}
+}
+
+// moveSnapshots lets pools of nodes that are being emptied go of snapshots that enough others hold.
+func (p *planner) moveSnapshots(vs []volume.Volume) {
+	replicas := map[volume.ID]int{}
+	for _, v := range vs {
+		replicas[v.ID] = v.Parameters.Replicas
+	}
+	for _, x := range p.st.Snapshots {
+		want, ok := replicas[x.Volume]
+		if !ok || x.State != volume.Ready {
+			continue // without its volume nobody can fill another holder in
+		}
+		stay := 0
+		for _, h := range x.Holders {
+			if p.stays(h) && p.reachable(h) {
+				stay++
+			}
+		}
+		for _, h := range x.Holders {
+			if p.pools[h.Pool].State == volume.NodeEmptying && p.reachable(h) && stay >= want {
+				p.out = append(p.out, Action{Kind: Move, ID: string(x.ID), Pool: h.Pool})
+			}
+		}
+	}
+}
+
+func flag(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
