@@ -43,7 +43,8 @@ const (
 	// committed; otherwise AbortBarrier is due.
 	EffectBarrier
 	// EffectDetached: Detach has reached its end: all is durable and no operation is under way. The carrier may commit
-	// Detach{Clean}.
+	// Detach{Clean}; with a Result other than OK only a Detach that is not: the engine was not live yet, so that nobody has
+	// waited for an older one's lease.
 	EffectDetached
 )
 

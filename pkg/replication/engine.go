@@ -89,6 +89,8 @@ type Engine struct {
 	retryAt    Now // a last member's failed writes are tried again
 
 	recheck, retry bool
+	// pumped and ticked are when pump and Tick last looked at what is due.
+	pumped, ticked Now
 }
 
 // NewEngine returns the engine of a volume that was just attached: m is the record after Attach. Only a live one serves:
@@ -224,6 +226,7 @@ func (e *Engine) pump() {
 			e.admitParked()
 		default:
 			if e.background(); !e.recheck && !e.retry {
+				e.pumped = e.now
 				return
 			}
 		}
@@ -243,6 +246,7 @@ func (e *Engine) background() {
 
 // over ends the engine.
 func (e *Engine) over(kind EffectKind, why Reason) {
+	clean := e.phase == phaseLive
 	e.phase = phaseOver
 	for o := e.ops.first; o != nil; {
 		next := o.next
@@ -263,7 +267,11 @@ func (e *Engine) over(kind EffectKind, why Reason) {
 		f.Number, f.Result, f.Version = b.b.Number, ResultGone, b.b.ConfigVersion
 	}
 	e.ops, e.parked, e.held, e.short, e.flush = opList{}, nil, nil, nil, flushRound{}
-	e.emit(kind).Reason = why
+	f := e.emit(kind)
+	f.Reason = why
+	if kind == EffectDetached && !clean {
+		f.Result = ResultIO
+	}
 }
 
 // Learned gives the engine a newer record of its volume: members come and go, a size is asked for.
@@ -319,6 +327,7 @@ func (e *Engine) Tick(now Now) {
 			}
 		}
 	}
+	e.ticked = e.now
 	e.commitTick()
 	e.barrierTick()
 	e.pump()
@@ -337,7 +346,7 @@ func (e *Engine) NextWake() Now {
 	}
 	if e.phase == phaseFencing && e.firstFence != Never {
 		for _, due := range []Now{e.leased, e.firstFence + e.cfg.Timing.AttachWait} {
-			if due > e.now {
+			if due > e.pumped {
 				at = min(at, due)
 			}
 		}

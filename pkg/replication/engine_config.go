@@ -98,6 +98,9 @@ func (e *Engine) commitTick() {
 }
 
 func (e *Engine) committedDone(m Membership) {
+	if m.Revision < e.m.Revision {
+		m = e.m // a newer record, which has the change as well, was learned meanwhile
+	}
 	e.commit = nil
 	e.adding, e.removing = 0, 0
 	e.adopt(m)

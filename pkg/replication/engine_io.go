@@ -154,7 +154,7 @@ func (e *Engine) Zero(now Now, tag uint64, off, n int64, fua bool) {
 }
 
 // Cancel answers an operation with ResultIO if it is not answered yet. A write that was begun is still carried out on all
-// members, and its range kept locked until it is: it reads the same for ever after. Its Data must never change.
+// members, and its range kept locked until it is: it reads the same for ever after. Until then it is Busy.
 func (e *Engine) Cancel(now Now, tag uint64) {
 	if !e.begin(now) {
 		return
@@ -622,7 +622,7 @@ func (e *Engine) answer(o *op, r Result) {
 			f.Data, f.Hole = o.data, o.hole
 		}
 	}
-	if o.kind == opWrite && r == ResultOK && o.want&e.mirrors&^o.acked != 0 {
+	if o.kind == opWrite && o.started && e.phase != phaseOver && (r != ResultOK || o.want&e.mirrors&^o.acked != 0) {
 		f.Busy, o.busy = true, true
 	}
 	o.answered = true

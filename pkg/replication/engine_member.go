@@ -260,8 +260,8 @@ func (e *Engine) fenced(m *member, a *Message) {
 		return
 	}
 	if e.phase == phaseFencing {
-		e.leased = max(e.leased, e.now+f.LeaseLeft)
 		if e.isr.Has(m.slot) {
+			e.leased = max(e.leased, e.now+f.LeaseLeft)
 			e.firstFence = min(e.firstFence, e.now)
 		}
 		return
@@ -382,7 +382,7 @@ func (e *Engine) limit(k Kind) Now {
 func (e *Engine) watchAt(m *member) Now {
 	at := Never
 	for p := m.pending.first; p != nil; p = p.next {
-		if due := p.sentAt + e.limit(p.kind); due > e.now {
+		if due := p.sentAt + e.limit(p.kind); due > e.ticked {
 			at = min(at, due)
 		}
 		if p.sentAt+e.cfg.Timing.OpTimeout > at {

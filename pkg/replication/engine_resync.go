@@ -93,7 +93,7 @@ func (e *Engine) resyncProgress() {
 		case m == nil || e.isr.Has(m.slot) || e.adding.Has(m.slot):
 		case m.rs != nil:
 			e.resyncStep(m)
-		case m.open && e.now >= m.retryAt && e.barrier == nil && !e.failed.Has(m.slot):
+		case m.open && e.now >= m.retryAt && e.barrier == nil && !e.failed.Has(m.slot) && e.reader(0) != nil:
 			e.beginResync(m)
 		}
 	}
@@ -105,7 +105,7 @@ func (e *Engine) resyncWake() Now {
 		return at
 	}
 	for _, m := range e.members {
-		if m != nil && m.open && m.rs == nil && !e.isr.Has(m.slot) && !e.adding.Has(m.slot) && e.barrier == nil && e.now < m.retryAt {
+		if m != nil && m.open && m.rs == nil && !e.isr.Has(m.slot) && !e.adding.Has(m.slot) && e.barrier == nil && e.pumped < m.retryAt {
 			at = min(at, m.retryAt)
 		}
 	}

@@ -76,8 +76,8 @@ func NewReplica(cfg ReplicaConfig, s Stored, now Now) (*Replica, error) {
 			r.wil[i] = &wilRegion{state: wilActive}
 		}
 	}
-	// Who was served in the life before is not known any more: it may have been just now.
-	if st.Epoch > 0 && !cfg.Rules.WithoutRebootLease {
+	// Who was served in the life before, or from the disk before this, is not known: it may have been just now.
+	if !cfg.Rules.WithoutRebootLease {
 		r.leaseUntil = now + cfg.Timing.Lease + cfg.Timing.LeaseMargin
 	}
 	return r, nil
