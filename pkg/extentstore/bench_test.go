@@ -191,3 +191,51 @@ func BenchmarkDeepChain(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkJournal is what the replication protocol adds to writes: a mark of a region that is not in the write-intent log,
+// one that is, and a note of what an absent peer misses.
+func BenchmarkJournal(b *testing.B) {
+	p := openDir(b, b.TempDir(), Options{Capacity: benchSize})
+	defer func() { must(b, p.Close()) }()
+	d := newReplica(b, p, "r", 1<<40, "")
+	var next atomic.Uint32
+	mark := func(b *testing.B) {
+		i := next.Add(1) % (1 << 20)
+		must(b, d.MarkWIL(b.Context(), runs(i, 1)))
+		must(b, d.ClearWIL(b.Context(), runs(i, 1)))
+	}
+	b.Run("mark", func(b *testing.B) {
+		for b.Loop() {
+			mark(b)
+		}
+	})
+	b.Run("mark depth=32", func(b *testing.B) {
+		b.SetParallelism(16)
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				mark(b)
+			}
+		})
+	})
+	b.Run("marked", func(b *testing.B) {
+		must(b, d.MarkWIL(b.Context(), runs(7, 1)))
+		for b.Loop() {
+			must(b, d.MarkWIL(b.Context(), runs(7, 1)))
+		}
+	})
+	must(b, d.TrackMissed(b.Context(), tag("absent", 1)))
+	b.Run("note", func(b *testing.B) {
+		rng := rand.New(rand.NewPCG(1, 1))
+		for b.Loop() {
+			d.NoteMissed("absent", rng.Int64N(1<<28)*block.Size, block.Size)
+		}
+	})
+	b.Run("open", func(b *testing.B) {
+		must(b, p.CreateReplica(b.Context(), ReplicaSpec{ID: "plain", Volume: "v", Size: mib}))
+		for b.Loop() {
+			r, err := p.OpenReplica(b.Context(), "plain")
+			must(b, err)
+			must(b, r.Close())
+		}
+	})
+}
