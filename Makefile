@@ -11,9 +11,10 @@ SHELL       := /bin/bash
 
 ## -- The two commands of the README ------------------------------------------------------------------------------------
 
+NODES ?= 1
 .PHONY: demo
 demo: deps build ## Show one node at work: create, attach, write, snapshot, restore, expand (root; about half a minute)
-	$(GO) run ./test/demo --bin $(BIN)
+	$(GO) run ./test/demo --bin $(BIN) --nodes $(NODES)
 
 .PHONY: test
 test: deps build lint unit sanity e2e vm ## Run everything, csi-sanity included (root; installs what it needs)

@@ -8,6 +8,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/dustin/go-humanize"
 	"golang.org/x/sys/unix"
 )
 
@@ -70,6 +71,28 @@ func (s *screen) did(what string, took time.Duration) {
 func (s *screen) proof(format string, args ...any) {
 	s.blank = false
 	fmt.Fprintf(s.w, "   %s %s\n", s.paint("1;32", "✓"), s.paint("1", fmt.Sprintf(format, args...)))
+}
+
+// bar draws how far something is, over what it drew before; on paper only its end.
+func (s *screen) bar(what string, done, total int64, end bool) {
+	if !s.colours && !end {
+		return
+	}
+	const columns = 40
+	part := columns
+	if !end && total > 0 {
+		part = int(done * columns / total)
+	}
+	line := fmt.Sprintf("   %s %s%s %s of %s", what, s.paint("36", strings.Repeat("█", part)), strings.Repeat("░", columns-part),
+		humanize.IBytes(uint64(done)), humanize.IBytes(uint64(total)))
+	if s.colours {
+		line = "\r\x1b[K" + line
+	}
+	fmt.Fprint(s.w, line)
+	if end {
+		fmt.Fprintln(s.w)
+	}
+	s.blank = false
 }
 
 // command shows a command line and what it printed.
