@@ -378,6 +378,9 @@ func (e *Engine) sendTo(o *op, m *member) {
 	if kind == KindWrite {
 		msg.Data = o.data
 	}
+	if o.kind == opCopy {
+		return // those who are absent lack no more for it
+	}
 	msg.Missed = e.absent.Without(m.slot)
 	if e.cfg.Rules.WithoutMirrorMissed {
 		msg.Missed &^= e.mirrors

@@ -184,7 +184,6 @@ type world struct {
 	late   bool // controllers apply, and the answer is lost
 	log    []string
 	tag    uint64
-	quiet  bool
 	answer map[uint64]Effect
 	trace  bool
 }
@@ -238,9 +237,7 @@ func (w *world) host(id string) *host {
 }
 
 func (w *world) printf(format string, args ...any) {
-	if !w.quiet {
-		w.log = append(w.log, fmt.Sprintf(format, args...))
-	}
+	w.log = append(w.log, fmt.Sprintf(format, args...))
 }
 
 // run lets everything happen that can.
@@ -304,7 +301,7 @@ func resultName(f Effect) string {
 }
 
 func (w *world) connect(e *Engine, h *host) {
-	if e != w.e || !h.up || h.cut || e.phase == phaseOver {
+	if e == nil || e != w.e || !h.up || h.cut || e.phase == phaseOver {
 		return
 	}
 	h.conn++
@@ -380,6 +377,9 @@ func describe(m Message) string {
 	}
 	switch m.Kind {
 	case KindRead, KindWrite, KindZero, KindHash:
+		if m.Reply {
+			break
+		}
 		s += fmt.Sprintf(" %d+%d", m.Off, m.Len)
 	case KindConfigure:
 		if m.Config != nil {
