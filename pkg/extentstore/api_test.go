@@ -21,6 +21,11 @@ func TestCallsAreIdempotentAndChecked(t *testing.T) {
 	spec := ReplicaSpec{ID: "r", Volume: "v", Tenant: "t", Size: mib}
 	must(t, p.CreateReplica(ctx, spec))
 	must(t, p.CreateReplica(ctx, spec))
+	must(t, p.Cut(ctx, "r", "blank"))
+	r, err := p.OpenReplica(ctx, "r")
+	must(t, err)
+	must(t, r.WriteAt(ctx, make([]byte, 1), mib-1))
+	must(t, r.Close())
 	must(t, p.Cut(ctx, "r", "s"))
 	must(t, p.Cut(ctx, "r", "s"))
 	must(t, p.Resize(ctx, "r", 2*mib))
@@ -52,6 +57,7 @@ func TestCallsAreIdempotentAndChecked(t *testing.T) {
 		"odd size":                  {p.CreateReplica(ctx, with(func(s *ReplicaSpec) { s.Size++ })), volume.ErrOutOfRange},
 		"huge size":                 {p.CreateReplica(ctx, with(func(s *ReplicaSpec) { s.Size = volume.MaxSize * 2 })), volume.ErrOutOfRange},
 		"no parent":                 {p.CreateReplica(ctx, with(func(s *ReplicaSpec) { s.Parent = "x" })), volume.ErrNotFound},
+		"smaller, no data cut off":  {p.CreateReplica(ctx, with(func(s *ReplicaSpec) { s.ID, s.Parent, s.Size = "half", "blank", mib/2 })), nil},
 		"smaller than parent":       {p.CreateReplica(ctx, with(func(s *ReplicaSpec) { s.Parent, s.Size = "s", mib/2 })), volume.ErrOutOfRange},
 		"cut of nothing":            {p.Cut(ctx, "x", "y"), volume.ErrNotFound},
 		"cut without id":            {p.Cut(ctx, "r", ""), volume.ErrInvalid},

@@ -16,7 +16,7 @@ type ReplicaSpec struct {
 	ID     volume.ReplicaID
 	Volume volume.ID
 	Tenant string
-	// Size in bytes, a multiple of volume.SizeQuantum, at least the parent's.
+	// Size in bytes, a multiple of volume.SizeQuantum. The parent must not hold data beyond it.
 	Size int64
 	// Parent is the snapshot whose bytes it starts with; "" is none: it reads as zeros.
 	Parent volume.SnapshotID
@@ -27,6 +27,11 @@ func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 	if err := s.check(); err != nil {
 		return err
 	}
+	unpin, err := p.fits(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer unpin()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.ready(); err != nil {
@@ -44,9 +49,6 @@ func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 		if from == nil {
 			return noSnapshot(p, s.Parent)
 		}
-		if s.Size < from.size {
-			return fmt.Errorf("replica %s of %d bytes is smaller than snapshot %s of %d: %w", s.ID, s.Size, s.Parent, from.size, volume.ErrOutOfRange)
-		}
 		parent = from.layer
 	}
 	head := p.newLayer(parent)
@@ -60,6 +62,28 @@ func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 	p.adopt(head, parent)
 	p.replicas[s.ID] = r
 	return nil
+}
+
+// fits refuses a replica that is smaller than its parent, where it would cut off data. A snapshot that was filled in later
+// may have a greater size than it was cut with, and zeros at its end. What was looked at stays until unpin.
+func (p *Pool) fits(ctx context.Context, s ReplicaSpec) (unpin func(), err error) {
+	p.mu.Lock()
+	from := p.snapshots[s.Parent]
+	if from == nil || s.Size >= from.size || p.replicas[s.ID] != nil {
+		p.mu.Unlock()
+		return func() {}, nil
+	}
+	from.readers++
+	p.mu.Unlock()
+	err = p.walk(ctx, from.layer, nil, from.size, s.Size, func(int64, int64) error { return errFound })
+	if errors.Is(err, errFound) {
+		err = fmt.Errorf("replica %s of %d bytes is smaller than snapshot %s of %d: %w", s.ID, s.Size, s.Parent, from.size, volume.ErrOutOfRange)
+	}
+	if err != nil {
+		p.unpin(from)
+		return nil, err
+	}
+	return func() { p.unpin(from) }, nil
 }
 
 func (s ReplicaSpec) check() error {
