@@ -49,11 +49,13 @@ type Change struct {
 
 // Attach makes Node the owner in a new epoch. Where Force is not set, another node's attachment is refused: ErrAttached.
 // The engine of the new epoch fences the old one; a pending snapshot is aborted. With Assign the node is to have an engine, and
-// none runs yet: it attaches again before it makes one, so that every engine has an epoch of its own.
+// none runs yet: it attaches again before it makes one, so that every engine has an epoch of its own. Gone is the epoch of an
+// engine of Node that is gone, and that had seen all older ones out: its lease need not be waited for.
 type Attach struct {
 	Node   volume.NodeID `json:"node"`
 	Force  bool          `json:"force,omitempty"`
 	Assign bool          `json:"assign,omitempty"`
+	Gone   volume.Epoch  `json:"gone,omitempty"`
 }
 
 // Detach ends an attachment. A clean one is asked for by the engine, or its node, after the engine stopped. The other is
@@ -188,7 +190,8 @@ func (m *Membership) attach(a Attach, without Rules) error {
 		return ErrAttached
 	}
 	m.Epoch++
-	m.SkipLease, m.Clean = m.Clean, m.Clean && a.Assign
+	gone := a.Gone != 0 && a.Gone == m.Epoch-1 && m.Owner == a.Node
+	m.SkipLease, m.Clean = m.Clean || gone, m.Clean && a.Assign
 	m.Owner = a.Node
 	if !without.WithoutBarrierAbort {
 		m.Barrier = nil

@@ -99,6 +99,9 @@ func NewEngine(cfg EngineConfig, m Membership, now Now) (*Engine, error) {
 	if err := m.Check(); err != nil {
 		return nil, err
 	}
+	if m.Clean && !cfg.FenceOnly {
+		return nil, fmt.Errorf("engine of volume %s: the record says that none runs; attach first: %w", m.Volume, volume.ErrInvalid)
+	}
 	if !cfg.Geometry.valid() || m.Size%cfg.Geometry.Block != 0 {
 		return nil, fmt.Errorf("engine of volume %s: geometry: %w", m.Volume, volume.ErrInvalid)
 	}

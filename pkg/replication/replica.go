@@ -96,6 +96,9 @@ func (r *Replica) Size() int64 { return r.size }
 // Epoch is the highest seen.
 func (r *Replica) Epoch() volume.Epoch { return r.st.Epoch }
 
+// Poisoned tells whether a sync failed in this life: only a new one, with a new boot id, will serve.
+func (r *Replica) Poisoned() bool { return r.poisoned }
+
 // Role is the durable one.
 func (r *Replica) Role() Role { return r.st.Role }
 
