@@ -336,11 +336,11 @@ func TestMissedStaysBounded(t *testing.T) {
 	m := newMachine()
 	p := openMem(t, m, Options{Capacity: 64 * mib})
 	ctx := t.Context()
-	r := newReplica(t, p, "r", 8<<40, "")
-	must(t, r.AddMissed(ctx, tag("full", 1), runs(0, 8<<40/layer.ExtentSize)))
+	r := newReplica(t, p, "r", 3<<40, "")
+	must(t, r.AddMissed(ctx, tag("full", 1), runs(0, 3<<40/layer.ExtentSize)))
 	must(t, r.TrackMissed(ctx, tag("some", 1)))
 	buf := make([]byte, 1)
-	for off := int64(0); off < 8<<40; off += 512 * mib {
+	for off := int64(0); off < 3<<40; off += 512 * mib {
 		r.NoteMissed("some", off, 1)
 		if off%(1<<40) == 0 {
 			must(t, r.WriteAt(ctx, buf, off)) // which waits while too many are dirty
@@ -356,11 +356,11 @@ func TestMissedStaysBounded(t *testing.T) {
 	r, err := p.OpenReplica(ctx, "r")
 	must(t, err)
 	_, full, err := missedOf(r, "full", 1000)
-	if want := runs(0, 8<<40/layer.ExtentSize); err != nil || !slices.Equal(full, want) {
+	if want := runs(0, 3<<40/layer.ExtentSize); err != nil || !slices.Equal(full, want) {
 		t.Errorf("%d runs: %v", len(full), err)
 	}
 	_, some, err := missedOf(r, "some", 1000)
-	if err != nil || len(some) != 8<<40/(512*mib) {
+	if err != nil || len(some) != 3<<40/(512*mib) {
 		t.Errorf("%d runs: %v", len(some), err)
 	}
 }
