@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -212,10 +213,143 @@ func useCases() []useCase {
 	}
 }
 
+// severalCases are use cases on three nodes, with two replicas.
+func severalCases() []useCase {
+	grow := func(w *world) {
+		for _, i := range []string{"2", "3"} {
+			w.register(volume.NodeID("n"+i), pool(volume.PoolID("p"+i), volume.NodeID("n"+i), 100*gib))
+		}
+	}
+	made := func(w *world) volume.Volume {
+		grow(w)
+		v := w.mustCreate(replicated("v", 2))
+		for _, r := range v.Replicas {
+			w.agents.write(r.ID, "precious")
+		}
+		return v
+	}
+	ready := func(w *world, name string) volume.Volume {
+		v, err := w.store.VolumeByName(context.Background(), name)
+		if err != nil || len(v.InSync()) != 2 || v.State != volume.Ready {
+			w.t.Fatalf("volume %s: %+v %v", name, v, err)
+		}
+		return v
+	}
+	return []useCase{
+		{
+			name:  "create on two nodes",
+			setup: func(w *world) string { grow(w); return "" },
+			run: func(w *world, ctx context.Context, _ string) error {
+				_, err := w.CreateVolume(ctx, replicated("v", 2))
+				return err
+			},
+			done: func(w *world, _ string) { ready(w, "v") },
+		},
+		{
+			name:  "clone on two nodes",
+			setup: func(w *world) string { return string(made(w).ID) },
+			run: func(w *world, ctx context.Context, arg string) error {
+				r := replicated("c", 2)
+				r.Source = &volume.Source{Volume: volume.ID(arg)}
+				_, err := w.CreateVolume(ctx, r)
+				return err
+			},
+			done: func(w *world, _ string) {
+				v, err := w.store.VolumeByName(context.Background(), "c")
+				if err != nil || v.State != volume.Ready || len(v.Replicas) != 2 { // one of them may have to be filled
+					w.t.Fatalf("%+v %v", v, err)
+				}
+				for _, r := range v.InSync() {
+					if got := w.agents.contents(r.ID); got != "precious" {
+						w.t.Errorf("replica on %s has %q", r.Node, got)
+					}
+				}
+			},
+		},
+		{
+			name:  "delete on two nodes",
+			setup: func(w *world) string { return string(made(w).ID) },
+			run:   func(w *world, ctx context.Context, arg string) error { return w.DeleteVolume(ctx, volume.ID(arg)) },
+			done: func(w *world, arg string) {
+				_, err := w.Volume(context.Background(), volume.ID(arg))
+				wantErr(w.t, err, volume.ErrNotFound)
+			},
+		},
+		{
+			name:  "forced detach",
+			setup: func(w *world) string { return string(w.mustAttach(made(w).ID, "n3").ID) },
+			run: func(w *world, ctx context.Context, arg string) error {
+				w.agents.setDown("n3", true)
+				defer w.agents.setDown("n3", false)
+				return w.Detach(ctx, volume.ID(arg), "n3")
+			},
+			done: func(w *world, arg string) {
+				if v := ready(w, "v"); v.Attachment != nil || v.Owner != "" {
+					w.t.Errorf("%+v", v)
+				}
+				w.agents.mu.Lock()
+				defer w.agents.mu.Unlock()
+				if n, ok := w.agents.attached[volume.ID(arg)]; ok {
+					w.t.Errorf("node %s can still write", n)
+				}
+			},
+		},
+		{
+			name:  "expand on two nodes",
+			setup: func(w *world) string { return string(made(w).ID) },
+			run: func(w *world, ctx context.Context, arg string) error {
+				_, err := w.ExpandVolume(ctx, volume.ID(arg), 2*gib, 0)
+				return err
+			},
+			done: func(w *world, _ string) {
+				if v := ready(w, "v"); v.Size != 2*gib {
+					w.t.Errorf("size %d", v.Size)
+				}
+			},
+		},
+		{
+			name:  "snapshot of two replicas",
+			setup: func(w *world) string { return string(made(w).ID) },
+			run: func(w *world, ctx context.Context, arg string) error {
+				_, err := w.CreateSnapshot(ctx, control.CreateSnapshot{Name: "s", Volume: volume.ID(arg)})
+				return err
+			},
+			done: func(w *world, _ string) {
+				xs, _, err := w.Snapshots(context.Background(), control.SnapshotFilter{}, control.Page{})
+				if err != nil || len(xs) != 1 || len(xs[0].Holders) != 2 {
+					w.t.Errorf("snapshots: %v %v", xs, err)
+				}
+			},
+		},
+		{
+			name: "group",
+			setup: func(w *world) string {
+				v := made(w)
+				w.mustAttach(v.ID, "n1")
+				return string(v.ID) + " " + string(w.mustCreate(create("other")).ID)
+			},
+			run: func(w *world, ctx context.Context, arg string) error {
+				r := control.CreateGroup{Name: "g"}
+				for _, id := range strings.Fields(arg) {
+					r.Volumes = append(r.Volumes, volume.ID(id))
+				}
+				_, err := w.CreateGroup(ctx, r)
+				return err
+			},
+			done: func(w *world, _ string) {
+				gs, err := w.store.Groups(context.Background())
+				if err != nil || len(gs) != 1 || gs[0].State != volume.Ready || len(gs[0].Snapshots) != 2 {
+					w.t.Errorf("groups: %+v %v", gs, err)
+				}
+			},
+		},
+	}
+}
+
 // Every use case is struck at every side effect in every way, and then taken on in three ways: the same call again, in
 // a new process or in the same one, and the reconciler followed by the deletion of everything. Nothing may leak or hang.
 func TestStruckAtEveryStep(t *testing.T) {
-	for _, u := range useCases() {
+	for _, u := range append(useCases(), severalCases()...) {
 		for _, m := range modes {
 			for _, after := range []string{"retry", "retry without restart", "reconcile"} {
 				t.Run(fmt.Sprintf("%s/%s/%s", u.name, m, after), func(t *testing.T) {
@@ -281,7 +415,7 @@ func strike(t *testing.T, u useCase, m mode, k int, after string) (reached bool)
 // Faults at many steps, of the calls and of what takes them up again. Final answers are true, and once the faults end
 // everything does.
 func TestStruckOften(t *testing.T) {
-	for _, u := range useCases() {
+	for _, u := range append(useCases(), severalCases()...) {
 		t.Run(u.name, func(t *testing.T) {
 			t.Parallel()
 			for seed := range uint64(30) {
@@ -301,6 +435,7 @@ func TestStruckOften(t *testing.T) {
 					cancel()
 					w.restart()
 					if final(err) {
+						w.freeDeleted() // earlier attempts may have left tombstones, and said so
 						w.check()
 					}
 					w.f.often = func() mode { return modes[rng.IntN(len(modes))] }
@@ -320,6 +455,19 @@ func TestStruckOften(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// freeDeleted ends what has a tombstone.
+func (w *world) freeDeleted() {
+	p, err := w.Pending(context.Background())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, id := range p.Snapshots {
+		if x, err := w.store.Snapshot(context.Background(), id); err == nil && x.State == volume.Deleting {
+			wantErr(w.t, w.ResumeSnapshot(context.Background(), id), nil)
+		}
 	}
 }
 
@@ -359,6 +507,15 @@ func (w *world) deleteAll() {
 			w.t.Error(err)
 		}
 		if err := w.DeleteVolume(ctx, v.ID); err != nil {
+			w.t.Error(err)
+		}
+	}
+	gs, err := w.store.Groups(ctx)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, g := range gs {
+		if err := w.DeleteGroup(ctx, g.ID); err != nil {
 			w.t.Error(err)
 		}
 	}

@@ -200,21 +200,20 @@ func (s *Service) abandonGroup(ctx context.Context, id volume.GroupID, cause err
 	if err == nil && g.State == volume.Ready { // finished while this call waited for its turn
 		return nil
 	}
+	var res command.Group
 	if err == nil {
-		err = s.removeGroup(ctx, id)
+		res, err = s.proposeGroup(ctx, command.BeginDeleteGroup{Group: id})
 	}
-	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+	if errors.Is(err, volume.ErrNotFound) {
+		return nil
+	}
+	if err == nil {
+		err = s.freeGroup(ctx, res.Snapshots)
+	}
+	if err != nil {
 		return fmt.Errorf("group snapshot %s is dropped (%v) and still being undone (%v): %w", id, cause, err, volume.ErrUnavailable)
 	}
 	return nil
-}
-
-func (s *Service) removeGroup(ctx context.Context, id volume.GroupID) error {
-	res, err := s.proposeGroup(ctx, command.BeginDeleteGroup{Group: id})
-	if err != nil {
-		return ignoreNotFound(err)
-	}
-	return s.freeGroup(ctx, res.Snapshots)
 }
 
 // freeGroup frees the members of a group with a tombstone; with the last of them the group is forgotten.
@@ -236,6 +235,26 @@ func (s *Service) Group(ctx context.Context, id volume.GroupID) (Group, error) {
 		return Group{}, err
 	}
 	return Group{g, xs}, nil
+}
+
+// Groups lists the group snapshots in order of id, in every state.
+func (s *Service) Groups(ctx context.Context) ([]Group, error) {
+	gs, err := s.store.Groups(ctx)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]Group, 0, len(gs))
+	for _, g := range gs {
+		g, xs, err := s.store.Group(ctx, g.ID)
+		if errors.Is(err, volume.ErrNotFound) {
+			continue // deleted meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, Group{g, xs})
+	}
+	return list, nil
 }
 
 // DeleteGroup deletes a group and all its snapshots; one that does not exist is nil. Nil means that the tombstones are
