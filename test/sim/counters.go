@@ -21,8 +21,8 @@ type Counters struct {
 	// Network.
 	Connected, Broken, Dropped, Delayed, Duplicated, Held, Late, Partitions, OneWay, CtlCuts, CtlDowns int
 	// Nodes and disks.
-	Kills, KeptKills, PowerLosses, SitePowerLosses, Boots, Pauses, Swaps, Hangs, Full, Slow int
-	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened                     int
+	Kills, KeptKills, PowerLosses, SitePowerLosses, Boots, Pauses, Swaps, Hangs, Full, Slow                       int
+	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened, Corrupted, Rollbacks, RolledBack, Rogues int
 	// Operations.
 	CleanDetaches, Detached, ForcedDetaches, ForcedAttaches, Deletes, Salvages      int
 	Prepared, Sealed, Ready, Aborted, Unsnapped, LayersDeleted, Groups, GroupsReady int
@@ -47,6 +47,8 @@ func (c *Counters) failed(r replication.Reason) {
 		c.FailedSuperseded++
 	case replication.ReasonLostWrites:
 		c.FailedLost++
+	case replication.ReasonRolledBack:
+		c.RolledBack++
 	}
 }
 

@@ -56,6 +56,7 @@ type disk struct {
 	failWrites int
 	failReads  int
 	failMetas  int
+	corrupt    int // so many copies that are written come out as something else
 }
 
 func newDisk(incarnation uint64, blocks int) *disk {
@@ -90,6 +91,10 @@ func (d *disk) failMeta() bool {
 func (d *disk) write(b int, v uint64) {
 	d.seq++
 	c := &d.cells[b]
+	if c.durable == corruptValue {
+		// A comparison sees what was written over it; that the old bytes could be back after a loss of power is too much.
+		c.durable = v
+	}
 	c.cache = v
 	c.unsynced = append(c.unsynced, written{v, d.seq})
 }

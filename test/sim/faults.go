@@ -106,6 +106,10 @@ func (w *world) strike(f fault) {
 		if d != nil {
 			d.failMetas = 1
 		}
+	case faultCorrupt:
+		if d != nil {
+			d.corrupt = 1 + w.pick(2)
+		}
 	case faultCtlCut:
 		w.cutCtl(n)
 	case faultCtlDown:

@@ -25,7 +25,31 @@ func ruleOff(t *testing.T, name string) replication.Rules {
 
 // focusOf names, for rules that chance alone would seldom need, the kind of world in which they matter. What is violated
 // there is found by the same checks as anywhere.
-var focusOf = map[string]Focus{}
+var focusOf = map[string]Focus{
+	"WithoutReconcileLock":   "outage",
+	"WithoutReconcile":       "outage",
+	"WithoutKeptDeviceCheck": "kept",
+	"WithoutLease":           "lease",
+	"WithoutLeaseWait":       "lease",
+	"WithoutRebootLease":     "lease",
+	"WithoutMaxISR":          "commit",
+	"WithoutUnknownKeeps":    "commit",
+	"WithoutErrorReconcile":  "commit",
+	"WithoutCopyDrain":       "resync",
+	"WithoutCopyLock":        "resync",
+	"WithoutCopyReadLock":    "resync",
+	"WithoutTargetDrain":     "resync",
+	"WithoutTargetUnflushed": "resync",
+	"WithoutRemovedAtCheck":  "resync",
+	"WithoutOwnWIL":          "resync",
+	"WithoutMissedReset":     "resync",
+	"WithoutAdoptMissed":     "resync",
+	"WithoutVerify":          "corrupt",
+	"WithoutSealGuard":       "snapshot",
+	"WithoutSealNumber":      "snapshot",
+	"WithoutBarrierAbort":    "snapshot",
+	"WithoutLogFirst":        "alone",
+}
 
 const (
 	mutationSeeds = 20000

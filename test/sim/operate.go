@@ -64,6 +64,8 @@ func (v *vol) operate() {
 		}
 	case opDelete:
 		v.delete()
+	case opRogue:
+		v.rogue()
 	}
 }
 
@@ -309,6 +311,26 @@ func (v *vol) drain() {
 		}
 		wait()
 		return
+	}
+}
+
+// rogue asks the controllers for what they must refuse, as a broken engine might.
+func (v *vol) rogue() {
+	w := v.w
+	w.count.Rogues++
+	r := &replication.Reconfigure{Epoch: v.m.Epoch, ConfigVersion: v.m.ConfigVersion}
+	switch w.pick(3) {
+	case 0:
+		r.Remove = v.m.ISR()
+	case 1:
+		r.Epoch--
+		r.Remove = v.m.ISR()[:1]
+	case 2:
+		r.ConfigVersion--
+		r.Remove = v.m.ISR()[:1]
+	}
+	if _, err := v.apply(replication.Change{Reconfigure: r}); err == nil {
+		w.fail("S4", "%s was taken", describeChange(&replication.Change{Reconfigure: r}))
 	}
 }
 

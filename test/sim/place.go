@@ -32,6 +32,9 @@ type place struct {
 	session  replication.Session
 	seen     highest
 	poisoned bool // it said so, and nothing was copied to it since
+	// asked are the versions of configurations that are not answered yet, by operation; version is the newest answered.
+	asked   map[uint64]volume.ConfigVersion
+	version volume.ConfigVersion
 }
 
 // highest is what a replica once said was durable.
@@ -63,7 +66,7 @@ func (p *place) open() {
 	}
 	p.w.ids++
 	p.life, p.host, p.opened, p.running = p.w.ids, p.node.life, p.w.now, nil
-	p.session = 0
+	p.session, p.poisoned, p.version, p.asked = 0, false, 0, map[uint64]volume.ConfigVersion{}
 	p.boot = replication.BootID(p.w.id())
 	m, err := replication.NewReplica(replication.ReplicaConfig{
 		Volume: p.v.id, Replica: p.id, Incarnation: replication.Incarnation(d.incarnation), BootID: p.boot,
@@ -126,6 +129,9 @@ func (p *place) receive(m *replication.Message) {
 	if m.Kind == replication.KindConfigure && m.Config != nil && m.Config.Reset && m.Epoch == p.fenced && m.Session == p.session {
 		p.poisoned = false
 	}
+	if m.Kind == replication.KindConfigure && m.Config != nil {
+		p.asked[m.Op] = m.Config.ConfigVersion
+	}
 	p.machine.Receive(p.w.clockOf(p.node), m)
 	p.effects()
 }
@@ -144,8 +150,15 @@ func (p *place) effects() {
 	}
 }
 
-// answered checks what a fence says.
+// answered checks what a fence says, and notes which configuration is in force.
 func (p *place) answered(m *replication.Message) {
+	if m.Kind == replication.KindConfigure {
+		if m.Status == replication.StatusOK && m.Epoch == p.fenced && m.Session == p.session {
+			p.version = p.asked[m.Op]
+		}
+		delete(p.asked, m.Op)
+		return
+	}
 	if m.Kind != replication.KindFence || m.Status != replication.StatusOK {
 		return
 	}
@@ -178,8 +191,11 @@ func (p *place) start(s replication.StoreOp) {
 			op.marks[k] = a
 		}
 	}
-	if s.Kind == replication.StoreRead {
+	switch s.Kind {
+	case replication.StoreRead:
 		p.checkSource()
+	case replication.StoreSeal:
+		p.v.checkSeal(p, &s)
 	}
 	p.running = append(p.running, op)
 	first, second := w.prof.storeDelay(&w.schedule, s.Kind)
@@ -266,7 +282,9 @@ func (p *place) execute(op *storeOp) {
 			return
 		}
 		d.sync(op.seq)
-		d.syncMissed(op.marks)
+		if !op.NoMarks {
+			d.syncMissed(op.marks)
+		}
 	case replication.StoreAllocated:
 		p.executeAllocated(op)
 	case replication.StoreMissed:
@@ -363,7 +381,16 @@ func (p *place) executeWrite(op *storeOp) {
 			d.loseSync(&w.schedule)
 		}
 	}
+	corrupt := op.Copy && d.corrupt > 0 && p.machine != nil && p.machine.Role() == replication.RoleSYNC
+	if corrupt {
+		d.corrupt--
+		w.count.Corrupted++
+	}
 	for i := range count {
+		if corrupt {
+			d.write(first+i, corruptValue)
+			continue
+		}
 		if failing && w.chance(0.5) {
 			continue
 		}
@@ -377,6 +404,9 @@ func (p *place) executeWrite(op *storeOp) {
 		w.tracef("%s executes %s -> %d", p.id, describe(&op.StoreOp), op.result.Status)
 	}
 }
+
+// corruptValue is what nobody ever wrote.
+const corruptValue = 1 << 40
 
 // executeAllocated gives a page of the extents that may differ; now and then one that does not.
 func (p *place) executeAllocated(op *storeOp) {
@@ -432,7 +462,7 @@ func (p *place) executeSeal(op *storeOp) {
 		d.sync(d.seq)
 	}
 	d.seal(op.Snapshot, op.Number)
-	p.v.sealed(p, op.Snapshot, op.Number)
+	p.v.sealed(op.Snapshot, op.Number)
 }
 
 // checkWrite is S6 and S9: what is written belongs to the newest session that was fenced, and its regions are in the log,

@@ -38,6 +38,7 @@ const (
 	opDrain
 	opMinInSync
 	opDelete
+	opRogue
 	operations
 )
 
@@ -62,7 +63,7 @@ const (
 	faultMeta
 	faultCtlCut
 	faultCtlDown
-	faultNoSpare
+	faultCorrupt
 	faults
 )
 
@@ -155,7 +156,6 @@ func drawProfile(s *schedule, f Focus) profile {
 	for i := range p.faults {
 		p.faults[i] = oneOf(s, 0.0, 0, 1, 4)
 	}
-	p.faults[faultNoSpare] = 0
 	for _, rare := range []fault{faultSite, faultSwap, faultSync, faultCtlDown} {
 		p.faults[rare] /= 3
 	}
@@ -163,6 +163,7 @@ func drawProfile(s *schedule, f Focus) profile {
 		p.operations[i] = oneOf(s, 0.0, 0, 1, 4)
 	}
 	p.operations[opFailover] = 4
+	p.faults[faultCorrupt] = 0
 	if s.chance(0.9) {
 		p.operations[opDelete] = 0
 	} else {
@@ -171,8 +172,11 @@ func drawProfile(s *schedule, f Focus) profile {
 	if p.faults[faultWrite] > 0 || p.faults[faultRead] > 0 || p.faults[faultMeta] > 0 {
 		p.eio = 1
 	}
-	if f != "" {
-		f.adjust(s, &p)
+	if f == "" && s.chance(0.25) {
+		f = oneOf(s, focusNames...)
+	}
+	if shift := focuses[f]; shift != nil {
+		shift(s, &p)
 	}
 	return p
 }
@@ -198,14 +202,3 @@ func (p *profile) storeDelay(s *schedule, k replication.StoreKind) (int64, int64
 	}
 	return s.wide(20*microsecond, most), s.wide(10*microsecond, most)
 }
-
-// Focus narrows a world to what one rule needs to matter.
-type Focus string
-
-func (f Focus) adjust(s *schedule, p *profile) {
-	if a := focuses[f]; a != nil {
-		a(s, p)
-	}
-}
-
-var focuses = map[Focus]func(*schedule, *profile){}

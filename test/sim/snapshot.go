@@ -39,6 +39,7 @@ func (v *vol) snapshot(grouped bool) *pending {
 		return nil
 	}
 	w.count.Prepared++
+	v.barriers[v.m.Barrier.Number] = *v.m.Barrier
 	p := &pending{v: v, barrier: *v.m.Barrier, began: w.now}
 	v.retryName = p.barrier.Snapshot
 	v.pend = p
@@ -209,8 +210,15 @@ func (v *vol) say(g *engine, number uint64, c replication.Change) {
 	})
 }
 
+// checkSeal is S13 where a seal begins: it is for the configuration that its replica has.
+func (v *vol) checkSeal(p *place, op *replication.StoreOp) {
+	if cut, ok := v.barriers[op.Number]; ok && p.machine.Role() == replication.RoleISR && p.version != cut.ConfigVersion {
+		v.w.fail("S13", "%s seals %s for version %d, but is configured at %d", p.id, op.Snapshot, cut.ConfigVersion, p.version)
+	}
+}
+
 // sealed is called when a replica seals: the first one fixes what the snapshot, or its whole group, may hold.
-func (v *vol) sealed(_ *place, id volume.SnapshotID, number uint64) {
+func (v *vol) sealed(id volume.SnapshotID, number uint64) {
 	v.w.count.Sealed++
 	p := v.pend
 	if p == nil || p.barrier.Number != number || p.barrier.Snapshot != id || p.cut != nil {

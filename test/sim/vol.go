@@ -36,6 +36,7 @@ type vol struct {
 	tags      uint64
 	newPlaces int
 	pend      *pending
+	barriers  map[uint64]replication.Barrier // all there ever were
 	snaps     []*snapshot
 	snapNames int
 	retryName volume.SnapshotID
@@ -55,7 +56,7 @@ type snapshot struct {
 
 func (w *world) newVol(index int) *vol {
 	p := &w.prof
-	v := &vol{w: w, index: index, id: volume.ID(fmt.Sprintf("v%d", index)), conns: map[uint64]*conn{}, foreignAt: map[volume.Epoch]uint64{}, want: -1}
+	v := &vol{w: w, index: index, id: volume.ID(fmt.Sprintf("v%d", index)), conns: map[uint64]*conn{}, foreignAt: map[volume.Epoch]uint64{}, barriers: map[uint64]replication.Barrier{}, want: -1}
 	v.oracle = newOracle(p.regions * blocksPerRegion)
 	var members []replication.Member
 	for _, n := range shuffled(w.rng, len(w.nodes))[:p.replicas] {

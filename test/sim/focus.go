@@ -1,0 +1,106 @@
+package sim
+
+// Focus names a kind of world in which some rules matter that chance alone seldom needs. It shifts what a seed draws; what is
+// violated there is found by the same checks as anywhere.
+type Focus string
+
+// focusNames are those that any seed may draw.
+var focusNames = []Focus{"outage", "kept", "lease", "commit", "resync", "corrupt", "snapshot", "alone"}
+
+// focuses are the kinds of worlds.
+var focuses = map[Focus]func(*schedule, *profile){
+	// Everything loses power while writes are under way, and is read at once afterwards.
+	"outage": func(s *schedule, p *profile) {
+		p.atLeast(2, 2)
+		p.onlyFaults(faultSite, 3, faultPower, 1, faultKill, 1)
+		p.onlyOperations(opFailover, 1)
+		p.faultEvery = 300 * millisecond
+		p.think, p.depth, p.reads, p.flushes, p.fua = 4*millisecond, 8, 0.5, 0.01, 0
+		p.hotBlocks, p.flushEvery = 6, 500*millisecond
+		p.storeMax = oneOf(s, 5*millisecond, 30*millisecond)
+	},
+	// Processes are killed under devices that live on, while replicas elsewhere lose power.
+	"kept": func(_ *schedule, p *profile) {
+		p.atLeast(2, 1)
+		p.onlyFaults(faultKill, 3, faultPower, 3)
+		p.onlyOperations()
+		p.keepDevice = 1
+		p.faultEvery = 150 * millisecond
+		p.think, p.flushes, p.fua, p.flushEvery = 4*millisecond, 0.01, 0, 500*millisecond
+	},
+	// Nodes are cut off, or stopped, and their volumes moved while they may still read.
+	"lease": func(_ *schedule, p *profile) {
+		p.atLeast(3, 2)
+		p.onlyFaults(faultPartition, 3, faultPause, 1, faultOneWay, 1)
+		p.onlyOperations(opForce, 2, opFailover, 2)
+		p.faultEvery, p.operateEvery = 200*millisecond, 150*millisecond
+		p.think, p.reads, p.depth, p.hotBlocks = 4*millisecond, 0.6, 8, 2
+	},
+	// Members fail, while the controllers answer late, or not.
+	"commit": func(_ *schedule, p *profile) {
+		p.atLeast(2, 2)
+		p.onlyFaults(faultBreak, 2, faultHang, 1, faultPartition, 1, faultCtlDown, 1, faultOneWay, 2, faultWrite, 1)
+		p.onlyOperations(opFailover, 1)
+		p.eio = 1
+		p.faultEvery, p.think = 100*millisecond, 4*millisecond
+		p.ctlMax, p.ctlLost = 60*millisecond, 0.3
+	},
+	// Replicas come and go all the time, over slow networks and disks, under sustained writes.
+	"resync": func(s *schedule, p *profile) {
+		p.atLeast(2, 2)
+		p.onlyFaults(faultBreak, 1, faultKill, 2, faultPower, 3, faultHang, 1, faultOneWay, 1)
+		p.onlyOperations(opFailover, 1, opAdd, 1, opRemove, 1)
+		p.faultEvery = 150 * millisecond
+		p.think, p.depth, p.reads, p.opBlocks = 4*millisecond, 8, 0.1, 3
+		p.netMax, p.tail = oneOf(s, 5*millisecond, 40*millisecond), 0.02
+		p.window = 8 * extentSize
+	},
+	// Copies go wrong on their way to the disk, silently: nothing else does, for what is copied but not compared yet when its
+	// resync is cut short is only as good as the disk.
+	"corrupt": func(_ *schedule, p *profile) {
+		p.atLeast(3, 1)
+		p.onlyFaults(faultCorrupt, 1)
+		p.onlyOperations(opAdd, 3, opRemove, 2)
+		p.faultEvery, p.operateEvery = 50*millisecond, 100*millisecond
+		p.drop, p.tail, p.maxReplicas = 0, 0, 3
+	},
+	// A volume that several nodes have is cut while its members change.
+	"snapshot": func(_ *schedule, p *profile) {
+		p.atLeast(2, 2)
+		p.onlyFaults(faultBreak, 2, faultOneWay, 2, faultHang, 1, faultKill, 1)
+		p.onlyOperations(opSnapshot, 4, opFailover, 1, opMove, 1)
+		p.faultEvery, p.operateEvery = 100*millisecond, 60*millisecond
+		p.think, p.tail, p.drop = 4*millisecond, 0.02, 0.005
+	},
+	// The first replica of a volume works alone, before others join it.
+	"alone": func(_ *schedule, p *profile) {
+		p.replicas, p.maxReplicas = 1, 3
+		p.nodes = max(p.nodes, 3)
+		p.onlyFaults(faultKill, 2, faultPower, 2)
+		p.onlyOperations(opAdd, 4, opRemove, 3, opFailover, 1, opMove, 1)
+		p.faultEvery, p.operateEvery, p.think = 200*millisecond, 100*millisecond, 4*millisecond
+	},
+}
+
+// atLeast makes sure of so many nodes and replicas.
+func (p *profile) atLeast(nodes, replicas int) {
+	p.nodes = max(p.nodes, nodes)
+	p.replicas = max(p.replicas, replicas)
+	p.volumes = 1
+}
+
+// onlyFaults sets the weights of faults: pairs of a fault and its weight.
+func (p *profile) onlyFaults(pairs ...any) {
+	clear(p.faults)
+	for i := 0; i < len(pairs); i += 2 {
+		p.faults[pairs[i].(fault)] = float64(pairs[i+1].(int))
+	}
+}
+
+// onlyOperations does the same for operations.
+func (p *profile) onlyOperations(pairs ...any) {
+	clear(p.operations)
+	for i := 0; i < len(pairs); i += 2 {
+		p.operations[pairs[i].(operation)] = float64(pairs[i+1].(int))
+	}
+}
