@@ -65,33 +65,103 @@ func (s *Service) conditions(ctx context.Context, v volume.Volume, nodes []volum
 		return nil
 	}
 	var out []volume.Condition
-	lost := 0
+	add := func(c volume.Condition) {
+		if !slices.Contains(out, c) {
+			out = append(out, c)
+		}
+	}
+	left, away := 0, []awayReplica{}
+	asked := false // the owner's engine
 	for _, r := range v.Replicas {
 		why, safe := s.unreachable(r, nodes)
-		var cs []volume.Condition
 		if why == "" {
-			var err error
-			if cs, err = s.agents.Conditions(ctx, r.Node, r, v.ID); err != nil {
+			cs, err := s.agents.Conditions(ctx, r.Node, r, v.ID)
+			for _, c := range cs {
+				add(c)
+			}
+			asked = asked || err == nil && r.Node == v.Owner
+			if err != nil {
 				why = fmt.Sprintf("node %s does not answer: %v", r.Node, err)
-				safe = "see that ballastd runs there; the volume comes back with it"
+				safe = "see that ballastd runs there"
 			}
 		}
 		if why != "" {
-			lost++
-			cs = []volume.Condition{{Severity: volume.Degraded, Reason: "NodeNotReporting", Message: why + "; " + safe}}
+			away = append(away, awayReplica{r, why, safe})
+		} else if r.Role == volume.InSync {
+			left++
 		}
-		for _, c := range cs {
-			if !slices.Contains(out, c) {
-				out = append(out, c)
+	}
+	if v.Owner != "" && !asked {
+		if why := s.silentOwner(v, nodes); why != "" {
+			add(volume.Condition{Severity: volume.Inaccessible, Reason: "OwnerNotReporting", Message: why})
+		} else if cs, err := s.agents.Conditions(ctx, v.Owner, volume.Replica{Node: v.Owner}, v.ID); err == nil {
+			for _, c := range cs {
+				add(c)
 			}
 		}
 	}
+	for _, c := range s.replicaConditions(v, left, away) {
+		add(c)
+	}
 	for i := range out {
-		if lost == len(v.Replicas) && out[i].Severity == volume.Degraded {
+		if left == 0 && out[i].Severity == volume.Degraded {
 			out[i].Severity = volume.Inaccessible
 		}
 	}
 	return out
+}
+
+type awayReplica struct {
+	volume.Replica
+	why, safe string
+}
+
+// replicaConditions is what the record says of a volume's copies, left of which are in sync and answer.
+func (s *Service) replicaConditions(v volume.Volume, left int, away []awayReplica) (out []volume.Condition) {
+	add := func(reason, format string, a ...any) {
+		out = append(out, volume.Condition{Severity: volume.Degraded, Reason: reason, Message: fmt.Sprintf(format, a...)})
+	}
+	for _, r := range away {
+		switch {
+		case left == 0 && r.Role == volume.InSync:
+			add("NodeNotReporting", "%s; %s; the volume comes back with it, nothing is to be deleted", r.why, r.safe)
+		case left == 0:
+			add("NodeNotReporting", "%s; %s; its replica %s is %s and cannot serve the volume by itself", r.why, r.safe, r.ID, r.Role)
+		default:
+			add("NodeNotReporting", "%s, so replica %s is not written; I/O goes on with the %d in sync elsewhere; %s: it is brought up when it returns, and replaced on another node if it stays away",
+				r.why, r.ID, left, r.safe)
+		}
+	}
+	for _, r := range v.Replicas {
+		switch here := !slices.ContainsFunc(away, func(a awayReplica) bool { return a.ID == r.ID }); {
+		case !here:
+		case r.Role == volume.Stale:
+			add("ReplicaBehind", "replica %s on node %s was away and is being brought up; I/O goes on with the %d in sync; nothing is to be done", r.ID, r.Node, left)
+		case r.Role == volume.Filling:
+			add("ReplicaFilling", "replica %s on node %s is being filled; I/O goes on with the %d in sync; nothing is to be done", r.ID, r.Node, left)
+		}
+	}
+	if n := v.Parameters.MinInSync; left > 0 && left < n {
+		out = append(out, volume.Condition{Severity: volume.Inaccessible, Reason: "TooFewInSync", Message: fmt.Sprintf(
+			"%d replicas are in sync and minInSync is %d: writes wait, none is lost; bring the others back, or lower minInSync if fewer copies will do", left, n)})
+	}
+	if n := v.Parameters.Replicas; len(v.Replicas) < n {
+		add("ReplicaMissing", "%d of %d replicas are there; another is placed as soon as a node has room for %d bytes: see that nodes are up and pools have room", len(v.Replicas), n, v.Size)
+	}
+	return out
+}
+
+// silentOwner says that the node to which a volume is attached cannot be asked; "" where it can.
+func (s *Service) silentOwner(v volume.Volume, nodes []volume.Node) string {
+	safe := "when its workload runs nowhere else it may go on by itself; to use the volume on another node detach it: that fences it first"
+	i := slices.IndexFunc(nodes, func(n volume.Node) bool { return n.ID == v.Owner })
+	if i < 0 {
+		return fmt.Sprintf("node %s, to which it is attached, is not known any more; %s", v.Owner, safe)
+	}
+	if silent := s.silence(nodes[i]); silent > s.o.NodeTimeout {
+		return fmt.Sprintf("node %s, to which it is attached, has not reported for %s; %s", v.Owner, silent.Round(time.Second), safe)
+	}
+	return ""
 }
 
 // unreachable says why nothing can be known of a replica, and the safe way out; "" where it can.
@@ -103,12 +173,12 @@ func (s *Service) unreachable(r volume.Replica, nodes []volume.Node) (why, safe 
 	}
 	if silent := s.silence(nodes[i]); silent > s.o.NodeTimeout {
 		return fmt.Sprintf("node %s has not reported for %s", r.Node, silent.Round(time.Second)),
-			"see that the host is up and ballastd runs there; the volume comes back with it, nothing is to be deleted"
+			"see that the host is up and ballastd runs there"
 	}
 	j := slices.IndexFunc(nodes[i].Pools, func(p volume.Pool) bool { return p.ID == r.Pool })
 	if j < 0 || nodes[i].Pools[j].Capacity == 0 {
 		return fmt.Sprintf("pool %s of node %s is offline", r.Pool, r.Node),
-			"connect its disk again and restart ballastd there; the replica is on it"
+			"connect its disk again and restart ballastd there (the replica is on it)"
 	}
 	return "", ""
 }
@@ -150,9 +220,23 @@ func (s *Service) whyReady(ctx context.Context, v volume.Volume, nodes []volume.
 	if len(cs) == 0 {
 		add("Volume %s (%q) is usable: ready, on %s.", v.ID, v.Name, whereOf(v))
 	}
+	if !slices.ContainsFunc(v.InSync(), func(r volume.Replica) bool { why, _ := s.unreachable(r, nodes); return why == "" }) && len(v.Replicas) > 1 {
+		add("No replica that is in sync can be reached: only those have every write that was acknowledged. Bring back one of %s. "+
+			"If all of them are lost for good, a salvage makes what another replica has the volume, and loses what that one lacks.", names(v.InSync()))
+	}
+	if b := v.Barrier; b != nil {
+		add("Snapshot %s of it is being cut: its writes are held for a second at most.", b.Snapshot)
+	}
+	for _, r := range v.Leaving {
+		add("Replica %s on node %s is none any more; it is freed when the node answers.", r.ID, r.Node)
+	}
 	switch a := v.Attachment; {
+	case a == nil && v.Owner != "":
+		add("It is not attached; node %s looks after its replicas, and gives it up to whichever node attaches it.", v.Owner)
 	case a == nil:
-		add("It is not attached; any node that can reach %s may attach it.", whereOf(v))
+		add("It is not attached; %s.", reachableFrom(v))
+	case a.Detaching && v.Owner == "":
+		add("It is being taken from node %s, which does not answer: its replicas refuse that node already, and it can be attached elsewhere when the lease of its reads is over, in seconds.", a.Node)
 	case a.Detaching:
 		add("It is being detached from node %s: that node must first prove that it writes no more. If it hangs, see that ballastd runs there; "+
 			"never attach the volume's data elsewhere by hand meanwhile.", a.Node)
@@ -185,6 +269,21 @@ func (s *Service) explainNodes(v volume.Volume, nodes []volume.Node, add func(st
 
 func (s *Service) age(since volume.Timestamp) time.Duration {
 	return max(0, s.o.Now().Sub(time.Unix(0, int64(since)))).Round(time.Second)
+}
+
+func names(rs []volume.Replica) string {
+	var on []string
+	for _, r := range rs {
+		on = append(on, fmt.Sprintf("%s on node %s", r.ID, r.Node))
+	}
+	return strings.Join(on, ", ")
+}
+
+func reachableFrom(v volume.Volume) string {
+	if v.Parameters.DataLocality == volume.LocalityRequired {
+		return "its data locality is required, so it can be attached to " + whereOf(v)
+	}
+	return "any node may attach it"
 }
 
 func whereOf(v volume.Volume) string {

@@ -112,6 +112,11 @@ type Agents interface {
 	Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(Extent) error) error
 }
 
+// Engines tell how the engines of volumes are. Engine returns volume.ErrNotFound where the node runs none for the volume.
+type Engines interface {
+	Engine(ctx context.Context, node volume.NodeID, id volume.ID) (volume.EngineReport, error)
+}
+
 // Store is the cluster's state: a deterministic state machine behind Propose. meta implements it, later over raft.
 //
 // Reads are linearizable and return volume.ErrNotFound for what is not there.

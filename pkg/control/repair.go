@@ -112,12 +112,16 @@ func (s *Service) bringUp(ctx context.Context, v volume.Volume) error {
 	if err != nil {
 		return err
 	}
+	xs, err := s.store.Snapshots(ctx, v.ID, "", 0)
+	if err != nil {
+		return err
+	}
 	var errs []error
 	for _, r := range v.Replicas {
 		if r.Role != volume.Filling || c.silent[r.Node] != "" {
 			continue
 		}
-		spec := ReplicaSpec{ID: r.ID, Volume: v.ID, Tenant: v.Tenant, Pool: r.Pool, Size: v.Size}
+		spec := ReplicaSpec{ID: r.ID, Volume: v.ID, Tenant: v.Tenant, Pool: r.Pool, Size: v.Size, Parent: newest(xs, r.Pool)}
 		err := s.agents.CreateReplica(ctx, r.Node, spec)
 		if errors.Is(err, volume.ErrNoSpace) {
 			// It cannot be filled there: another pool is chosen next time.
@@ -134,6 +138,17 @@ func (s *Service) bringUp(ctx context.Context, v volume.Volume) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// newest is the last snapshot of a volume that a pool holds from a replica that was there before: a new one goes on from it.
+func newest(xs []volume.Snapshot, pool volume.PoolID) (id volume.SnapshotID) {
+	var at volume.Timestamp
+	for _, x := range xs {
+		if x.State == volume.Ready && x.CreatedAt >= at && slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool }) {
+			id, at = x.ID, x.CreatedAt
+		}
+	}
+	return id
 }
 
 // DropReplica takes a replica from a volume and has its node free it, as soon as that answers. The last one that is in sync
@@ -222,6 +237,18 @@ func (s *Service) Membership(ctx context.Context, id volume.ID) (replication.Mem
 		return replication.Membership{}, err
 	}
 	return command.Membership(v), nil
+}
+
+// Engine asks how the engine of a volume is; volume.ErrNotFound where none runs.
+func (s *Service) Engine(ctx context.Context, id volume.ID) (volume.EngineReport, error) {
+	v, err := s.live(ctx, id)
+	if err != nil {
+		return volume.EngineReport{}, err
+	}
+	if v.Owner == "" || s.o.Engines == nil {
+		return volume.EngineReport{}, fmt.Errorf("volume %s has no engine that can be asked: %w", id, volume.ErrNotFound)
+	}
+	return s.o.Engines.Engine(ctx, v.Owner, id)
 }
 
 // AddHolder records that a replica has filled in a snapshot.
