@@ -86,6 +86,7 @@ type Engine struct {
 	copying    int64
 	firstFence Now
 	detaching  bool
+	mismatches int // comparisons that found a difference
 	retryAt    Now // a last member's failed writes are tried again
 
 	recheck, retry bool

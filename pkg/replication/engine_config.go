@@ -37,7 +37,7 @@ func (e *Engine) propose() {
 		}
 	}
 	switch {
-	case !well:
+	case !well && !e.cfg.Rules.WithoutLastMemberGuard:
 		return // whoever is left has to be there first
 	case gone != 0:
 	case e.expandPropose() || e.addPropose() || !restarted:
@@ -236,14 +236,6 @@ func (e *Engine) removed(m *member) {
 // what is under way.
 func (e *Engine) unflushed(m *member) *region.Set {
 	set := new(region.Set)
-	if e.cfg.Rules.WithoutUnflushedMissed && m != nil {
-		for o := e.ops.first; o != nil; o = o.next {
-			if o.kind.changes() {
-				set.AddRange(e.g.extents(o.off, o.n))
-			}
-		}
-		return set
-	}
 	e.u.Into(set)
 	if m != nil {
 		m.u.Into(set)

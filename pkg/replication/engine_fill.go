@@ -274,6 +274,7 @@ func (e *Engine) hashed(o *op, m *member, a *Message) {
 	if !bytes.Equal(o.digests[0], o.digests[1]) {
 		rs.todo.AddRange(e.g.extents(o.off, o.n))
 		rs.mismatches++
+		e.mismatches++
 	}
 	e.finish(o)
 	if rs.mismatches > maxMismatches {

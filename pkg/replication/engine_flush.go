@@ -90,7 +90,7 @@ func (e *Engine) flushTo(m *member) {
 	round := f.round
 	e.send(m, KindFlush, nil, func(a *Message) {
 		switch {
-		case a.Status == StatusOK && (a.Boot == m.boot || e.cfg.Rules.WithoutFlushBoot):
+		case a.Status == StatusOK && a.Boot == m.boot:
 			if f.running && f.round == round {
 				f.acked = f.acked.With(s)
 				e.flushSettle()

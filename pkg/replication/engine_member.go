@@ -306,7 +306,7 @@ func (e *Engine) returned(m *member, rebooted bool) {
 
 // lastMember tells whether no other member could go on.
 func (e *Engine) lastMember(m *member) bool {
-	return (e.isr|e.adding)&^e.failed&^(1<<m.slot) == 0
+	return (e.isr|e.adding)&^e.failed&^(1<<m.slot) == 0 && !e.cfg.Rules.WithoutLastMemberGuard
 }
 
 // fail latches a member that is to be removed. The last one never is: it gets a new session, and I/O waits for it.

@@ -322,7 +322,7 @@ func (e *Engine) listMissed(m *member) {
 func (e *Engine) listMissedPage(m, q *member, from uint32) {
 	rs := m.rs
 	e.ask(rs, q, KindMissed, rs.again, func(a *Message) {
-		tracked := a.Status == StatusOK && a.Set != nil && (a.Set.Since <= m.rec.RemovedAt || e.cfg.Rules.WithoutRemovedAtCheck)
+		tracked := a.Status == StatusOK && a.Set != nil && a.Set.Since <= m.rec.RemovedAt
 		switch {
 		case !tracked:
 			e.listMissed(m)

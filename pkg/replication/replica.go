@@ -276,7 +276,7 @@ func (r *Replica) seal(m *Message) {
 	if s.Fill {
 		role = RoleSYNC
 	}
-	if (s.ConfigVersion != r.st.ConfigVersion || r.st.Role != role) && !r.cfg.Rules.WithoutSealGuard {
+	if s.ConfigVersion != r.st.ConfigVersion || r.st.Role != role {
 		r.answer(m, StatusRefused)
 		return
 	}

@@ -142,7 +142,7 @@ func (r *Replica) track(m *Message, finish func(Status)) {
 			r.track(m, finish)
 		})
 	}
-	if c.Reset && !r.cfg.Rules.WithoutMissedReset && len(r.missed) > 0 {
+	if c.Reset && len(r.missed) > 0 {
 		again := *m
 		conf := *c
 		conf.Reset = false // once

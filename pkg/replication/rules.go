@@ -23,10 +23,8 @@ type Rules struct {
 	WithoutPoison           bool // a replica goes on after a failed sync
 	WithoutRebootLease      bool // a rebooted replica reports no lease
 	WithoutDurableSYNC      bool // role SYNC is not made durable before it is answered
-	WithoutSealGuard        bool // a replica seals for another epoch or version
 	WithoutSealFlush        bool // a seal does not make what it seals durable
 	WithoutSealNumber       bool // a layer left by an earlier attempt is taken for this one
-	WithoutMissedReset      bool // a replica keeps what it knew of absent peers when it is copied to
 	WithoutDurableMissed    bool // what a removed member missed is not made durable before it is answered
 	WithoutFlushMissed      bool // a flush does not make missed durable
 
@@ -48,19 +46,16 @@ type Rules struct {
 	WithoutBootCheck       bool // a rebooted member with unflushed writes is taken back
 	WithoutLastBootCheck   bool // the last replica, rebooted with unflushed writes, is taken back
 	WithoutFlushAll        bool // a flush is acknowledged by one member
-	WithoutFlushBoot       bool // a flush answered by another boot counts
 	WithoutDurableFUA      bool // FUA is acknowledged before it is durable on all
 	WithoutRangeLock       bool // overlapping writes run at once
 	WithoutMinInSync       bool // writes are acknowledged below minInSync
 	WithoutMissed          bool // a failed member's missed writes are not handed to the others
-	WithoutUnflushedMissed bool // of a failed member's missed writes, only those in flight are handed over
 	WithoutYoungGeneration bool // a flush covers also what was under way when it began
 	WithoutClearAfterFlush bool // the write-intent log is cleared without a flush
 	WithoutErrorReconcile  bool // what was answered with an error is served at once
 	WithoutSupersededStop  bool // a fenced engine goes on
 
 	// Engine: return of a replica.
-	WithoutRemovedAtCheck   bool // missed is believed whenever tracking began
 	WithoutOwnWIL           bool // what the returning replica itself had under way is not copied
 	WithoutCopyLock         bool // copies run beside mirrored writes
 	WithoutCopyReadLock     bool // copies read what not all members have

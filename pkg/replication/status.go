@@ -19,6 +19,8 @@ type EngineStatus struct {
 	Dirty int
 	// Waiting is the number of client operations that are not answered.
 	Waiting int
+	// Mismatches is the number of comparisons that found a copy to differ from its source; it was copied again.
+	Mismatches int
 	// Conditions are what is wrong, the worst first.
 	Conditions []volume.Condition
 }
@@ -60,7 +62,7 @@ const (
 func (e *Engine) Status() EngineStatus {
 	s := EngineStatus{
 		Phase: [...]string{"fencing", "committing", "marking", "live", "over"}[e.phase],
-		Epoch: e.m.Epoch, ConfigVersion: e.m.ConfigVersion, Size: e.size, Dirty: e.dirty.Len(),
+		Epoch: e.m.Epoch, ConfigVersion: e.m.ConfigVersion, Size: e.size, Dirty: e.dirty.Len(), Mismatches: e.mismatches,
 		Waiting: len(e.parked) + len(e.short) + len(e.flush.waiting) + len(e.flush.current),
 	}
 	for o := e.ops.first; o != nil; o = o.next {

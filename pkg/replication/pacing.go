@@ -1,0 +1,105 @@
+package replication
+
+// Pacer reckons how many bytes of copies may be in flight on a disk, from what the foreground feels. It is fed every
+// PaceEvery; one Pacer serves all resyncs of a disk.
+type Pacer struct {
+	window   int64
+	baseline Now
+	floor    int64 // bytes per second
+	// Of the running resync: the least that was left, and since when it has not become less.
+	least   int64
+	leastAt Now
+	raised  int
+	last    Now
+	copied  int64
+}
+
+// Figures of the pacing.
+const (
+	// PaceEvery is the time between samples.
+	PaceEvery = 100 * Millisecond
+	// MinWindow and MaxWindow bound the window, in bytes.
+	MinWindow int64 = 256 << 10
+	MaxWindow int64 = 64 << 20
+
+	paceStep   int64 = 256 << 10
+	paceSlack        = Millisecond / 2
+	paceFloor  int64 = 8 << 20 // bytes per second
+	paceUrgent       = 4       // times the floor, where one copy is left
+	paceLosing       = 30 * Second
+	maxRaised        = 6 // doublings of the floor
+)
+
+// PaceSample is what was seen since the sample before.
+type PaceSample struct {
+	Now Now
+	// P99 of the foreground's latency, and the number of its operations; without operations P99 is not looked at.
+	P99 Now
+	Ops int
+	// Resyncing tells whether anything is copied; Copied and Left are bytes, over all resyncs of the disk, Copied from an
+	// arbitrary start.
+	Resyncing    bool
+	Copied, Left int64
+	// Alone tells whether a volume being copied has a single copy left.
+	Alone bool
+}
+
+// NewPacer returns a pacer that knows nothing of the disk yet.
+func NewPacer() *Pacer { return &Pacer{window: MinWindow, floor: paceFloor} }
+
+// Window is the bytes of copies that may be in flight.
+func (p *Pacer) Window() int64 { return p.window }
+
+// Target is the latency up to which the window grows; 0 while the foreground's own is not known.
+func (p *Pacer) Target() Now {
+	if p.baseline == 0 {
+		return 0
+	}
+	return p.baseline + p.baseline/4 + paceSlack
+}
+
+// Floor is the rate that copies get whatever the foreground feels, in bytes per second.
+func (p *Pacer) Floor() int64 { return p.floor }
+
+// Sample takes what was seen and returns the window.
+func (p *Pacer) Sample(s PaceSample) int64 {
+	span := s.Now - p.last
+	copied := s.Copied - p.copied
+	p.last, p.copied = s.Now, s.Copied
+	if !s.Resyncing {
+		if s.Ops > 0 {
+			// The baseline follows the undisturbed foreground over some seconds.
+			if p.baseline == 0 {
+				p.baseline = s.P99
+			}
+			p.baseline += (s.P99 - p.baseline) / 16
+		}
+		p.window, p.least, p.raised = MinWindow, 0, 0
+		return p.window
+	}
+	p.losing(s)
+	p.floor = paceFloor << p.raised
+	if s.Alone {
+		p.floor *= paceUrgent
+	}
+	slow := span > 0 && copied < int64(float64(p.floor)*float64(span)/float64(Second))
+	switch {
+	case slow || s.Ops == 0 || p.baseline == 0 || s.P99 <= p.Target():
+		p.window += paceStep
+	default:
+		p.window = p.window * 7 / 10
+	}
+	p.window = min(max(p.window, MinWindow), MaxWindow)
+	return p.window
+}
+
+// losing raises the floor of a resync that gets no closer to its end.
+func (p *Pacer) losing(s PaceSample) {
+	switch {
+	case p.least == 0 || s.Left < p.least:
+		p.least, p.leastAt = max(s.Left, 1), s.Now
+	case s.Now-p.leastAt >= paceLosing:
+		p.raised = min(p.raised+1, maxRaised)
+		p.leastAt = s.Now
+	}
+}

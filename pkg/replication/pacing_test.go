@@ -1,0 +1,79 @@
+package replication
+
+import "testing"
+
+// disk is a foreground whose latency grows with the bytes that are copied, and copies whose rate grows with the window.
+type disk struct {
+	p      *Pacer
+	now    Now
+	idle   Now // latency without copies
+	perMiB Now // added for each MiB/s copied
+	rate   int64
+	copied int64
+	left   int64
+	grows  int64 // left grows by this, in bytes per second
+	alone  bool
+}
+
+func (d *disk) run(span Now, resync bool) {
+	for end := d.now + span; d.now < end; d.now += PaceEvery {
+		if resync {
+			d.rate = d.p.Window() * 64 // 1/64 s for each copy
+			moved := d.rate / 10
+			d.copied += moved
+			d.left = max(1, d.left-moved+d.grows/10)
+		} else {
+			d.rate = 0
+		}
+		d.p.Sample(PaceSample{Now: d.now, P99: d.idle + Now(d.rate>>20)*d.perMiB, Ops: 1, Resyncing: resync, Copied: d.copied, Left: d.left, Alone: d.alone})
+	}
+}
+
+func TestPacerKeepsToTheTarget(t *testing.T) {
+	d := &disk{p: NewPacer(), idle: 2 * Millisecond, perMiB: 10 * Millisecond / 1000, left: 1 << 50}
+	d.run(10*Second, false)
+	if got := d.p.Target(); got != 3*Millisecond {
+		t.Fatalf("target %d", got)
+	}
+	d.run(60*Second, true)
+	// 1 ms above the baseline is reached at 100 MiB/s; the window swings around that.
+	if rate := d.rate >> 20; rate < 50 || rate > 130 {
+		t.Errorf("%d MiB/s", rate)
+	}
+}
+
+func TestPacerKeepsTheFloor(t *testing.T) {
+	for _, alone := range []bool{false, true} {
+		d := &disk{p: NewPacer(), idle: Millisecond, perMiB: 100 * Millisecond, left: 1 << 50, alone: alone}
+		d.run(Second, false)
+		before := d.copied
+		d.run(10*Second, true)
+		got, want := (d.copied-before)/10, paceFloor
+		if alone {
+			want *= paceUrgent
+		}
+		if got < want*8/10 {
+			t.Errorf("alone %v: %d bytes a second, the floor is %d", alone, got, want)
+		}
+	}
+}
+
+// A client that writes faster than the floor makes the resync lose ground: the floor rises until it gains.
+func TestPacerGainsGround(t *testing.T) {
+	d := &disk{p: NewPacer(), idle: Millisecond, perMiB: 100 * Millisecond, left: 1 << 30, grows: 40 << 20}
+	d.run(Second, false)
+	d.run(1000*Second, true)
+	if d.left > 1<<20 {
+		t.Errorf("%d bytes left, floor %d", d.left, d.p.Floor())
+	}
+}
+
+func TestPacerWithoutForeground(t *testing.T) {
+	p := NewPacer()
+	for i := range 1000 {
+		p.Sample(PaceSample{Now: Now(i) * PaceEvery, Resyncing: true, Copied: int64(i) << 30, Left: 1 << 40})
+	}
+	if p.Window() != MaxWindow {
+		t.Errorf("window %d", p.Window())
+	}
+}
