@@ -45,6 +45,8 @@ type resync struct {
 	reset bool // the next configuration begins it
 	// partial: what it missed since it was removed is copied, if anyone knows; full: everything.
 	partial, full bool
+	// common is the newest snapshot that source and target have: sealed layers do not change.
+	common volume.SnapshotID
 
 	// todo is still to be copied, copied still to be compared, in extents. since is what was written while snapshots were
 	// filled in.
@@ -148,13 +150,16 @@ func (e *Engine) beginResync(m *member) {
 // chooseFills finds the snapshots that the target lacks and can be given: where only what it missed is copied, those that
 // were cut since it was removed; where everything is, all that are newer than the newest it has.
 func (e *Engine) chooseFills(rs *resync) {
-	rs.fills = nil
+	rs.fills, rs.common = nil, ""
 	chain := e.chain()
 	for i := len(chain) - 1; i >= 0 && !slices.Contains(rs.m.fence.Snapshots, chain[i]); i-- {
 		if rs.partial && chain[i].Number <= rs.m.rec.RemovedBarriers {
 			break
 		}
 		rs.fills = append(rs.fills, chain[i])
+	}
+	if n := len(chain) - len(rs.fills); n > 0 && slices.Contains(rs.m.fence.Snapshots, chain[n-1]) {
+		rs.common = chain[n-1].ID
 	}
 	slices.Reverse(rs.fills)
 }
@@ -336,7 +341,7 @@ func (e *Engine) listMissedPage(m, q *member, from uint32) {
 	}).Set = &SetPage{Peer: m.id, From: from}
 }
 
-// listAll takes everything that source or target has stored.
+// listAll takes everything that source or target has stored since the newest snapshot that both have.
 func (e *Engine) listAll(m *member) {
 	rs := m.rs
 	if rs.full = true; rs.partial {
@@ -348,8 +353,8 @@ func (e *Engine) listAll(m *member) {
 	if q == nil {
 		return // until one is there
 	}
-	e.listAllocated(m, q, SetPage{}, rs.snapshot(), func() {
-		e.listAllocated(m, m, SetPage{}, "", func() { e.listed(m) })
+	e.listAllocated(m, q, SetPage{Base: rs.common}, rs.snapshot(), func() {
+		e.listAllocated(m, m, SetPage{Base: rs.common}, "", func() { e.listed(m) })
 	})
 }
 
@@ -359,6 +364,7 @@ func (e *Engine) listAllocated(m, q *member, page SetPage, snapshot volume.Snaps
 	msg := e.ask(rs, q, KindAllocated, rs.again, func(a *Message) {
 		if a.Status != StatusOK || a.Set == nil {
 			e.missingSnapshot(a.Status, snapshot)
+			e.missingSnapshot(a.Status, page.Base)
 			e.dropTarget(m)
 			return
 		}
