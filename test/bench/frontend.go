@@ -92,9 +92,16 @@ func benchFrontend(ctx context.Context, w io.Writer) (err error) {
 
 // runFio returns requests per second: of 1 MiB ones, MiB per second. Where says to what.
 func runFio(ctx context.Context, load workload, where ...string) (float64, error) {
-	cmd := exec.CommandContext(ctx, "fio", append(where, "--name=bench",
-		"--rw="+load.rw, "--bs="+load.block, fmt.Sprintf("--iodepth=%d", load.depth), "--time_based", fmt.Sprintf("--runtime=%d", int(frontendFor.Seconds())),
-		"--output-format=json")...)
+	return runFioFor(ctx, load, frontendFor, where...)
+}
+
+// runFioFor is runFio for a given time, or, where it is 0, over the whole size once.
+func runFioFor(ctx context.Context, load workload, span time.Duration, where ...string) (float64, error) {
+	args := append(where, "--name=bench", "--rw="+load.rw, "--bs="+load.block, fmt.Sprintf("--iodepth=%d", load.depth), "--output-format=json")
+	if span > 0 {
+		args = append(args, "--time_based", fmt.Sprintf("--runtime=%d", int(span.Seconds())))
+	}
+	cmd := exec.CommandContext(ctx, "fio", args...)
 	cmd.Dir = os.TempDir() // its nbd engine leaves a file
 	out, err := cmd.Output()
 	if err != nil {

@@ -25,6 +25,7 @@ var benchmarks = []struct {
 	{"frontend", benchFrontend},
 	{"nbd", benchNBD},
 	{"store", benchStore},
+	{"replication", benchReplication},
 	{"rpc", benchRPC},
 	{"idle", benchIdle},
 }
