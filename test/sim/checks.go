@@ -8,7 +8,7 @@ import (
 
 // check looks at one volume after an event: what must hold at every moment.
 func (v *vol) check() {
-	if v.deleted || v.lost || v.w.failure != nil {
+	if v.deleted || v.lost || v.rolled || v.w.failure != nil {
 		return
 	}
 	isr := v.isr()
@@ -137,7 +137,7 @@ func (v *vol) checkAbsent(isr []*place) {
 				if logged>>(b/blocksPerRegion)&1 == 1 || a.bits>>(b/blocksPerExtent)&1 == 1 {
 					continue
 				}
-				if x, y := &p.disk.cells[b], &q.disk.cells[b]; x.cache != y.cache || x.durable != y.durable {
+				if x, y := &p.disk.cells[b], &q.disk.cells[b]; (x.cache != y.cache || x.durable != y.durable) && x.cache != corruptValue {
 					v.w.fail("S8", "block %d of %s (%+v) differs from that of member %s (%+v), which has not got it as missed (since %d %024b, tracked %v, removed at %d)",
 						b, p.id, *x, q.id, *y, a.since, a.bits, tracked, m.RemovedAt)
 					return

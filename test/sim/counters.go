@@ -19,7 +19,7 @@ type Counters struct {
 	CommitDone, CommitRefused, CommitUnknown, CtlLost, CtlReplyLost, CtlLate, CtlTwice int
 	ISRChanges, ISRAdded, ISRRemoved, MinInSync                                        int
 	// Network.
-	Connected, Broken, Dropped, Delayed, Duplicated, Held, Late, Partitions, OneWay, CtlCuts, CtlDowns int
+	Connected, Broken, Dropped, Delayed, Duplicated, Held, Late, Partitions, Isolated, OneWay, CtlCuts, CtlDowns int
 	// Nodes and disks.
 	Kills, KeptKills, PowerLosses, SitePowerLosses, Boots, Pauses, Swaps, Hangs, Full, Slow                       int
 	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened, Corrupted, Rollbacks, RolledBack, Rogues int

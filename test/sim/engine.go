@@ -163,7 +163,7 @@ func (g *engine) effects() {
 		case replication.EffectBarrier:
 			g.v.barrierEnd(g, e)
 		case replication.EffectDetached:
-			g.v.detached(g)
+			g.v.detached(g, e.Result == replication.ResultOK)
 			return
 		}
 	}
@@ -235,9 +235,11 @@ func (g *engine) wentLive() {
 		c.kept = false
 		g.client, c.engine = c, g
 		c.blocks = max(c.blocks, int(g.known.Size/blockSize))
+		v.oracle.grow(c.blocks)
 		c.resume()
 		return
 	}
+	v.rolled = false // the record that it went live with is the truth now
 	v.supersede(g.epoch)
 	if p := v.salvaging; p != nil {
 		v.oracle.restart(p.disk.cells)

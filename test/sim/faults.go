@@ -42,24 +42,25 @@ func (w *world) strike(f fault) {
 		}
 	case faultPartition:
 		w.count.Partitions++
-		w.tracef("%s is cut off", n.id)
-		for _, o := range w.nodes {
-			if o != n {
-				w.block(n.index, o.index)
-				w.block(o.index, n.index)
-			}
-		}
+		w.cutOff(n, func() int64 { return w.wide(10*millisecond, 3*second) })
 		if w.chance(0.5) {
-			w.cutCtl(n)
+			w.cutCtl(n, w.wide(20*millisecond, 2*second))
+		}
+	case faultIsolate:
+		if g := w.vols[w.pick(len(w.vols))].current(); g != nil {
+			w.count.Isolated++
+			d := w.between(700*millisecond, 2*second)
+			w.cutOff(g.node, func() int64 { return d })
+			w.cutCtl(g.node, d)
 		}
 	case faultOneWay:
 		o := w.nodes[w.pick(len(w.nodes))]
 		if o != n {
 			w.count.OneWay++
 			w.tracef("%s cannot reach %s", n.id, o.id)
-			w.block(n.index, o.index)
+			w.block(n.index, o.index, w.wide(10*millisecond, 3*second))
 			if w.chance(0.3) {
-				w.block(o.index, n.index)
+				w.block(o.index, n.index, w.wide(10*millisecond, 3*second))
 			}
 		}
 	case faultBreak:
@@ -111,7 +112,7 @@ func (w *world) strike(f fault) {
 			d.corrupt = 1 + w.pick(2)
 		}
 	case faultCtlCut:
-		w.cutCtl(n)
+		w.cutCtl(n, w.wide(20*millisecond, 2*second))
 	case faultCtlDown:
 		w.count.CtlDowns++
 		w.ctlDown = w.now + w.wide(20*millisecond, 2*second)
@@ -127,17 +128,28 @@ func (w *world) anyDisk() *disk {
 	return v.places[w.pick(len(v.places))].disk
 }
 
-// block makes one direction of a link lose everything, for a while.
-func (w *world) block(from, to int) {
-	w.blocked[from][to] = true
-	w.after(w.wide(10*millisecond, 3*second), func() { w.blocked[from][to] = false })
+// cutOff blocks all links of a node.
+func (w *world) cutOff(n *node, span func() int64) {
+	w.tracef("%s is cut off", n.id)
+	for _, o := range w.nodes {
+		if o != n {
+			w.block(n.index, o.index, span())
+			w.block(o.index, n.index, span())
+		}
+	}
 }
 
-func (w *world) cutCtl(n *node) {
+// block makes one direction of a link lose everything, for a while.
+func (w *world) block(from, to int, span int64) {
+	w.blocked[from][to] = true
+	w.after(span, func() { w.blocked[from][to] = false })
+}
+
+func (w *world) cutCtl(n *node, span int64) {
 	n.cut = true
 	w.count.CtlCuts++
 	w.tracef("%s cannot reach the controllers", n.id)
-	w.after(w.wide(20*millisecond, 2*second), func() { n.cut = false })
+	w.after(span, func() { n.cut = false })
 }
 
 // kill ends a node's process; it is started again soon. The kernel's devices may live on.

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"reflect"
+	"slices"
 
 	"github.com/ballast-csi/ballast/pkg/replication"
 )
@@ -37,10 +38,7 @@ func (w *world) heal() {
 			v.want = w.pick(len(w.nodes))
 		}
 	}
-	began := w.now
-	w.await("L1", "no operation succeeded", 4*second, func(v *vol) bool {
-		return v.client != nil && !v.client.dead && !v.client.superseded && v.client.done > began
-	})
+	w.serves()
 	if w.failure != nil {
 		return
 	}
@@ -57,10 +55,90 @@ func (w *world) heal() {
 		return
 	}
 	w.count.Rejoined++
-	w.exercise()
+	for _, v := range w.vols {
+		v.rollBack()
+	}
+	if w.failure == nil {
+		w.serves()
+	}
+	if w.failure == nil {
+		w.exercise()
+	}
 }
 
-// live are the volumes of which something can be expected.
+// rollBack has the controllers restored from an old copy, of before some replica was in sync or ceased to be: whoever attaches
+// must find out, and refuse. Then the right record is restored.
+func (v *vol) rollBack() {
+	w := v.w
+	if !w.expected(v) || v.fencing || !w.chance(w.prof.rollback) {
+		return
+	}
+	for i := len(v.past) - 1; i >= 0; i-- {
+		old := v.past[i]
+		if old.Lineage != v.m.Lineage || old.Deleted || slices.Equal(old.ISR(), v.m.ISR()) || !v.known(&old) {
+			continue
+		}
+		w.tracef("controllers of %s are restored from an old copy: e%d cfgver %d isr %v", v.id, old.Epoch, old.ConfigVersion, old.ISR())
+		w.count.Rollbacks++
+		right := v.m
+		old.Epoch, old.Revision, old.Barrier = v.m.Epoch, v.m.Revision+1, nil
+		v.m, v.rolled, v.pend = old, true, nil
+		v.want = w.pick(len(w.nodes))
+		v.attach(w.nodes[v.want], true)
+		refused := w.count.RolledBack
+		end := w.now + 3*second
+		w.loop(func() bool { return w.now > end || w.count.RolledBack > refused || !v.rolled })
+		if w.failure != nil {
+			return
+		}
+		if !v.rolled {
+			// It was believed: what that means for the data is for the checks to say.
+			end = w.now + second
+			w.loop(func() bool { return w.now > end })
+			return
+		}
+		if w.count.RolledBack == refused {
+			w.fail("S12", "%s: nobody noticed that the controllers were rolled back", v.id)
+			return
+		}
+		right.Epoch, right.Revision, right.Owner, right.Clean, right.Barrier = v.m.Epoch+1, v.m.Revision+1, "", false, nil
+		v.m, v.first, v.log, v.past, v.rolled = right, right, nil, nil, false
+		v.foreign++
+		for _, g := range slices.Clone(v.engines) {
+			if g.client != nil {
+				g.client.die()
+			}
+			g.stop()
+		}
+		return
+	}
+}
+
+// known tells whether a replica in the old record has seen a newer one.
+func (v *vol) known(old *replication.Membership) bool {
+	for i := range old.Members {
+		m := &old.Members[i]
+		p := v.place(m.ID)
+		if p == nil || p.machine == nil || !slices.Contains(p.node.places, p) || !v.sameDisk(m, p) {
+			continue
+		}
+		st, err := replication.ReadState(p.disk.state)
+		if err == nil && m.Role == replication.RoleISR && st.ConfigVersion > old.ConfigVersion && !st.Poisoned {
+			return true
+		}
+	}
+	return false
+}
+
+// serves is L1: operations succeed again.
+func (w *world) serves() {
+	began := w.now
+	w.await("L1", "no operation succeeded", 4*second, func(v *vol) bool {
+		return v.client != nil && !v.client.dead && !v.client.superseded && v.client.done > began
+	})
+}
+
+// expected tells whether anything can be expected of a volume.
 func (w *world) expected(v *vol) bool { return !v.lost && !v.m.Deleted && !v.deleted }
 
 // await runs until done holds for each volume, and fails where it takes longer than most.

@@ -28,13 +28,20 @@ var focuses = map[Focus]func(*schedule, *profile){
 		p.faultEvery = 150 * millisecond
 		p.think, p.flushes, p.fua, p.flushEvery = 4*millisecond, 0.01, 0, 500*millisecond
 	},
-	// Nodes are cut off, or stopped, and their volumes moved while they may still read.
-	"lease": func(_ *schedule, p *profile) {
+	// The node of an engine is cut off from everything but its own replica, and its volume moved while it may still read.
+	"lease": func(s *schedule, p *profile) {
 		p.atLeast(3, 2)
-		p.onlyFaults(faultPartition, 3, faultPause, 1, faultOneWay, 1)
-		p.onlyOperations(opForce, 2, opFailover, 2)
-		p.faultEvery, p.operateEvery = 200*millisecond, 150*millisecond
-		p.think, p.reads, p.depth, p.hotBlocks = 4*millisecond, 0.6, 8, 2
+		p.onlyFaults(faultIsolate, 4, faultKill, oneOf(s, 0, 4), faultPause, oneOf(s, 0, 1))
+		p.onlyOperations(opFailover, 1)
+		p.faultEvery, p.operateEvery = 200*millisecond, 40*millisecond
+		p.think, p.reads, p.depth, p.hotBlocks, p.keepDevice = 4*millisecond, oneOf(s, 0.8, 0.97), 8, 2, 0
+	},
+	// Members come and go, then the controllers are restored from an old copy.
+	"rollback": func(_ *schedule, p *profile) {
+		p.atLeast(2, 2)
+		p.onlyFaults(faultPower, 2, faultKill, 2, faultPartition, 1)
+		p.onlyOperations(opFailover, 1)
+		p.rollback = 1
 	},
 	// Members fail, while the controllers answer late, or not.
 	"commit": func(_ *schedule, p *profile) {

@@ -36,7 +36,12 @@ func (v *vol) operate() {
 	case opFailover:
 		// Whoever serves a volume on a dead node moves it.
 		if n := v.nodeOf(v.m.Owner); n != nil && (!n.up || n.paused > w.now || n.cut) {
-			v.moveForced(w.pick(len(w.nodes)))
+			for _, i := range shuffled(w.rng, len(w.nodes)) {
+				if to := w.nodes[i]; to != n && to.up && !to.cut {
+					v.moveForced(i)
+					break
+				}
+			}
 		}
 	case opSnapshot:
 		v.snapshot(false)
@@ -101,9 +106,19 @@ func (v *vol) detachClean(g *engine) {
 	})
 }
 
-// detached carries on when an engine has written everything out.
-func (v *vol) detached(g *engine) {
+// detached carries on when an engine has written everything out, or has nothing to write because it never was live.
+func (v *vol) detached(g *engine, clean bool) {
 	w := v.w
+	if !clean {
+		if w.opt.Trace {
+			w.tracef("e%d of %s is detached, not clean", g.epoch, v.id)
+		}
+		g.stop()
+		if v.m.Epoch == g.epoch {
+			v.moveForced(v.want)
+		}
+		return
+	}
 	if w.opt.Trace {
 		w.tracef("e%d of %s is detached", g.epoch, v.id)
 	}

@@ -209,7 +209,7 @@ func (p *place) run(op *storeOp, life uint64, rest int64) {
 		return
 	}
 	if hung := p.disk.hungFor(op.Kind, w.now); hung > 0 {
-		w.after(hung+w.between(0, millisecond), func() { p.run(op, life, rest) })
+		w.after(min(hung, 20*millisecond)+w.between(0, millisecond), func() { p.run(op, life, rest) })
 		return
 	}
 	p.execute(op)

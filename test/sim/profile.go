@@ -64,6 +64,7 @@ const (
 	faultCtlCut
 	faultCtlDown
 	faultCorrupt
+	faultIsolate
 	faults
 )
 
@@ -109,6 +110,7 @@ type profile struct {
 	operateEvery int64
 	operations   weights
 	keepDevice   float64
+	rollback     float64
 }
 
 // oneOf draws one of the values.
@@ -148,6 +150,7 @@ func drawProfile(s *schedule, f Focus) profile {
 		operateEvery: oneOf(s, 100*millisecond, 400*millisecond, second),
 		operations:   make(weights, operations),
 		keepDevice:   oneOf(s, 0, 0.5, 1),
+		rollback:     0.15,
 	}
 	p.replicas = 1 + s.pick(min(3, p.nodes))
 	if s.chance(0.15) {

@@ -18,6 +18,8 @@ type vol struct {
 	id     volume.ID
 	m      replication.Membership
 	log    []replication.Change
+	past   []replication.Membership // the records before m, oldest first
+	rolled bool                     // m is an old one, until an engine goes live with it
 	first  replication.Membership
 	oracle *oracle
 	places []*place
@@ -249,6 +251,7 @@ func (v *vol) apply(c replication.Change) (replication.Membership, error) {
 		return old, err
 	}
 	v.log = append(v.log, c)
+	v.past = append(v.past, old)
 	v.m = m
 	w.dirty = true
 	switch {
@@ -350,7 +353,7 @@ func (v *vol) attach(n *node, force bool) {
 // engineFailed is a node's reaction to an engine that is over: the device fails, the controllers attach again.
 func (v *vol) engineFailed(g *engine, why replication.Reason) {
 	v.attaching = v.w.now + v.w.between(millisecond, 50*millisecond)
-	if why == replication.ReasonRolledBack {
+	if why == replication.ReasonRolledBack && !v.rolled {
 		v.w.fail("S12", "e%d found the controllers rolled back", g.epoch)
 	}
 }
