@@ -17,7 +17,7 @@ demo: deps build ## Show one node at work: create, attach, write, snapshot, rest
 	$(GO) run ./test/demo --bin $(BIN) --nodes $(NODES)
 
 .PHONY: test
-test: deps build lint unit sanity e2e vm ## Run everything, csi-sanity included (root; installs what it needs)
+test: deps build lint unit sim mutation sanity e2e vm ## Run everything, csi-sanity included (root; installs what it needs)
 
 ## -- Building ----------------------------------------------------------------------------------------------------------
 
@@ -52,6 +52,16 @@ sanity: ## csi-sanity against the real daemon, mount and block (root)
 .PHONY: e2e
 e2e: ## The daemon as a process: kill -9, full pools, fio verify (root)
 	$(GO) test -count=1 -timeout 20m ./test/e2e/...
+
+SEEDS ?= 10000
+FIRST ?= 1
+.PHONY: sim
+sim: ## Simulate replication: SEEDS seeds from FIRST on, each a cluster with faults; a failing one prints how to replay it
+	$(GO) test -count=1 -timeout 24h -v -run 'TestSeeds|TestReplay' ./test/sim -seeds $(SEEDS) -first $(FIRST)
+
+.PHONY: mutation
+mutation: ## Switch each rule of the replication protocol off: the simulator must find a violation; prints the table
+	$(GO) test -count=1 -timeout 60m -v -run 'TestMutation' ./test/sim
 
 .PHONY: vm
 vm: ## What needs a whole machine, in a QEMU guest: power cuts, online growth of ext4 (root)
