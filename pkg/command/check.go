@@ -154,7 +154,7 @@ func checkReplicas(v volume.Volume) error {
 	if synced == 0 {
 		return fmt.Errorf("no replica is in sync: %w", volume.ErrInvalid)
 	}
-	if v.State != volume.Creating || v.Target != 0 || v.Attachment != nil || v.PhysicalBytes != 0 || len(v.Leaving) != 0 || v.Protocol != (volume.Protocol{}) {
+	if v.State != volume.Creating || v.Target != 0 || v.Attachment != nil || v.PhysicalBytes != 0 || len(v.Leaving) != 0 || v.Lost || v.Protocol != (volume.Protocol{}) {
 		return fmt.Errorf("a new volume's state is not that of a new volume: %w", volume.ErrInvalid)
 	}
 	return nil
@@ -273,6 +273,12 @@ func (c AddReplica) Check() error {
 
 // Check implements Command.
 func (c DropReplica) Check() error { return checkReplicaOf(c.Volume, c.Replica) }
+
+// Check implements Command.
+func (c LoseReplica) Check() error { return checkReplicaOf(c.Volume, c.Replica) }
+
+// Check implements Command.
+func (c ForgetPool) Check() error { return volume.CheckName("pool id", string(c.Pool)) }
 
 // Check implements Command.
 func (c Salvage) Check() error { return checkReplicaOf(c.Volume, c.Replica) }

@@ -55,6 +55,8 @@ var kinds = map[string]kindOfCommand{
 	"close-engine":           kind[CloseEngine](),
 	"add-replica":            kind[AddReplica](),
 	"drop-replica":           kind[DropReplica](),
+	"lose-replica":           kind[LoseReplica](),
+	"forget-pool":            kind[ForgetPool](),
 	"salvage":                kind[Salvage](),
 	"add-holder":             kind[AddHolder](),
 	"drop-holder":            kind[DropHolder](),

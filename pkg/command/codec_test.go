@@ -36,6 +36,7 @@ func samples() []Command {
 		ForceDetach{Volume: "v", Epoch: 4}, OpenEngine{Volume: "v", Node: "n"}, CloseEngine{Volume: "v", Epoch: 4, Clean: true},
 		AddReplica{Volume: "v", Replica: volume.Replica{ID: "r", Node: "n", Pool: "p", Role: volume.Filling}},
 		DropReplica{Volume: "v", Replica: "r"}, FreeReplica{Volume: "v", Replica: "r"}, Salvage{Volume: "v", Replica: "r", Seen: 9},
+		LoseReplica{Volume: "v", Replica: "r"}, ForgetPool{Pool: "p"}, DropHolder{Snapshot: "s", Pool: "p", Lost: true},
 		Commit{Volume: "v", Change: replication.Change{Reconfigure: &replication.Reconfigure{Epoch: 1, ConfigVersion: 2, Remove: []volume.ReplicaID{"r"},
 			Add: []replication.Proof{{ID: "s", Incarnation: 1, BootID: 1<<64 - 1}}}}},
 		Commit{Volume: "v", Change: replication.Change{ExpandCommit: &replication.ExpandCommit{Epoch: 1, ConfigVersion: 2, Size: 3}}},

@@ -158,6 +158,19 @@ type DropReplica struct {
 	Replica volume.ReplicaID `json:"replica"`
 }
 
+// LoseReplica forgets a replica whose disk is gone for good. The only one of a volume that is ready leaves the volume Lost; one
+// that is in sync while others, that are not, could be salvaged is refused with volume.ErrInUse. It answers Volume.
+type LoseReplica struct {
+	Volume  volume.ID        `json:"volume"`
+	Replica volume.ReplicaID `json:"replica"`
+}
+
+// ForgetPool forgets a pool whose disk is gone for good. It is refused with volume.ErrBusy while something is placed on it.
+// It answers Done.
+type ForgetPool struct {
+	Pool volume.PoolID `json:"pool"`
+}
+
 // Salvage makes one replica's bytes the volume's, whatever the others have; Seen is the newest configuration that any
 // replica reported. It answers Volume.
 type Salvage struct {
@@ -236,11 +249,12 @@ type AddHolder struct {
 	Replica  volume.ReplicaID  `json:"replica"`
 }
 
-// DropHolder says that a pool holds a snapshot no more; the last holder of a snapshot that is not being deleted stays. It
-// answers Snapshot.
+// DropHolder says that a pool holds a snapshot no more; the last holder of a snapshot that is not being deleted stays, unless
+// it is Lost: its disk is gone for good. It answers Snapshot.
 type DropHolder struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
 	Pool     volume.PoolID     `json:"pool"`
+	Lost     bool              `json:"lost,omitempty"`
 }
 
 // BeginGroup does for several volumes at once what BeginSnapshot does for one. Member i is the snapshot IDs[i] of
@@ -318,6 +332,8 @@ func (OpenEngine) command()           {}
 func (CloseEngine) command()          {}
 func (AddReplica) command()           {}
 func (DropReplica) command()          {}
+func (LoseReplica) command()          {}
+func (ForgetPool) command()           {}
 func (Salvage) command()              {}
 func (AddHolder) command()            {}
 func (DropHolder) command()           {}

@@ -188,6 +188,9 @@ func (s *Service) source(ctx context.Context, from volume.Source) (source, error
 		if snap.State != volume.Ready {
 			return x, fmt.Errorf("source snapshot %s is not ready yet: %w", snap.ID, volume.ErrBusy)
 		}
+		if len(snap.Holders) == 0 {
+			return x, fmt.Errorf("source snapshot %s is lost: every copy was on pools that were forgotten: %w", snap.ID, volume.ErrDataLoss)
+		}
 		x, rs = source{size: snap.Size, blockSize: snap.BlockSize, filesystem: snap.Filesystem}, snap.Holders
 	} else {
 		v, err := s.live(ctx, from.Volume)
@@ -196,6 +199,9 @@ func (s *Service) source(ctx context.Context, from volume.Source) (source, error
 		}
 		if v.State != volume.Ready {
 			return x, fmt.Errorf("source volume %s is not ready yet: %w", v.ID, volume.ErrBusy)
+		}
+		if v.Lost {
+			return x, fmt.Errorf("source volume %s is lost: every copy was on pools that were forgotten: %w", v.ID, volume.ErrDataLoss)
 		}
 		x, rs = source{size: v.Size, blockSize: v.Parameters.BlockSize, filesystem: v.Filesystem}, v.InSync()
 	}

@@ -64,6 +64,10 @@ func (s *Service) conditions(ctx context.Context, v volume.Volume, nodes []volum
 	if v.State != volume.Ready {
 		return nil
 	}
+	if v.Lost {
+		return []volume.Condition{{Severity: volume.DataLoss, Reason: "EveryCopyForgotten",
+			Message: "every copy was on pools that were forgotten; delete the volume, and restore a snapshot of it as another if one is held elsewhere"}}
+	}
 	var out []volume.Condition
 	add := func(c volume.Condition) {
 		if !slices.Contains(out, c) {

@@ -58,6 +58,10 @@ func apply(v *view, encoded []byte) command.Result {
 		r, err = addReplica(v, c)
 	case command.DropReplica:
 		r, err = dropReplica(v, c)
+	case command.LoseReplica:
+		r, err = loseReplica(v, c)
+	case command.ForgetPool:
+		r, err = forgetLostPool(v, c)
 	case command.Salvage:
 		r, err = salvage(v, c)
 	case command.SetFilesystem:

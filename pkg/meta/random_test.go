@@ -96,6 +96,12 @@ func draw(t *rapid.T, s *Store) command.Command {
 	case 25:
 		return command.DropReplica{Volume: vol, Replica: rep}
 	case 26:
+		switch rapid.IntRange(0, 4).Draw(t, "how") {
+		case 0:
+			return command.LoseReplica{Volume: vol, Replica: rep}
+		case 1:
+			return command.ForgetPool{Pool: "p2"}
+		}
 		return command.FreeReplica{Volume: vol, Replica: rep}
 	case 27, 28, 29:
 		r := &replication.Reconfigure{Epoch: epoch, ConfigVersion: version}
@@ -137,7 +143,7 @@ func draw(t *rapid.T, s *Store) command.Command {
 		if rapid.Bool().Draw(t, "add") {
 			return command.AddHolder{Snapshot: snap, Replica: rep}
 		}
-		return command.DropHolder{Snapshot: snap, Pool: "p1"}
+		return command.DropHolder{Snapshot: snap, Pool: "p1", Lost: rapid.Bool().Draw(t, "lost")}
 	case 38:
 		return command.ModifyVolume{Volume: vol, Replicas: new(1 + i), MinInSync: new(1 + i/2)}
 	case 39:
@@ -299,7 +305,7 @@ func verifyWith(t interface {
 			u.LogicalBytes += reserved(v)
 			u.Volumes++
 			index[volumeNames+v.Name] = string(v.ID)
-			if m := command.Membership(v); m.Check() != nil {
+			if m := command.Membership(v); v.Lost && (len(v.Replicas) > 0 || v.Attachment != nil) || !v.Lost && m.Check() != nil {
 				t.Fatalf("%v: %+v", m.Check(), v)
 			}
 		}
@@ -326,7 +332,7 @@ func verifyWith(t interface {
 		for _, h := range x.Holders {
 			physical += h.PhysicalBytes
 		}
-		if physical != x.PhysicalBytes || len(x.Holders) == 0 && x.State != volume.Deleting || (x.Cut != nil) != (x.State == volume.Creating) && x.State != volume.Deleting {
+		if physical != x.PhysicalBytes || len(x.Holders) == 0 && x.State == volume.Creating || (x.Cut != nil) != (x.State == volume.Creating) && x.State != volume.Deleting {
 			t.Fatalf("impossible snapshot %+v", x)
 		}
 		u.PhysicalBytes += x.PhysicalBytes

@@ -113,13 +113,72 @@ func freeReplica(v *view, c command.FreeReplica) (command.Result, error) {
 		}
 		return command.Done{}, nil
 	}
+	free(v, &rec, from, i)
+	putVolume(v, rec)
+	return command.Done{}, nil
+}
+
+// free forgets a replica of rec, the one at i of from, which is one of rec's lists.
+func free(v *view, rec *volume.Volume, from *[]volume.Replica, i int) {
 	r := (*from)[i]
 	*from = slices.Delete(slices.Clone(*from), i, i+1)
 	v.del(replicas + string(r.ID))
-	unprovision(v, []volume.Replica{r}, reserved(rec))
+	unprovision(v, []volume.Replica{r}, reserved(*rec))
 	measure(v, rec.Tenant, r.PhysicalBytes, 0)
 	rec.PhysicalBytes = max(0, rec.PhysicalBytes-r.PhysicalBytes)
+}
+
+func loseReplica(v *view, c command.LoseReplica) (command.Result, error) {
+	rec, ok := load[volume.Volume](v, volumes+string(c.Volume))
+	if !ok {
+		return nil, fmt.Errorf("volume %s does not exist: %w", c.Volume, volume.ErrNotFound)
+	}
+	is := func(r volume.Replica) bool { return r.ID == c.Replica }
+	if i := slices.IndexFunc(rec.Leaving, is); i >= 0 {
+		free(v, &rec, &rec.Leaving, i)
+		putVolume(v, rec)
+		return command.Volume{Volume: rec}, nil
+	}
+	i := slices.IndexFunc(rec.Replicas, is)
+	switch {
+	case i < 0:
+		return command.Volume{Volume: rec}, nil
+	case rec.State == volume.Creating:
+		return nil, fmt.Errorf("volume %s is being made; delete it: %w", rec.ID, volume.ErrBusy)
+	case rec.State == volume.Deleting:
+		free(v, &rec, &rec.Replicas, i)
+	case len(rec.Replicas) == 1:
+		if rec.Attachment != nil || rec.Owner != "" {
+			return nil, fmt.Errorf("volume %s is attached to node %s; detach it there first: %w", rec.ID, rec.Owner, volume.ErrInUse)
+		}
+		if n, _ := load[int](v, pins+string(rec.ID)); n > 0 {
+			return nil, fmt.Errorf("volume %s is being cloned: %w", rec.ID, volume.ErrBusy)
+		}
+		rec.Lost = true
+		rec.Epoch++
+		rec.Revision++
+		free(v, &rec, &rec.Replicas, i)
+	default:
+		var err error
+		rec, err = command.Change(rec, replication.Change{DropReplica: &replication.DropReplica{ID: c.Replica}})
+		if err != nil {
+			return nil, err
+		}
+		free(v, &rec, &rec.Leaving, slices.IndexFunc(rec.Leaving, is))
+	}
 	putVolume(v, rec)
+	return command.Volume{Volume: rec}, nil
+}
+
+func forgetLostPool(v *view, c command.ForgetPool) (command.Result, error) {
+	p, ok := load[volume.Pool](v, pools+string(c.Pool))
+	if !ok {
+		return command.Done{}, nil
+	}
+	if p.Provisioned > 0 {
+		return nil, fmt.Errorf("%d bytes are still placed in pool %s: %w", p.Provisioned, p.ID, volume.ErrBusy)
+	}
+	forgetPool(v, p)
 	return command.Done{}, nil
 }
 

@@ -165,8 +165,11 @@ func dropHolder(v *view, c command.DropHolder) (command.Result, error) {
 	if i < 0 {
 		return command.Snapshot{Snapshot: rec}, nil
 	}
-	if len(rec.Holders) == 1 && rec.State != volume.Deleting {
+	if len(rec.Holders) == 1 && rec.State != volume.Deleting && !c.Lost {
 		return nil, fmt.Errorf("pool %s holds the only copy of snapshot %s: %w", c.Pool, rec.ID, volume.ErrInUse)
+	}
+	if rec.State == volume.Creating {
+		return nil, fmt.Errorf("snapshot %s is being cut: %w", rec.ID, volume.ErrBusy)
 	}
 	gone := rec.Holders[i].PhysicalBytes
 	rec.Holders = slices.Delete(slices.Clone(rec.Holders), i, i+1)

@@ -22,6 +22,9 @@ func findReady(v *view, id volume.ID) (volume.Volume, error) {
 	if err == nil && rec.State != volume.Ready {
 		return rec, fmt.Errorf("volume %s is still being created; try again: %w", id, volume.ErrBusy)
 	}
+	if err == nil && rec.Lost {
+		return rec, fmt.Errorf("volume %s is lost: every copy was on pools that were forgotten; delete it, or restore a snapshot of it as another: %w", id, volume.ErrDataLoss)
+	}
 	return rec, err
 }
 
@@ -78,6 +81,9 @@ func takeSource(v *view, rec *volume.Volume) error {
 		s, ok := load[volume.Volume](v, volumes+string(rec.Source.Volume))
 		if !ok || s.State != volume.Ready {
 			return fmt.Errorf("source volume %s does not exist or is not ready: %w", rec.Source.Volume, volume.ErrNotFound)
+		}
+		if s.Lost {
+			return fmt.Errorf("source volume %s is lost: %w", s.ID, volume.ErrDataLoss)
 		}
 		if s.Target != 0 {
 			return fmt.Errorf("source volume %s is being expanded; try again: %w", s.ID, volume.ErrBusy)
@@ -143,9 +149,13 @@ func beginDelete(v *view, c command.BeginDelete) (command.Result, error) {
 	if rec.State == volume.Creating && rec.Source != nil {
 		pin(v, sourceID(rec), -1)
 	}
-	rec, err := command.Change(rec, replication.Change{Tombstone: &replication.Tombstone{}})
-	if err != nil {
-		return nil, err
+	if rec.Lost { // there is nothing to fence
+		rec.State = volume.Deleting
+	} else {
+		var err error
+		if rec, err = command.Change(rec, replication.Change{Tombstone: &replication.Tombstone{}}); err != nil {
+			return nil, err
+		}
 	}
 	release(v, rec.Tenant, volume.Amounts{LogicalBytes: reserved(rec), Volumes: 1})
 	v.del(volumeNames + rec.Name)

@@ -31,8 +31,10 @@ type Volume struct {
 	// Accessible lists the nodes the requester asked for (empty: any), the first 32 of them.
 	Accessible []NodeID `json:"accessible,omitempty"`
 
-	// Replicas are the copies of the volume; at least one is in sync.
+	// Replicas are the copies of the volume; at least one is in sync, unless it is Lost.
 	Replicas []Replica `json:"replicas"`
+	// Lost: every replica was on a disk that an admin said is gone for good. It can only be deleted.
+	Lost bool `json:"lost,omitempty"`
 	// Leaving are replicas that are none any more, and that their nodes have yet to free.
 	Leaving    []Replica   `json:"leaving,omitempty"`
 	Attachment *Attachment `json:"attachment,omitempty"`

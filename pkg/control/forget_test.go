@@ -1,0 +1,104 @@
+package control_test
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+func TestForgetPool(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	only, both, gone := w.mustCreate(create("only")), w.mustCreate(replicated("both", 2)), w.mustCreate(replicated("gone", 2))
+	bad := only.Replicas[0].Pool
+	node := only.Replicas[0].Node
+	// Both others have a replica in that pool too.
+	for _, v := range []volume.Volume{both, gone} {
+		if !slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Pool == bad }) {
+			t.Fatalf("%s is not in %s", on(v.Replicas), bad)
+		}
+	}
+	x := w.mustSnapshot("s", only.ID)
+	wantErr(t, w.SetQuota(ctx, "default", volume.Amounts{Volumes: 10}), nil)
+	_, err := w.ForgetPool(ctx, bad, true)
+	wantErr(t, err, volume.ErrInUse) // it is open
+	_, err = w.ForgetPool(ctx, "p9", true)
+	wantErr(t, err, volume.ErrNotFound)
+
+	w.mustAttach(both.ID, "n4")
+	w.silence(node, time.Hour)
+	wantErr(t, w.DeleteVolume(ctx, gone.ID), nil) // its tombstone waits
+	_, err = w.ForgetPool(ctx, bad, false)
+	if wantErr(t, err, volume.ErrInUse); !strings.Contains(err.Error(), string(only.ID)) || !strings.Contains(err.Error(), string(x.ID)) {
+		t.Errorf("%v names neither %s nor %s", err, only.ID, x.ID)
+	}
+	lost, err := w.ForgetPool(ctx, bad, true)
+	if err != nil || !slices.Equal(lost.Volumes, []volume.ID{only.ID}) || !slices.Equal(lost.Snapshots, []volume.SnapshotID{x.ID}) {
+		t.Fatalf("%+v %v", lost, err)
+	}
+	_, err = w.store.Volume(ctx, gone.ID)
+	wantErr(t, err, volume.ErrNotFound)
+	if got := w.get(both.ID); len(got.InSync()) != 1 {
+		t.Errorf("on %s", on(got.Replicas))
+	}
+	w.repair()
+	if got := w.get(both.ID); len(got.InSync()) != 2 {
+		t.Errorf("on %s", on(got.Replicas))
+	}
+	// What is lost is shown, cannot be used, and can be deleted.
+	h, err := w.Health(ctx, only.ID)
+	if err != nil || len(h.Conditions) != 1 || h.Conditions[0].Severity != volume.DataLoss {
+		t.Errorf("%+v %v", h, err)
+	}
+	_, err = w.Attach(ctx, control.Attach{Volume: only.ID, Node: "n3", Capability: mount()[0]})
+	wantErr(t, err, volume.ErrDataLoss)
+	_, err = w.ExpandVolume(ctx, only.ID, 2*gib, 0)
+	wantErr(t, err, volume.ErrDataLoss)
+	_, err = w.CreateSnapshot(ctx, control.CreateSnapshot{Name: "t", Volume: only.ID})
+	wantErr(t, err, volume.ErrDataLoss)
+	for _, from := range []volume.Source{{Volume: only.ID}, {Snapshot: x.ID}} {
+		r := create("copy")
+		r.Source = &from
+		_, err = w.CreateVolume(ctx, r)
+		wantErr(t, err, volume.ErrDataLoss)
+	}
+	wantErr(t, w.DeleteVolume(ctx, only.ID), nil)
+	wantErr(t, w.DeleteSnapshot(ctx, x.ID), nil)
+	if qs, err := w.Quotas(ctx); err != nil || qs[0].Used.Volumes != 1 || qs[0].Used.Snapshots != 0 {
+		t.Errorf("%+v %v", qs, err)
+	}
+	ns, err := w.Nodes(ctx)
+	if err != nil || slices.ContainsFunc(ns, func(n volume.Node) bool {
+		return slices.ContainsFunc(n.Pools, func(p volume.Pool) bool { return p.ID == bad })
+	}) {
+		t.Errorf("%+v %v", ns, err)
+	}
+}
+
+func TestAPoolIsNotForgottenWhileAVolumeCouldBeSalvaged(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustAttach(w.mustCreate(replicated("v", 2)).ID, "n4")
+	w.commit(v.ID, replication.Reconfigure{Remove: []volume.ReplicaID{v.Replicas[1].ID}})
+	wantErr(t, w.Detach(ctx, v.ID, ""), nil)
+	w.silence(v.Replicas[0].Node, time.Hour)
+	_, err := w.ForgetPool(ctx, v.Replicas[0].Pool, true)
+	wantErr(t, err, volume.ErrBusy)
+	r := v.Replicas[1]
+	w.agents.reports[r.ID] = control.ReplicaReport{Present: true, Role: volume.Stale, Lineage: 1, ConfigVersion: 1, Size: gib}
+	if _, err := w.Salvage(ctx, v.ID, r.ID, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.ForgetPool(ctx, v.Replicas[0].Pool, false); err != nil {
+		t.Error(err)
+	}
+	if got := w.get(v.ID); len(got.Replicas) != 1 || got.Lost {
+		t.Errorf("on %s", on(got.Replicas))
+	}
+}
