@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	now = func() time.Time { return admintest.Now }
 	time.Local = time.UTC
-	for _, v := range []string{"NO_COLOR", "CLICOLOR_FORCE", socketEnv} {
+	for _, v := range []string{"NO_COLOR", "CLICOLOR_FORCE", socketEnv, serverEnv, certEnv} {
 		os.Unsetenv(v)
 	}
 	os.Exit(m.Run())
@@ -93,7 +93,7 @@ func TestDataIsData(t *testing.T) {
 	full := admintest.Serve(t, admintest.Sample())
 	for _, c := range []struct{ socket, args string }{
 		{empty, "volume list"}, {empty, "snapshot list"}, {empty, "pool list"}, {empty, "quota list"}, {empty, "pool strays"},
-		{full, "volume create new --size 1Gi"}, {full, "volume expand new 2Gi"}, {full, "volume set-qos new --iops 10"}, {full, "snapshot create new s"},
+		{full, "volume create new --size 1Gi"}, {full, "volume expand new 2Gi"}, {full, "volume set new --iops 10"}, {full, "snapshot create new s"},
 		{full, "snapshot delete s --yes"}, {full, "volume delete new --yes"}, {full, "quota set lab --volumes 3"}, {full, "quota delete lab"},
 		{full, "volume detach orders --yes"}, {full, "version"},
 	} {
@@ -129,7 +129,7 @@ func TestChanges(t *testing.T) {
 		{"volume create copy --from-snapshot monday --size 10Gi --tenant shop --iops 500 --bandwidth 10Mi", "Volume copy (vol-00000000000000000004, 10 GiB) is ready."},
 		{"volume create raw --access block --size 4096", "Volume raw"},
 		{"volume expand copy 12Gi", "Volume copy has 12 GiB now."},
-		{"volume set-qos copy --iops 0 --bandwidth 20Mi", "Volume copy: IOPS unlimited, bandwidth 20 MiB/s."},
+		{"volume set copy --iops 0 --bandwidth 20Mi --replicas 3 --min-in-sync 2 --data-locality none", "Volume copy: IOPS unlimited, bandwidth 20 MiB/s, replicas 3, min-in-sync 2, data-locality none."},
 		{"snapshot create copy tuesday --freeze", "Snapshot tuesday (snap-00000000000000000003) of volume copy is ready."},
 		{"snapshot delete tuesday -y", "Snapshot tuesday is deleted."},
 		{"volume detach scratch", "Volume scratch is not attached."},
@@ -195,7 +195,7 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		{socket, "volume create x --access block --fs-type xfs", exitUsage, []string{"for mount access"}},
 		{socket, "volume get", exitUsage, []string{"VOLUME is missing", "usage: ballastctl volume get VOLUME"}},
 		{socket, "volume get a b", exitUsage, []string{`"b" is one argument too many`}},
-		{socket, "volume lst", exitUsage, []string{"Did you mean get or list?"}},
+		{socket, "volume lst", exitUsage, []string{"Did you mean get or list"}},
 		{socket, "volume list -o xml", exitUsage, []string{"table, wide, json, yaml"}},
 		{socket, "volume list --nope", exitUsage, []string{"--nope"}},
 		{socket, "quota set shop", exitUsage, []string{"logical"}},
@@ -421,7 +421,7 @@ func TestDocsCoverEveryCommand(t *testing.T) {
 	if r := ctl("", "docs", dir); r.code != exitOK {
 		t.Fatal(r.err)
 	}
-	for _, name := range []string{"README", "volume", "snapshot", "pool", "node", "quota", "audit", "status", "version"} {
+	for _, name := range []string{"README", "volume", "snapshot", "replica", "pool", "node", "cluster", "salvage", "quota", "audit", "status", "version"} {
 		b, err := os.ReadFile(filepath.Join(dir, name+".md"))
 		if err != nil {
 			t.Fatal(err)

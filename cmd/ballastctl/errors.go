@@ -66,11 +66,14 @@ func probeSocket(ctx context.Context, path string) error {
 func explain(err error) (string, int) {
 	var u usageError
 	var un unreachableError
+	var r refusal
 	switch {
 	case errors.As(err, &u):
 		return err.Error(), exitUsage
 	case errors.As(err, &un):
 		return err.Error(), exitUnreachable
+	case errors.As(err, &r):
+		return err.Error(), exitRefused
 	case errors.Is(err, volume.ErrNotFound):
 		return err.Error(), exitNotFound
 	}
@@ -83,7 +86,7 @@ func explain(err error) (string, int) {
 	switch s.Code() {
 	case codes.NotFound:
 		return s.Message(), exitNotFound
-	case codes.FailedPrecondition, codes.AlreadyExists, codes.ResourceExhausted, codes.Aborted:
+	case codes.PermissionDenied, codes.FailedPrecondition, codes.AlreadyExists, codes.ResourceExhausted, codes.Aborted:
 		return s.Message(), exitRefused
 	case codes.InvalidArgument, codes.OutOfRange:
 		return s.Message(), exitUsage

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,10 +21,20 @@ func nodeTotals(n nodeView) (used, capacity int64) {
 
 func seenCell(n nodeView, now time.Time) cell {
 	s := styleGood
-	if n.LastSeen == nil || now.Sub(*n.LastSeen) > 2*time.Minute {
+	if n.State == "silent" {
 		s = styleBad
 	}
 	return cell{ageText(n.LastSeen, now), s}
+}
+
+func nodeStateCell(n nodeView) cell {
+	switch n.State {
+	case "up":
+		return cell{n.State, styleGood}
+	case "silent":
+		return cell{n.State, styleBad}
+	}
+	return cell{n.State, styleWarn}
 }
 
 func completeNodes(ctx context.Context, a adminpb.AdminClient) ([]cobra.Completion, error) {
@@ -40,9 +51,16 @@ func nodes() resource[nodeView] {
 		kind: adminpb.Kind_NODE, one: "node", many: "nodes", arg: "NODE",
 		columns: []column[nodeView]{
 			{"NAME", false, func(n nodeView, _ time.Time) cell { return plain(n.ID) }},
+			{"STATE", false, func(n nodeView, _ time.Time) cell { return nodeStateCell(n) }},
+			{"ROLES", false, func(n nodeView, _ time.Time) cell { return orDash(strings.Join(n.Roles, ",")) }},
+			{"ZONE", false, func(n nodeView, _ time.Time) cell { return orDash(n.Zone) }},
+			{"REPLICAS", false, func(n nodeView, _ time.Time) cell { return plain(countText(n.Replicas)) }},
+			{"SNAPSHOTS", true, func(n nodeView, _ time.Time) cell { return plain(countText(n.Snapshots)) }},
+			{"ATTACHED", true, func(n nodeView, _ time.Time) cell { return plain(countText(n.Attached)) }},
 			{"POOLS", false, func(n nodeView, _ time.Time) cell { return plain(fmt.Sprint(len(n.Pools))) }},
 			{"CAPACITY", false, func(n nodeView, _ time.Time) cell { _, c := nodeTotals(n); return sizeCell(c) }},
 			{"USED", false, func(n nodeView, _ time.Time) cell { u, c := nodeTotals(n); return meter(u, c) }},
+			{"ADDRESS", true, func(n nodeView, _ time.Time) cell { return orDash(n.Address) }},
 			{"LAST SEEN", false, seenCell},
 		},
 		ref: func(n nodeView) string { return n.ID },
@@ -64,7 +82,12 @@ func nodes() resource[nodeView] {
 			used, capacity := nodeTotals(n)
 			fs := []field{
 				{"Name", plain(n.ID)},
+				{"State", nodeStateCell(n)},
 				{"Last seen", seenCell(n, now)},
+				{"Roles", orDash(strings.Join(n.Roles, ", "))},
+				{"Zone", orDash(n.Zone)},
+				{"Address", orDash(n.Address)},
+				{"Holds", plain(fmt.Sprintf("%d replicas, %d snapshots; %d volumes are attached", n.Replicas, n.Snapshots, n.Attached))},
 				{"Capacity", sizeCell(capacity)},
 				{"Used", meter(used, capacity)},
 			}
@@ -82,7 +105,9 @@ func nodes() resource[nodeView] {
 }
 
 func nodeCommand(c *cli) *cobra.Command {
-	cmd := group("node", "Nodes: list, get, watch, why", "nodes")
-	cmd.AddCommand(nodes().commands(c)...)
+	cmd := group("node", "Nodes: list, get, watch, why, drain, undrain, empty, remove", "nodes")
+	r := nodes()
+	cmd.AddCommand(r.commands(c)...)
+	cmd.AddCommand(nodeDrain(c, r), nodeUndrain(c, r), nodeEmpty(c, r), nodeRemove(c))
 	return cmd
 }

@@ -36,6 +36,9 @@ func isTerminal(w any) bool {
 	return err == nil
 }
 
+// isPerson tells whether somebody is there to answer a question; a variable for the tests' sake.
+var isPerson = isTerminal
+
 // colours tells whether w shows them, https://no-color.org. CLICOLOR_FORCE serves programs that pass our output on to a
 // terminal.
 func colours(w io.Writer) bool {
@@ -217,8 +220,6 @@ func meter(part, whole int64) cell {
 		return cell{"-", styleDim}
 	}
 	share := float64(part) / float64(whole)
-	const width = 10
-	full := min(width, max(0, int(math.Round(share*width))))
 	s := styleGood
 	switch {
 	case share >= 0.95:
@@ -226,7 +227,15 @@ func meter(part, whole int64) cell {
 	case share >= 0.8:
 		s = styleWarn
 	}
-	return cell{fmt.Sprintf("%s%s %3.0f%%", strings.Repeat("█", full), strings.Repeat("░", width-full), share*100), s}
+	return cell{bar(part, whole), s}
+}
+
+// bar draws a share of a whole that is not 0, and says how many percent that is.
+func bar(part, whole int64) string {
+	share := float64(part) / float64(whole)
+	const width = 10
+	full := min(width, max(0, int(math.Round(share*width))))
+	return fmt.Sprintf("%s%s %3.0f%%", strings.Repeat("█", full), strings.Repeat("░", width-full), share*100)
 }
 
 // field is one line of what `get` shows to people.

@@ -38,6 +38,8 @@ type resource[V any] struct {
 	listExample  string
 	whyExample   string
 	emptyMessage string
+	// progress is a last column of watch; its cell is empty where nothing is under way. nil: there is no such column.
+	progress func(V) cell
 }
 
 func (r resource[V]) columnsFor(c *cli) []column[V] {
@@ -185,6 +187,10 @@ func (r resource[V]) watch(ctx context.Context, c *cli, req *adminpb.WatchReques
 		return err
 	}
 	t := &table{head: append([]string{"TIME", "EVENT"}, r.heads(c)...)}
+	if r.progress != nil {
+		t.head = append(t.head, "PROGRESS")
+	}
+	var last watched
 	// Rows are shown as they come: columns are as wide as what is there at first will make them.
 	widen := []cell{plain("15:04:05"), plain("changed")}
 	if c.forPeople() {
@@ -207,14 +213,20 @@ func (r resource[V]) watch(ctx context.Context, c *cli, req *adminpb.WatchReques
 		case err != nil:
 			return err
 		}
-		if err := r.event1(c, t, e); err != nil {
+		if err := r.event1(c, t, &last, e); err != nil {
 			return err
 		}
 	}
 }
 
-// event1 shows one event.
-func (r resource[V]) event1(c *cli, t *table, e *adminpb.Event) error {
+// watched is the line that was written last.
+type watched struct {
+	ref       string
+	advancing bool
+}
+
+// event1 shows one event. On a terminal progress takes the place of the progress before it.
+func (r resource[V]) event1(c *cli, t *table, last *watched, e *adminpb.Event) error {
 	v := r.event(e)
 	view := eventView{Type: strings.ToLower(e.Type.String()), Object: v}
 	switch c.output {
@@ -228,12 +240,27 @@ func (r resource[V]) event1(c *cli, t *table, e *adminpb.Event) error {
 	}
 	styles := map[adminpb.Event_Type]style{adminpb.Event_ADDED: styleGood, adminpb.Event_CHANGED: styleWarn, adminpb.Event_DELETED: styleBad}
 	row := append([]cell{{now().Format(time.TimeOnly), styleDim}, {view.Type, styles[e.Type]}}, r.row(c, v, now())...)
+	this := watched{ref: r.ref(v)}
+	if r.progress != nil {
+		p := r.progress(v)
+		row = append(row, p)
+		this.advancing = p.text != ""
+	}
 	for i := range row {
 		row[i].text = safe(row[i].text)
 	}
 	t.fit(row)
+	if this.advancing && *last == this && colours(c.out) {
+		if _, err := io.WriteString(c.out, overwrite); err != nil {
+			return err
+		}
+	}
+	*last = this
 	return t.line(c.out, row)
 }
+
+// overwrite has a terminal write the next line over the last one: one line up, erase it.
+const overwrite = "\x1b[1A\x1b[2K"
 
 // completeFirst completes the first argument with what the daemon knows; where it does not answer at once, with nothing.
 func (c *cli) completeFirst(names func(context.Context, adminpb.AdminClient) ([]cobra.Completion, error)) cobra.CompletionFunc {

@@ -11,7 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
 )
@@ -19,6 +18,8 @@ import (
 const (
 	defaultSocket = "/run/ballast/admin.sock"
 	socketEnv     = "BALLAST_ADMIN_SOCKET"
+	serverEnv     = "BALLAST_ADMIN_SERVER"
+	certEnv       = "BALLAST_ADMIN_CERT"
 )
 
 // streams of the process.
@@ -30,7 +31,10 @@ type streams struct {
 // cli is what the commands share.
 type cli struct {
 	streams
-	socket  string
+	socket string
+	// server, where it is given, is asked with the certificate in cert instead of the socket.
+	server  string
+	cert    string
 	output  string
 	timeout time.Duration
 	conn    *grpc.ClientConn
@@ -48,6 +52,7 @@ func run(ctx context.Context, args []string, s streams) int {
 	root.SetErr(s.err)
 	err := root.ExecuteContext(ctx)
 	if c.conn != nil {
+		err = c.elsewhere(ctx, err)
 		err = errors.Join(err, c.conn.Close())
 	}
 	if err == nil {
@@ -68,9 +73,10 @@ func newRoot(c *cli) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "ballastctl",
 		Short: "Look at and look after a Ballast cluster",
-		Long: `ballastctl looks at and looks after the volumes, snapshots, pools, nodes and quotas of a Ballast cluster.
+		Long: `ballastctl looks at and looks after the volumes, snapshots, replicas, pools, nodes and quotas of a Ballast cluster.
 
-It talks to a running ballastd through its admin socket, which only root may open. ` + "`pool show`" + `,
+It talks to a running ballastd through its admin socket, which only root may open; in a cluster any controller will do.
+From elsewhere it goes over the network with --server and a certificate that ` + "`cluster admin-cert`" + ` makes. ` + "`pool show`" + `,
 ` + "`pool check`" + ` and ` + "`pool export`" + ` work on a pool's directory instead, with no daemon.
 
 Wherever a volume, a snapshot or a pool is asked for, its name or its id will do.
@@ -88,7 +94,7 @@ Exit codes:
   2    the command line is wrong
   3    what was named does not exist
   4    the daemon does not answer, or is not ready
-  5    refused as things are: in use, already there, out of space, over quota
+  5    refused as things are: in use, already there, out of space, over quota, not allowed
   130  interrupted`,
 		Example: `  ballastctl status
   ballastctl volume list
@@ -115,6 +121,9 @@ Exit codes:
 	}
 	f := root.PersistentFlags()
 	f.StringVar(&c.socket, "socket", socket, "admin `socket` of ballastd; $"+socketEnv+" sets the default")
+	f.StringVar(&c.server, "server", os.Getenv(serverEnv), "`host:port` of a controller's admin API, instead of the socket; $"+serverEnv+" sets the default")
+	f.StringVar(&c.cert, "cert", os.Getenv(certEnv), "`file` with the certificate for --server; $"+certEnv+" sets the default")
+	must(root.RegisterFlagCompletionFunc("server", cobra.NoFileCompletions))
 	f.StringVarP(&c.output, "output", "o", "table", "`format`: table, wide, json or yaml")
 	f.DurationVar(&c.timeout, "timeout", time.Minute, "how long to wait for an answer")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
@@ -124,11 +133,11 @@ Exit codes:
 		&cobra.Group{ID: "things", Title: "What there is:"},
 		&cobra.Group{ID: "other", Title: "Further:"},
 	)
-	for _, cmd := range []*cobra.Command{volumeCommand(c), snapshotCommand(c), poolCommand(c), nodeCommand(c), quotaCommand(c)} {
+	for _, cmd := range []*cobra.Command{volumeCommand(c), snapshotCommand(c), replicaCommand(c), poolCommand(c), nodeCommand(c), clusterCommand(c), quotaCommand(c)} {
 		cmd.GroupID = "things"
 		root.AddCommand(cmd)
 	}
-	for _, cmd := range []*cobra.Command{statusCommand(c), auditCommand(c), versionCommand(c)} {
+	for _, cmd := range []*cobra.Command{statusCommand(c), salvageCommand(c), auditCommand(c), versionCommand(c)} {
 		cmd.GroupID = "other"
 		root.AddCommand(cmd)
 	}
@@ -191,24 +200,6 @@ func arguments(names ...string) cobra.PositionalArgs {
 		}
 		return nil
 	}
-}
-
-// client connects to the daemon.
-func (c *cli) client(ctx context.Context) (adminpb.AdminClient, error) {
-	if c.conn == nil {
-		if err := probeSocket(ctx, c.socket); err != nil {
-			return nil, err
-		}
-		conn, err := grpc.NewClient("passthrough:///"+c.socket,
-			grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithContextDialer(dialUnix),
-			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(256<<20)))
-		if err != nil {
-			return nil, err
-		}
-		c.conn = conn
-	}
-	return adminpb.NewAdminClient(c.conn), nil
 }
 
 // call connects and runs fn with the deadline of --timeout.

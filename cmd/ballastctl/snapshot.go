@@ -97,11 +97,11 @@ func snapshots(of *string) resource[snapshotView] {
 func snapshotCommand(c *cli) *cobra.Command {
 	var of string
 	r := snapshots(&of)
-	cmd := group("snapshot", "Snapshots: list, get, watch, why, create, delete", "snapshots", "snap")
+	cmd := group("snapshot", "Snapshots: list, get, watch, why, create, delete; groups of them", "snapshots", "snap")
 	cmds := r.commands(c)
 	must(cmds[0].RegisterFlagCompletionFunc("volume", c.completeFlag(completeVolumes)))
 	cmd.AddCommand(cmds...)
-	cmd.AddCommand(snapshotCreate(c, r), snapshotDelete(c))
+	cmd.AddCommand(snapshotCreate(c, r), snapshotDelete(c), snapshotGroup(c))
 	return cmd
 }
 

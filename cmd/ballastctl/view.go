@@ -23,9 +23,33 @@ type capabilityView struct {
 }
 
 type replicaView struct {
-	ID   string `json:"id"`
-	Node string `json:"node"`
-	Pool string `json:"pool"`
+	ID            string      `json:"id"`
+	Volume        string      `json:"volume,omitempty"`
+	VolumeName    string      `json:"volumeName,omitempty"`
+	Node          string      `json:"node"`
+	NodeSilent    bool        `json:"nodeSilent,omitempty"`
+	Pool          string      `json:"pool"`
+	Role          string      `json:"role,omitempty"`
+	PhysicalBytes int64       `json:"physicalBytes"`
+	RemovedAt     uint64      `json:"removedAt,omitempty"`
+	Resync        *resyncView `json:"resync,omitempty"`
+}
+
+type resyncView struct {
+	Stage         string     `json:"stage"`
+	Full          bool       `json:"full"`
+	DoneBytes     int64      `json:"doneBytes"`
+	LeftBytes     int64      `json:"leftBytes"`
+	BytesPerSec   int64      `json:"bytesPerSecond"`
+	SnapshotsLeft int64      `json:"snapshotsLeft"`
+	Since         *time.Time `json:"since,omitempty"`
+}
+
+type engineView struct {
+	Phase      string `json:"phase"`
+	Epoch      uint64 `json:"epoch"`
+	Waiting    int64  `json:"waiting"`
+	DirtyBytes int64  `json:"dirtyBytes"`
 }
 
 type attachmentView struct {
@@ -45,6 +69,8 @@ type volumeView struct {
 	TargetBytes     int64            `json:"targetBytes,omitempty"`
 	PhysicalBytes   int64            `json:"physicalBytes"`
 	CreatedAt       *time.Time       `json:"createdAt,omitempty"`
+	ReplicasWanted  int32            `json:"replicasWanted"`
+	MinInSync       int32            `json:"minInSync"`
 	DataLocality    string           `json:"dataLocality,omitempty"`
 	Pool            string           `json:"pool,omitempty"`
 	FSType          string           `json:"fsType,omitempty"`
@@ -59,7 +85,11 @@ type volumeView struct {
 	Capabilities    []capabilityView `json:"capabilities"`
 	Replicas        []replicaView    `json:"replicas"`
 	Attachment      *attachmentView  `json:"attachment,omitempty"`
+	Owner           string           `json:"owner,omitempty"`
+	Engine          *engineView      `json:"engine,omitempty"`
 	Epoch           uint64           `json:"epoch"`
+	ConfigVersion   uint64           `json:"configVersion"`
+	Lineage         uint64           `json:"lineage"`
 	Conditions      []conditionView  `json:"conditions"`
 }
 
@@ -91,9 +121,25 @@ type poolView struct {
 }
 
 type nodeView struct {
-	ID       string     `json:"id"`
-	LastSeen *time.Time `json:"lastSeen,omitempty"`
-	Pools    []poolView `json:"pools"`
+	ID          string     `json:"id"`
+	State       string     `json:"state"`
+	LastSeen    *time.Time `json:"lastSeen,omitempty"`
+	Zone        string     `json:"zone,omitempty"`
+	Roles       []string   `json:"roles,omitempty"`
+	Address     string     `json:"address,omitempty"`
+	DataAddress string     `json:"dataAddress,omitempty"`
+	Replicas    int64      `json:"replicas"`
+	Snapshots   int64      `json:"snapshots"`
+	Attached    int64      `json:"attached"`
+	Pools       []poolView `json:"pools"`
+}
+
+type groupView struct {
+	ID        string         `json:"id"`
+	Name      string         `json:"name"`
+	State     string         `json:"state"`
+	CreatedAt *time.Time     `json:"createdAt,omitempty"`
+	Snapshots []snapshotView `json:"snapshots"`
 }
 
 type amountsView struct {
@@ -150,7 +196,16 @@ func viewCapability(c *adminpb.Capability) capabilityView {
 }
 
 func viewReplica(r *adminpb.Replica) replicaView {
-	return replicaView{ID: r.Id, Node: r.Node, Pool: r.Pool}
+	v := replicaView{
+		ID: r.Id, Volume: r.Volume, VolumeName: r.VolumeName, Node: r.Node, NodeSilent: r.NodeSilent, Pool: r.Pool, Role: r.Role,
+		PhysicalBytes: r.PhysicalBytes, RemovedAt: r.RemovedAt,
+	}
+	if x := r.Resync; x != nil {
+		v.Resync = &resyncView{
+			Stage: x.Stage, Full: x.Full, DoneBytes: x.DoneBytes, LeftBytes: x.LeftBytes, BytesPerSec: x.Rate, SnapshotsLeft: x.SnapshotsLeft, Since: timeView(x.Since),
+		}
+	}
+	return v
 }
 
 func viewVolume(v *adminpb.Volume) volumeView {
@@ -176,8 +231,16 @@ func viewVolume(v *adminpb.Volume) volumeView {
 		AccessibleNodes: v.AccessibleNodes,
 		Capabilities:    views(v.Capabilities, viewCapability),
 		Replicas:        views(v.Replicas, viewReplica),
+		Owner:           v.Owner,
+		ReplicasWanted:  v.ReplicasWanted,
+		MinInSync:       v.MinInSync,
 		Epoch:           v.Epoch,
+		ConfigVersion:   v.ConfigVersion,
+		Lineage:         v.Lineage,
 		Conditions:      views(v.Conditions, viewCondition),
+	}
+	if e := v.Engine; e != nil {
+		out.Engine = &engineView{Phase: e.Phase, Epoch: e.Epoch, Waiting: e.Waiting, DirtyBytes: e.DirtyBytes}
 	}
 	if a := v.Attachment; a != nil {
 		out.Attachment = &attachmentView{Node: a.Node, ReadOnly: a.ReadOnly, Detaching: a.Detaching, Since: timeView(a.Since), Capability: viewCapability(a.Capability)}
@@ -217,7 +280,14 @@ func viewPool(p *adminpb.Pool) poolView {
 }
 
 func viewNode(n *adminpb.Node) nodeView {
-	return nodeView{ID: n.Id, LastSeen: timeView(n.LastSeen), Pools: views(n.Pools, viewPool)}
+	return nodeView{
+		ID: n.Id, State: n.State, LastSeen: timeView(n.LastSeen), Zone: n.Zone, Roles: n.Roles, Address: n.Address, DataAddress: n.DataAddress,
+		Replicas: n.Replicas, Snapshots: n.Snapshots, Attached: n.Attached, Pools: views(n.Pools, viewPool),
+	}
+}
+
+func viewGroup(g *adminpb.Group) groupView {
+	return groupView{ID: g.Id, Name: g.Name, State: g.State, CreatedAt: timeView(g.CreatedAt), Snapshots: views(g.Snapshots, viewSnapshot)}
 }
 
 func viewAmounts(a *adminpb.Amounts) amountsView {

@@ -132,10 +132,30 @@ func describeVolume(v volumeView, now time.Time) []field {
 		field{"Bandwidth limit", limitCell(v.BandwidthLimit, rateText)},
 		field{"Made from", orDash(sourceText(v))},
 	)
+	fs = append(fs,
+		field{"Replicas", plain(fmt.Sprintf("%d wanted, at least %d in sync to be written, near the workload: %s", v.ReplicasWanted, v.MinInSync, orDash(v.DataLocality).text))},
+	)
 	for _, r := range v.Replicas {
-		fs = append(fs, field{"Replica", plain(r.ID + " on " + r.Node + ", pool " + r.Pool)})
+		fs = append(fs, field{"", replicaCell(r)})
+		if r.Resync != nil {
+			fs = append(fs, field{"", cell{"  " + progressCell(*r.Resync).text, styleWarn}})
+		}
 	}
-	return append(fs, field{"Epoch", plain(fmt.Sprint(v.Epoch))})
+	if e := v.Engine; e != nil {
+		text := e.Phase + " on node " + v.Owner
+		if e.Waiting > 0 {
+			text += fmt.Sprintf(", %d requests are not answered", e.Waiting)
+		}
+		if e.DirtyBytes > 0 {
+			text += fmt.Sprintf(", %s to reconcile", sizeText(e.DirtyBytes))
+		}
+		fs = append(fs, field{"Engine", plain(text)})
+	}
+	epoch := fmt.Sprintf("%d, configuration %d", v.Epoch, v.ConfigVersion)
+	if v.Lineage > 1 {
+		epoch += fmt.Sprintf(", salvaged %d times", v.Lineage-1)
+	}
+	return append(fs, field{"Epoch", plain(epoch)})
 }
 
 func volumes(tenant *string) resource[volumeView] {
@@ -149,12 +169,13 @@ func volumes(tenant *string) resource[volumeView] {
 			{"ON DISK", false, func(v volumeView, _ time.Time) cell { return sizeCell(v.PhysicalBytes) }},
 			{"STATE", false, func(v volumeView, _ time.Time) cell { return stateCell(v.State) }},
 			{"ATTACHED", false, func(v volumeView, _ time.Time) cell { return attachedCell(v) }},
+			{"IN SYNC", false, func(v volumeView, _ time.Time) cell { return inSyncCell(v) }},
 			{"HEALTH", false, func(v volumeView, _ time.Time) cell { return healthCell(v.Conditions) }},
 			{"FS", true, func(v volumeView, _ time.Time) cell { return orDash(v.Filesystem) }},
 			{"IOPS", true, func(v volumeView, _ time.Time) cell { return limitCell(v.IOPSLimit, countText) }},
 			{"BANDWIDTH", true, func(v volumeView, _ time.Time) cell { return limitCell(v.BandwidthLimit, rateText) }},
 			{"MADE FROM", true, func(v volumeView, _ time.Time) cell { return orDash(sourceText(v)) }},
-			{"REPLICAS", true, func(v volumeView, _ time.Time) cell { return orDash(replicaPools(v.Replicas)) }},
+			{"PLACED ON", true, func(v volumeView, _ time.Time) cell { return orDash(replicaPools(v.Replicas)) }},
 			{"AGE", false, func(v volumeView, now time.Time) cell { return plain(ageText(v.CreatedAt, now)) }},
 		},
 		ref: func(v volumeView) string { return v.ID },
@@ -169,6 +190,7 @@ func volumes(tenant *string) resource[volumeView] {
 			return viewVolume(v), nil
 		},
 		describe:     describeVolume,
+		progress:     volumeProgress,
 		event:        func(e *adminpb.Event) volumeView { return viewVolume(e.GetVolume()) },
 		complete:     completeVolumes,
 		listExample:  "  ballastctl volume list\n  ballastctl volume list --tenant team-a -o wide\n  ballastctl volume list -o json | jq -r '.[] | select(.attachment == null) | .name'",
@@ -183,9 +205,9 @@ func volumes(tenant *string) resource[volumeView] {
 func volumeCommand(c *cli) *cobra.Command {
 	var tenant string
 	r := volumes(&tenant)
-	cmd := group("volume", "Volumes: list, get, watch, why, create, delete, expand, set-qos, detach, export", "volumes", "vol")
+	cmd := group("volume", "Volumes: list, get, watch, why, create, delete, expand, set, detach, export", "volumes", "vol")
 	cmd.AddCommand(r.commands(c)...)
-	cmd.AddCommand(volumeCreate(c, r), volumeDelete(c), volumeExpand(c, r), volumeSetQoS(c, r), volumeDetach(c, r), volumeExport(c))
+	cmd.AddCommand(volumeCreate(c, r), volumeDelete(c), volumeExpand(c, r), volumeSet(c, r), volumeDetach(c, r), volumeExport(c))
 	return cmd
 }
 
@@ -202,6 +224,7 @@ command given again returns the volume it made. A volume from a source is there 
 the source's data and stores only what is written to it.`,
 		Example: `  ballastctl volume create scratch --size 10Gi
   ballastctl volume create raw --size 10Gi --access block
+  ballastctl volume create db --size 100Gi --replicas 3 --min-in-sync 2
   ballastctl volume create db-restored --from-snapshot db-monday
   ballastctl volume create db-copy --from-volume db-data --size 200Gi`,
 		Args: arguments("NAME"),
@@ -232,6 +255,9 @@ the source's data and stores only what is written to it.`,
 	f.StringVar(&size, "size", "", "size, like 10Gi (default: the source's, or 10Gi)")
 	f.StringVar(&req.Tenant, "tenant", "", "`tenant` that it counts for")
 	f.StringVar(&req.Pool, "pool", "", "name of the `pool` to place it in (default: any)")
+	f.Int32Var(&req.Replicas, "replicas", 0, "copies on different nodes, 1 to 5 (default: 1)")
+	f.Int32Var(&req.MinInSync, "min-in-sync", 0, "copies that a write needs (default: 1)")
+	f.StringVar(&req.DataLocality, "data-locality", "", "`whether` a copy is to be where the workload is: preferred, required or none (default: preferred)")
 	f.StringVar(&req.FsType, "fs-type", "", "filesystem it is to carry: ext4, xfs or btrfs")
 	f.Int32Var(&req.BlockSize, "block-size", 0, "logical block size, 512 or 4096 `bytes`")
 	f.StringVar(&req.Access, "access", "mount", "`kind` of access: mount or block")
@@ -243,6 +269,7 @@ the source's data and stores only what is written to it.`,
 	must(cmd.RegisterFlagCompletionFunc("from-volume", c.completeFlag(completeVolumes)))
 	must(cmd.RegisterFlagCompletionFunc("from-snapshot", c.completeFlag(completeSnapshots)))
 	must(cmd.RegisterFlagCompletionFunc("pool", c.completeFlag(completePools)))
+	must(cmd.RegisterFlagCompletionFunc("data-locality", cobra.FixedCompletions(localities, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("fs-type", cobra.FixedCompletions([]string{"ext4", "xfs", "btrfs"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("access", cobra.FixedCompletions([]string{"mount", "block"}, cobra.ShellCompDirectiveNoFileComp)))
 	return cmd
@@ -306,43 +333,6 @@ orchestrator made, expand it there (in Kubernetes: the claim's request), which d
 	}
 }
 
-func volumeSetQoS(c *cli, r resource[volumeView]) *cobra.Command {
-	var iops int64
-	var bandwidth string
-	cmd := &cobra.Command{
-		Use:     "set-qos VOLUME",
-		Short:   "Limit a volume's I/O, at once",
-		Long:    "Limit a volume's I/O operations and bytes per second, at once where it is attached. 0 removes a limit; what is not given stays.",
-		Example: "  ballastctl volume set-qos db-data --iops 2000 --bandwidth 100Mi\n  ballastctl volume set-qos db-data --iops 0",
-		Args:    arguments("VOLUME"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			req := &adminpb.SetVolumeQoSRequest{Ref: args[0]}
-			if cmd.Flags().Changed("iops") {
-				req.IopsLimit = &iops
-			}
-			if cmd.Flags().Changed("bandwidth") {
-				n, err := parseSize(bandwidth)
-				if err != nil {
-					return err
-				}
-				req.BandwidthLimit = &n
-			}
-			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
-				v, err := a.SetVolumeQoS(ctx, req)
-				if err != nil {
-					return err
-				}
-				return r.done(c, viewVolume(v), "Volume %s: IOPS %s, bandwidth %s.", v.Name, limitCell(v.IopsLimit, countText).text, limitCell(v.BandwidthLimit, rateText).text)
-			})
-		},
-		ValidArgsFunction: c.completeFirst(completeVolumes),
-	}
-	cmd.Flags().Int64Var(&iops, "iops", 0, "I/O operations per second; 0 is no limit")
-	cmd.Flags().StringVar(&bandwidth, "bandwidth", "", "`bytes` per second, like 100Mi; 0 is no limit")
-	cmd.MarkFlagsOneRequired("iops", "bandwidth")
-	return cmd
-}
-
 func volumeDetach(c *cli, r resource[volumeView]) *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
@@ -382,13 +372,13 @@ func (c *cli) confirm(yes bool, format string, args ...any) error {
 	if yes {
 		return nil
 	}
-	if !isTerminal(c.in) {
+	if !isPerson(c.in) {
 		return usage(errors.New("this destroys data and nobody is there to ask; say --yes"))
 	}
 	fmt.Fprintf(c.err, "%s [y/N] ", safe(fmt.Sprintf(format, args...)))
 	var answer string
 	if _, err := fmt.Fscanln(c.in, &answer); err != nil || (answer != "y" && answer != "Y" && answer != "yes") {
-		return errors.New("not confirmed; nothing was changed")
+		return errNotConfirmed
 	}
 	return nil
 }

@@ -1,4 +1,5 @@
-// Package admin is the admin API: what ballastctl asks of a running Ballast, as gRPC on a Unix socket.
+// Package admin is the admin API: what ballastctl asks of a running Ballast, as gRPC on a Unix socket, and over mTLS for
+// admins with a certificate.
 //
 // It translates and nothing more: the use cases are control's, errors are mapped by rpcerr, and each change is
 // recorded in the audit log with who asked for it and what became of it.
@@ -12,10 +13,13 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
+	"github.com/ballast-csi/ballast/pkg/placement"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -40,7 +44,22 @@ type Control interface {
 
 	Health(ctx context.Context, id volume.ID) (control.Health, error)
 	Unhealthy(ctx context.Context, p control.Page) ([]control.Health, string, error)
+	Candidates(ctx context.Context, id volume.ID) ([]control.Candidate, error)
+	Salvage(ctx context.Context, id volume.ID, replica volume.ReplicaID, force bool) (volume.Volume, error)
+
+	CreateGroup(ctx context.Context, r control.CreateGroup) (control.Group, error)
+	DeleteGroup(ctx context.Context, id volume.GroupID) error
+	Groups(ctx context.Context) ([]control.Group, error)
+
 	Nodes(ctx context.Context) ([]volume.Node, error)
+	DrainNode(ctx context.Context, id volume.NodeID) error
+	DrainBlockers(ctx context.Context, id volume.NodeID) ([]placement.Blocker, error)
+	EmptyNode(ctx context.Context, id volume.NodeID) error
+	UndrainNode(ctx context.Context, id volume.NodeID) error
+	RemoveNode(ctx context.Context, id volume.NodeID) error
+	CreateJoinToken(ctx context.Context, r jointoken.Record) error
+	RevokeJoinToken(ctx context.Context, id string) error
+	JoinTokens(ctx context.Context) ([]jointoken.Record, error)
 	Strays(ctx context.Context) ([]control.Stray, error)
 	Quotas(ctx context.Context) ([]volume.Quota, error)
 	SetQuota(ctx context.Context, tenant string, limit volume.Amounts) error
@@ -62,6 +81,10 @@ type Options struct {
 	Control  Control
 	Exporter Exporter
 	Audit    *Trail
+	// Cluster is nil on a node that is alone.
+	Cluster Cluster
+	// Engines is nil where nothing can be told of them.
+	Engines Engines
 	// Node is the name of the node that serves the API.
 	Node volume.NodeID
 	// Version is that of the build.
@@ -94,9 +117,11 @@ func New(o Options) *Service {
 	return &Service{o: o, started: o.Now(), stopping: make(chan struct{})}
 }
 
-// Server returns a gRPC server with the service on it. It is for Unix sockets only: callers are known by the
-// credentials of their process, and whoever may open the socket is an admin.
-func (s *Service) Server() *grpc.Server {
+// Server returns a gRPC server with the service on it for Unix sockets: callers are known by the credentials of their
+// process, and whoever may open the socket is an admin.
+func (s *Service) Server() *grpc.Server { return s.server(peerCredentials{}) }
+
+func (s *Service) server(c credentials.TransportCredentials) *grpc.Server {
 	unary, stream := []grpc.UnaryServerInterceptor{s.unary}, []grpc.StreamServerInterceptor{s.stream}
 	if s.o.Unary != nil {
 		unary = append([]grpc.UnaryServerInterceptor{s.o.Unary}, unary...)
@@ -105,7 +130,7 @@ func (s *Service) Server() *grpc.Server {
 		stream = append([]grpc.StreamServerInterceptor{s.o.Stream}, stream...)
 	}
 	g := grpc.NewServer(
-		grpc.Creds(peerCredentials{}),
+		grpc.Creds(c),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.ChainUnaryInterceptor(unary...),
 		grpc.ChainStreamInterceptor(stream...),
@@ -119,12 +144,18 @@ func (s *Service) Stop() { close(s.stopping) }
 
 // Version implements adminpb.AdminServer.
 func (s *Service) Version(context.Context, *adminpb.VersionRequest) (*adminpb.VersionReply, error) {
-	return &adminpb.VersionReply{
+	r := &adminpb.VersionReply{
 		Version:   s.o.Version,
 		GoVersion: runtime.Version(),
 		Node:      string(s.o.Node),
 		StartedAt: timestamppb.New(s.started),
-	}, nil
+	}
+	if s.o.Cluster != nil {
+		for _, n := range s.o.Cluster.Elsewhere() {
+			r.Controllers = append(r.Controllers, &adminpb.Endpoint{Node: string(n.ID), Address: n.Address})
+		}
+	}
+	return r, nil
 }
 
 // Health implements adminpb.AdminServer.

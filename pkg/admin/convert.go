@@ -32,7 +32,9 @@ func capabilityToProto(c volume.Capability) *adminpb.Capability {
 func replicasToProto(rs []volume.Replica) []*adminpb.Replica {
 	var out []*adminpb.Replica
 	for _, r := range rs {
-		out = append(out, &adminpb.Replica{Id: string(r.ID), Node: string(r.Node), Pool: string(r.Pool)})
+		out = append(out, &adminpb.Replica{
+			Id: string(r.ID), Node: string(r.Node), Pool: string(r.Pool), Role: string(r.Role), PhysicalBytes: r.PhysicalBytes, RemovedAt: uint64(r.RemovedAt),
+		})
 	}
 	return out
 }
@@ -59,6 +61,9 @@ func volumeToProto(v volume.Volume, conditions []volume.Condition) *adminpb.Volu
 		FilesystemPhase: string(v.Filesystem.Phase),
 		FilesystemType:  v.Filesystem.Type,
 		Epoch:           uint64(v.Epoch),
+		ConfigVersion:   uint64(v.ConfigVersion),
+		Lineage:         v.Lineage,
+		Owner:           string(v.Owner),
 		Conditions:      conditionsToProto(conditions),
 	}
 	for _, c := range v.Capabilities {
@@ -80,6 +85,22 @@ func volumeToProto(v volume.Volume, conditions []volume.Condition) *adminpb.Volu
 		}
 	}
 	return p
+}
+
+// volumeInFull adds what its engine tells.
+func volumeInFull(v volume.Volume, conditions []volume.Condition, e *volume.EngineReport, silent map[volume.NodeID]bool) *adminpb.Volume {
+	p := volumeToProto(v, conditions)
+	p.Replicas = replicasOf(v, e, silent)
+	if e != nil {
+		p.Engine = &adminpb.Engine{Phase: e.Phase, Epoch: uint64(e.Epoch), Waiting: int64(e.Waiting), DirtyBytes: e.Dirty}
+	}
+	return p
+}
+
+func resyncToProto(r volume.Resync) *adminpb.Resync {
+	return &adminpb.Resync{
+		Stage: r.Stage, Full: r.Full, DoneBytes: r.Done, LeftBytes: r.Left, Rate: r.Rate, SnapshotsLeft: int64(r.Snapshots), Since: timeToProto(r.Since),
+	}
 }
 
 func snapshotToProto(s volume.Snapshot, volumeName string) *adminpb.Snapshot {
@@ -113,8 +134,29 @@ func poolToProto(p volume.Pool) *adminpb.Pool {
 	}
 }
 
-func nodeToProto(n volume.Node) *adminpb.Node {
-	out := &adminpb.Node{Id: string(n.ID), LastSeen: timeToProto(n.LastSeen)}
+// States of a node beside volume.NodeState's, for people.
+const (
+	nodeUp     = "up"
+	nodeSilent = "silent"
+)
+
+// holdings are how many things a node has.
+type holdings struct{ replicas, snapshots, attached int64 }
+
+func (s *Service) nodeToProto(n volume.Node, h holdings) *adminpb.Node {
+	out := &adminpb.Node{
+		Id: string(n.ID), LastSeen: timeToProto(n.LastSeen), State: string(n.State), Zone: n.Zone, Address: n.Address, DataAddress: n.DataAddress,
+		Replicas: h.replicas, Snapshots: h.snapshots, Attached: h.attached,
+	}
+	switch {
+	case s.silent(n):
+		out.State = nodeSilent
+	case n.State == volume.NodeActive:
+		out.State = nodeUp
+	}
+	for _, r := range n.Roles {
+		out.Roles = append(out.Roles, string(r))
+	}
 	for _, p := range n.Pools {
 		out.Pools = append(out.Pools, poolToProto(p))
 	}

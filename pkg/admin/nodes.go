@@ -2,23 +2,67 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// ListNodes implements adminpb.AdminServer.
-func (s *Service) ListNodes(ctx context.Context, _ *adminpb.ListNodesRequest) (*adminpb.ListNodesReply, error) {
+// silent tells whether a node has not reported for so long that it counts as away.
+func (s *Service) silent(n volume.Node) bool {
+	return s.o.Now().Sub(time.Unix(0, int64(n.LastSeen))) > silentAfter
+}
+
+// nodes returns all of them with what they hold.
+func (s *Service) nodes(ctx context.Context) ([]*adminpb.Node, error) {
 	ns, err := s.o.Control.Nodes(ctx)
 	if err != nil {
 		return nil, err
 	}
-	out := &adminpb.ListNodesReply{}
+	held := map[volume.NodeID]*holdings{}
 	for _, n := range ns {
-		out.Nodes = append(out.Nodes, nodeToProto(n))
+		held[n.ID] = &holdings{}
 	}
-	return out, nil
+	count := func(id volume.NodeID, add func(*holdings)) {
+		if h := held[id]; h != nil {
+			add(h)
+		}
+	}
+	err = s.everyVolume(ctx, func(v volume.Volume) bool {
+		for _, r := range slices.Concat(v.Replicas, v.Leaving) {
+			count(r.Node, func(h *holdings) { h.replicas++ })
+		}
+		if v.Attachment != nil {
+			count(v.Attachment.Node, func(h *holdings) { h.attached++ })
+		}
+		return true
+	})
+	if err == nil {
+		err = s.everySnapshot(ctx, control.SnapshotFilter{}, func(x volume.Snapshot) bool {
+			for _, r := range x.Holders {
+				count(r.Node, func(h *holdings) { h.snapshots++ })
+			}
+			return true
+		})
+	}
+	var out []*adminpb.Node
+	for _, n := range ns {
+		out = append(out, s.nodeToProto(n, *held[n.ID]))
+	}
+	return out, err
+}
+
+// ListNodes implements adminpb.AdminServer.
+func (s *Service) ListNodes(ctx context.Context, _ *adminpb.ListNodesRequest) (*adminpb.ListNodesReply, error) {
+	ns, err := s.nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &adminpb.ListNodesReply{Nodes: ns}, nil
 }
 
 func (s *Service) node(ctx context.Context, ref string) (volume.Node, error) {
@@ -39,11 +83,101 @@ func (s *Service) node(ctx context.Context, ref string) (volume.Node, error) {
 
 // GetNode implements adminpb.AdminServer.
 func (s *Service) GetNode(ctx context.Context, r *adminpb.GetRequest) (*adminpb.Node, error) {
+	if _, err := s.node(ctx, r.Ref); err != nil {
+		return nil, err
+	}
+	ns, err := s.nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(ns, func(n *adminpb.Node) bool { return n.Id == r.Ref })
+	if i < 0 {
+		return nil, fmt.Errorf("node %s was removed just now: %w", r.Ref, volume.ErrNotFound)
+	}
+	return ns[i], nil
+}
+
+// changeNode changes the state of a node and returns it.
+func (s *Service) changeNode(ctx context.Context, ref string, change func(context.Context, volume.NodeID) error) (*adminpb.Node, error) {
+	n, err := s.node(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	if err := change(ctx, n.ID); err != nil {
+		return nil, err
+	}
+	return s.GetNode(ctx, &adminpb.GetRequest{Ref: ref})
+}
+
+// DrainNode implements adminpb.AdminServer.
+func (s *Service) DrainNode(ctx context.Context, r *adminpb.GetRequest) (*adminpb.Node, error) {
+	return s.changeNode(ctx, r.Ref, s.o.Control.DrainNode)
+}
+
+// EmptyNode implements adminpb.AdminServer.
+func (s *Service) EmptyNode(ctx context.Context, r *adminpb.GetRequest) (*adminpb.Node, error) {
+	return s.changeNode(ctx, r.Ref, s.o.Control.EmptyNode)
+}
+
+// UndrainNode implements adminpb.AdminServer.
+func (s *Service) UndrainNode(ctx context.Context, r *adminpb.GetRequest) (*adminpb.Node, error) {
+	return s.changeNode(ctx, r.Ref, s.o.Control.UndrainNode)
+}
+
+// ListDrainBlockers implements adminpb.AdminServer.
+func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) (*adminpb.ListDrainBlockersReply, error) {
 	n, err := s.node(ctx, r.Ref)
 	if err != nil {
 		return nil, err
 	}
-	return nodeToProto(n), nil
+	bs, err := s.o.Control.DrainBlockers(ctx, n.ID)
+	if err != nil {
+		return nil, err
+	}
+	silent, err := s.silentNodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := &adminpb.ListDrainBlockersReply{}
+	for _, b := range bs {
+		p := &adminpb.DrainBlocker{Volume: string(b.Volume), Reason: b.Reason}
+		v, err := s.o.Control.Volume(ctx, b.Volume)
+		switch {
+		case errors.Is(err, volume.ErrNotFound):
+			continue // deleted meanwhile: it blocks no more
+		case err != nil:
+			return nil, err
+		}
+		p.VolumeName = v.Name
+		for _, x := range replicasOf(v, s.engine(ctx, v, false), silent) {
+			if x.Resync != nil {
+				p.Resyncs = append(p.Resyncs, x)
+			}
+		}
+		out.Blockers = append(out.Blockers, p)
+	}
+	return out, nil
+}
+
+// RemoveNode implements adminpb.AdminServer. A controller's vote is taken first: what is no member must not count.
+func (s *Service) RemoveNode(ctx context.Context, r *adminpb.DeleteRequest) (*adminpb.DeleteReply, error) {
+	n, err := s.node(ctx, r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	if s.o.Cluster != nil {
+		cs, err := s.o.Cluster.Controllers(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if slices.ContainsFunc(cs, func(c Controller) bool { return c.ID == n.ID }) {
+			return nil, fmt.Errorf("node %s is a controller; ballastctl cluster remove-controller %s first: %w", n.ID, n.ID, volume.ErrInUse)
+		}
+	}
+	if err := s.o.Control.RemoveNode(ctx, n.ID); err != nil {
+		return nil, err
+	}
+	return &adminpb.DeleteReply{Id: string(n.ID)}, nil
 }
 
 // ListPools implements adminpb.AdminServer.

@@ -76,12 +76,18 @@ func caller(ctx context.Context) string {
 		if c, ok := p.AuthInfo.(callerInfo); ok {
 			return fmt.Sprintf("admin uid=%d pid=%d", c.uid, c.pid)
 		}
+		if who := tlsCaller(p); who != "" {
+			return who
+		}
 	}
 	return "admin"
 }
 
-// unary names the caller to those who record changes, and maps errors.
-func (s *Service) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// unary lets in who may, names the caller to those who record changes, and maps errors.
+func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if err := authorise(ctx, info.FullMethod); err != nil {
+		return nil, err
+	}
 	reply, err := handler(audit.WithActor(ctx, caller(ctx)), req)
 	if err != nil {
 		return nil, rpcerr.Error(err)
@@ -89,7 +95,10 @@ func (s *Service) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h
 	return reply, nil
 }
 
-// stream maps errors. The one stream that changes something, Export, names the caller itself.
-func (s *Service) stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+// stream lets in who may, and maps errors. The one stream that changes something, Export, names the caller itself.
+func (s *Service) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if err := authorise(stream.Context(), info.FullMethod); err != nil {
+		return err
+	}
 	return rpcerr.Error(handler(srv, stream))
 }

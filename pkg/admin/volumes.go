@@ -43,11 +43,20 @@ func (s *Service) ListVolumes(ctx context.Context, r *adminpb.ListVolumesRequest
 	if err != nil {
 		return nil, err
 	}
+	silent, err := s.silentNodes(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &adminpb.ListVolumesReply{NextPageToken: next}
 	for _, v := range vs {
-		if r.Tenant == "" || v.Tenant == r.Tenant {
-			out.Volumes = append(out.Volumes, volumeToProto(v, conditions[v.ID]))
+		if r.Tenant != "" && v.Tenant != r.Tenant {
+			continue
 		}
+		var e *volume.EngineReport
+		if r.WithHealth {
+			e = s.engine(ctx, v, false)
+		}
+		out.Volumes = append(out.Volumes, volumeInFull(v, conditions[v.ID], e, silent))
 	}
 	return out, nil
 }
@@ -62,7 +71,11 @@ func (s *Service) GetVolume(ctx context.Context, r *adminpb.GetRequest) (*adminp
 	if err != nil && !errors.Is(err, volume.ErrNotFound) { // one that is being deleted has no health
 		return nil, err
 	}
-	return volumeToProto(v, h.Conditions), nil
+	silent, err := s.silentNodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return volumeInFull(v, h.Conditions, s.engine(ctx, v, true), silent), nil
 }
 
 // CreateVolume implements adminpb.AdminServer.
@@ -72,9 +85,12 @@ func (s *Service) CreateVolume(ctx context.Context, r *adminpb.CreateVolumeReque
 		Tenant:        r.Tenant,
 		RequiredBytes: r.SizeBytes,
 		Parameters: volume.Parameters{
-			Pool:      r.Pool,
-			FSType:    r.FsType,
-			BlockSize: int(r.BlockSize),
+			Replicas:     int(r.Replicas),
+			MinInSync:    int(r.MinInSync),
+			DataLocality: volume.DataLocality(r.DataLocality),
+			Pool:         r.Pool,
+			FSType:       r.FsType,
+			BlockSize:    int(r.BlockSize),
 		},
 		QoS: volume.QoS{IOPS: r.IopsLimit, Bandwidth: r.BandwidthLimit},
 	}
@@ -135,18 +151,6 @@ func (s *Service) ExpandVolume(ctx context.Context, r *adminpb.ExpandVolumeReque
 		return nil, fmt.Errorf("volume %s has %d bytes, and %d are less: volumes never shrink: %w", v.Name, v.Size, r.SizeBytes, volume.ErrInvalid)
 	}
 	if v, err = s.o.Control.ExpandVolume(ctx, v.ID, r.SizeBytes, 0); err != nil {
-		return nil, err
-	}
-	return volumeToProto(v, nil), nil
-}
-
-// SetVolumeQoS implements adminpb.AdminServer.
-func (s *Service) SetVolumeQoS(ctx context.Context, r *adminpb.SetVolumeQoSRequest) (*adminpb.Volume, error) {
-	v, err := s.resolveVolume(ctx, r.Ref)
-	if err != nil {
-		return nil, err
-	}
-	if v, err = s.o.Control.ModifyVolume(ctx, v.ID, control.Modify{IOPS: r.IopsLimit, Bandwidth: r.BandwidthLimit}); err != nil {
 		return nil, err
 	}
 	return volumeToProto(v, nil), nil

@@ -62,8 +62,13 @@ func (s *Service) look(ctx context.Context, kind adminpb.Kind, ref string) ([]*a
 		if err != nil {
 			return nil, err
 		}
+		silent, err := s.silentNodes(ctx)
+		if err != nil {
+			return nil, err
+		}
 		err = s.everyVolume(ctx, func(v volume.Volume) bool {
-			out = append(out, &adminpb.Event{Object: &adminpb.Event_Volume{Volume: volumeToProto(v, conditions[v.ID])}})
+			p := volumeInFull(v, conditions[v.ID], s.engine(ctx, v, false), silent)
+			out = append(out, &adminpb.Event{Object: &adminpb.Event_Volume{Volume: p}})
 			return true
 		})
 		return out, err
@@ -101,6 +106,16 @@ func (s *Service) look(ctx context.Context, kind adminpb.Kind, ref string) ([]*a
 			out = append(out, &adminpb.Event{Object: &adminpb.Event_Node{Node: n}})
 		}
 		return out, err
+	case adminpb.Kind_GROUP:
+		if ref != "" {
+			g, err := s.GetGroup(ctx, &adminpb.GetRequest{Ref: ref})
+			return append(out, &adminpb.Event{Object: &adminpb.Event_Group{Group: g}}), err
+		}
+		gs, err := s.ListGroups(ctx, &adminpb.ListGroupsRequest{})
+		for _, g := range gs.GetGroups() {
+			out = append(out, &adminpb.Event{Object: &adminpb.Event_Group{Group: g}})
+		}
+		return out, err
 	case adminpb.Kind_QUOTA:
 		if ref != "" {
 			q, err := s.GetQuota(ctx, &adminpb.GetRequest{Ref: ref})
@@ -125,6 +140,8 @@ func eventKey(e *adminpb.Event) string {
 		return o.Pool.Id
 	case *adminpb.Event_Node:
 		return o.Node.Id
+	case *adminpb.Event_Group:
+		return o.Group.Id
 	case *adminpb.Event_Quota:
 		return o.Quota.Tenant
 	}

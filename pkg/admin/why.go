@@ -9,6 +9,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -54,6 +55,12 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 			return "", err
 		}
 		return whyNode(n, s.o.Now()), nil
+	case adminpb.Kind_GROUP:
+		g, err := s.group(ctx, ref)
+		if err != nil {
+			return "", err
+		}
+		return whyGroup(g), nil
 	case adminpb.Kind_QUOTA:
 		q, found, err := s.quota(ctx, ref)
 		if err != nil {
@@ -83,10 +90,26 @@ func whySnapshot(s volume.Snapshot, volumeName string) string {
 	return fmt.Sprintf("Snapshot %s is ready: %s, held by %d pool(s); %s. Volumes can be made from it.", s.Name, bytesText(s.Size), len(s.Holders), source)
 }
 
+func whyGroup(g control.Group) string {
+	switch g.State {
+	case volume.Creating:
+		return fmt.Sprintf("Group %s is being cut: the writes of its %d volumes are held until all of them are. What is not finished is undone by itself; the same request made again begins anew.", g.Name, len(g.Volumes))
+	case volume.Deleting:
+		return fmt.Sprintf("Group %s is being deleted with its %d snapshots. Their space is freed in the background, on nodes that are away when they return; nothing needs to be done.", g.Name, len(g.Members))
+	}
+	return fmt.Sprintf("Group %s is ready: %d snapshots of one instant. Volumes can be made from each of them; they are deleted together only.", g.Name, len(g.Members))
+}
+
 func whyNode(n volume.Node, now time.Time) string {
 	seen := time.Unix(0, int64(n.LastSeen))
 	if ago := now.Sub(seen); ago > silentAfter {
-		return fmt.Sprintf("Node %s was last heard of at %s, %s ago. Its volumes cannot be used until ballastd runs there again: look at the service's log on that host (journalctl -u ballastd) and start it.", n.ID, seen.UTC().Format(time.RFC3339), ago.Round(time.Second))
+		return fmt.Sprintf("Node %s was last heard of at %s, %s ago, so the replicas on it count as away: volumes that have others in sync go on with them, and what is attached to it can be attached elsewhere once its orchestrator takes it away. See that the host is up and its network too, look at the service's log there (journalctl -u ballastd) and start it. Its replicas then catch up by themselves; nothing is to be deleted.", n.ID, seen.UTC().Format(time.RFC3339), ago.Round(time.Second))
+	}
+	switch n.State {
+	case volume.NodeDrained:
+		return fmt.Sprintf("Node %s is drained, because an admin asked for it: nothing is placed on it, and it may be stopped, since every volume has enough copies in sync elsewhere. `ballastctl node undrain %s` takes that back.", n.ID, n.ID)
+	case volume.NodeEmptying:
+		return fmt.Sprintf("Node %s is being emptied, because an admin asked for it: nothing is placed on it and its replicas move to other nodes in the background. `ballastctl node watch %s` shows what is left, `ballastctl node remove %s` ends its membership then, and `ballastctl node undrain %s` takes it back.", n.ID, n.ID, n.ID, n.ID)
 	}
 	if len(n.Pools) == 0 {
 		return fmt.Sprintf("Node %s is there but has no pool, so no volume can be placed on it. Give it one with ballastd's --pool.", n.ID)

@@ -18,6 +18,8 @@ import (
 	"github.com/ballast-csi/ballast/pkg/admin"
 	"github.com/ballast-csi/ballast/pkg/audit"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/pki"
+	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -27,8 +29,8 @@ var Now = time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC)
 // Ago is a timestamp before Now.
 func Ago(d time.Duration) volume.Timestamp { return volume.Timestamp(Now.Add(-d).UnixNano()) }
 
-// Cluster is an admin.Control in memory. It keeps the rules that callers rely on, and no more. Its fields are changed
-// under Mu.
+// Cluster is an admin.Control, and with a CA an admin.Cluster and admin.Engines, in memory. It keeps the rules that callers
+// rely on, and no more. Its fields are changed under Mu.
 type Cluster struct {
 	Mu        sync.Mutex
 	Vols      []volume.Volume
@@ -38,6 +40,18 @@ type Cluster struct {
 	StrayList []control.Stray
 	Sick      map[volume.ID][]volume.Condition
 	NotReady  error
+	// Refuse is what lists of volumes are refused with.
+	Refuse error
+
+	// CA is nil where the node is alone.
+	CA             *pki.CA
+	ControllerList []admin.Controller
+	// OtherControllers are set where this node is none.
+	OtherControllers []volume.Node
+	Reports          map[volume.ID]volume.EngineReport
+	CandidateList    map[volume.ID][]control.Candidate
+	TokenList        []jointoken.Record
+	GroupList        []control.Group
 	// Trail gets changes, where it is set.
 	Trail *admin.Trail
 }
@@ -46,7 +60,7 @@ type Cluster struct {
 func Sample() *Cluster {
 	mountable := volume.Capability{Access: volume.AccessMount, Mode: volume.SingleNodeWriter, FSType: "xfs"}
 	replica := func(i string) []volume.Replica {
-		return []volume.Replica{{ID: volume.ReplicaID("rep-" + i), Node: "node-1", Pool: "pool-1"}}
+		return []volume.Replica{{ID: volume.ReplicaID("rep-" + i), Node: "node-1", Pool: "pool-1", Role: volume.InSync}}
 	}
 	return &Cluster{
 		Vols: []volume.Volume{
@@ -92,21 +106,64 @@ func Sample() *Cluster {
 // Serve serves the cluster on a socket until the test ends, and returns the socket.
 func Serve(t testing.TB, c *Cluster) string {
 	t.Helper()
-	dir := t.TempDir()
-	log, err := audit.Open(filepath.Join(dir, "audit.log"), audit.Options{Now: func() time.Time { return Now }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Trail = admin.NewTrail(log)
-	s := admin.New(admin.Options{
-		Control: c, Exporter: c, Audit: c.Trail, Node: "node-1", Version: "v1.2.3", Poll: 10 * time.Millisecond, Now: func() time.Time { return Now },
-	})
-	g := s.Server()
-	socket := filepath.Join(dir, "admin.sock")
+	socket := filepath.Join(t.TempDir(), "admin.sock")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
+	serve(t, c, l, (*admin.Service).Server)
+	return socket
+}
+
+// ServeTLS serves it, which has a CA, over mTLS and returns the address.
+func ServeTLS(t testing.TB, c *Cluster) string {
+	t.Helper()
+	key, err := pki.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := key.Request()
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := c.CA.Issue(csr, pki.Node("node-1", pki.RoleController, pki.RoleStorage), 0, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	creds, err := pki.NewCredentials(chain, key, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve(t, c, l, func(s *admin.Service) *grpc.Server { return s.TLSServer(creds.Server(admin.IsAdmin)) })
+	return l.Addr().String()
+}
+
+func serve(t testing.TB, c *Cluster, l net.Listener, server func(*admin.Service) *grpc.Server) {
+	t.Helper()
+	if c.Trail == nil {
+		log, err := audit.Open(filepath.Join(t.TempDir(), "audit.log"), audit.Options{Now: func() time.Time { return Now }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := log.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		c.Trail = admin.NewTrail(log)
+	}
+	o := admin.Options{
+		Control: c, Exporter: c, Audit: c.Trail, Node: "node-1", Version: "v1.2.3", Poll: 10 * time.Millisecond, Now: func() time.Time { return Now },
+	}
+	if c.CA != nil {
+		o.Cluster, o.Engines = c, c
+	}
+	s := admin.New(o)
+	g := server(s)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(l) }()
 	t.Cleanup(func() {
@@ -115,11 +172,7 @@ func Serve(t testing.TB, c *Cluster) string {
 		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			t.Error(err)
 		}
-		if err := log.Close(); err != nil {
-			t.Error(err)
-		}
 	})
-	return socket
 }
 
 func (c *Cluster) record(ctx context.Context, action, object, detail string, err error) {
@@ -237,6 +290,9 @@ func page[T any](all []T, p control.Page) ([]T, string, error) {
 func (c *Cluster) Volumes(_ context.Context, p control.Page) ([]volume.Volume, string, error) {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
+	if c.Refuse != nil {
+		return nil, "", c.Refuse
+	}
 	return page(c.Vols, p)
 }
 
@@ -279,6 +335,15 @@ func (c *Cluster) ModifyVolume(ctx context.Context, id volume.ID, q control.Modi
 	}
 	if q.Bandwidth != nil {
 		v.QoS.Bandwidth = *q.Bandwidth
+	}
+	if q.Replicas != nil {
+		v.Parameters.Replicas = *q.Replicas
+	}
+	if q.MinInSync != nil {
+		v.Parameters.MinInSync = *q.MinInSync
+	}
+	if q.DataLocality != nil {
+		v.Parameters.DataLocality = *q.DataLocality
 	}
 	return *v, nil
 }

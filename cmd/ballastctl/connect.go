@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/pki"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// maxAnswer bounds an answer, in bytes: lists of a cluster come in pages, but for those of nodes and replicas.
+const maxAnswer = 256 << 20
+
+// client connects to the daemon.
+func (c *cli) client(ctx context.Context) (adminpb.AdminClient, error) {
+	if c.conn != nil {
+		return adminpb.NewAdminClient(c.conn), nil
+	}
+	options := []grpc.DialOption{grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))}
+	target := "passthrough:///" + c.socket
+	if c.server != "" {
+		creds, err := c.credentials(ctx)
+		if err != nil {
+			return nil, err
+		}
+		target = "passthrough:///" + c.server
+		options = append(options, grpc.WithTransportCredentials(creds))
+	} else {
+		if err := probeSocket(ctx, c.socket); err != nil {
+			return nil, err
+		}
+		options = append(options, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(dialUnix))
+	}
+	conn, err := grpc.NewClient(target, options...)
+	if err != nil {
+		return nil, err
+	}
+	c.conn = conn
+	return adminpb.NewAdminClient(c.conn), nil
+}
+
+// credentials reads the certificate, and says in plain words what is wrong with it or with the server.
+func (c *cli) credentials(ctx context.Context) (credentials.TransportCredentials, error) {
+	if c.cert == "" {
+		return nil, usage(fmt.Errorf("--server needs the certificate that `ballastctl cluster admin-cert` made: --cert FILE or %s", certEnv))
+	}
+	if _, _, err := net.SplitHostPort(c.server); err != nil {
+		return nil, usage(fmt.Errorf("--server %q is not host:port", c.server))
+	}
+	own, err := pki.Load(c.cert, nil)
+	switch {
+	case errors.Is(err, volume.ErrNotFound):
+		return nil, usage(fmt.Errorf("there is no file %s", c.cert))
+	case err != nil:
+		return nil, usage(err)
+	case own.Self().Kind != pki.KindAdmin:
+		return nil, usage(fmt.Errorf("%s is the certificate of %s; `ballastctl cluster admin-cert` makes one for admins", c.cert, own.Self()))
+	case own.Expired():
+		return nil, usage(fmt.Errorf("the certificate in %s has expired; have another made with `ballastctl cluster admin-cert`", c.cert))
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", c.server)
+	if err != nil {
+		return nil, unreachableError{fmt.Errorf("cannot connect to %s: %w; see that ballastd runs there and serves its admin API on that address", c.server, err)}
+	}
+	if err := conn.Close(); err != nil {
+		return nil, err
+	}
+	return credentials.NewTLS(own.Client(pki.HasRole(pki.RoleController))), nil
+}
+
+// elsewhere makes an error of a node that is no controller one that says who is.
+func (c *cli) elsewhere(ctx context.Context, err error) error {
+	if status.Code(err) != codes.Unavailable || ctx.Err() != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	v, askErr := adminpb.NewAdminClient(c.conn).Version(ctx, &adminpb.VersionRequest{})
+	if askErr != nil || len(v.Controllers) == 0 {
+		return err
+	}
+	var who []string
+	for _, e := range v.Controllers {
+		text := e.Node
+		if host, _, err := net.SplitHostPort(e.Address); err == nil {
+			text += " (" + host + ")"
+		}
+		who = append(who, text)
+	}
+	return unreachableError{fmt.Errorf("node %s is no controller of its cluster; run this on one that is: %s", safe(v.Node), safe(strings.Join(who, ", ")))}
+}

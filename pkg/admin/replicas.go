@@ -1,0 +1,169 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// Engines tells how the engines of volumes are. volume.ErrNotFound: none runs.
+type Engines interface {
+	Engine(ctx context.Context, id volume.ID) (volume.EngineReport, error)
+}
+
+// engine asks the engine of a volume, where it may have something to tell: one whose replicas are all in sync is not asked
+// unless that is what the request is about. What cannot be asked is left out: the conditions say why.
+func (s *Service) engine(ctx context.Context, v volume.Volume, always bool) *volume.EngineReport {
+	behind := func(r volume.Replica) bool { return r.Role != volume.InSync }
+	if s.o.Engines == nil || v.Owner == "" || !always && !slices.ContainsFunc(v.Replicas, behind) {
+		return nil
+	}
+	r, err := s.o.Engines.Engine(ctx, v.ID)
+	if err != nil {
+		return nil
+	}
+	return &r
+}
+
+// leaving is the role of a replica that its node has yet to free.
+const leaving = "leaving"
+
+// replicasOf lists the replicas of a volume, those that leave included.
+func replicasOf(v volume.Volume, e *volume.EngineReport, silent map[volume.NodeID]bool) []*adminpb.Replica {
+	out := replicasToProto(v.Replicas)
+	for _, r := range replicasToProto(v.Leaving) {
+		r.Role = leaving
+		out = append(out, r)
+	}
+	for _, r := range out {
+		r.NodeSilent = silent[volume.NodeID(r.Node)]
+		if e == nil {
+			continue
+		}
+		if i := slices.IndexFunc(e.Resyncs, func(x volume.Resync) bool { return string(x.Replica) == r.Id }); i >= 0 {
+			r.Resync = resyncToProto(e.Resyncs[i])
+		}
+	}
+	return out
+}
+
+// silentNodes are those that have not reported lately.
+func (s *Service) silentNodes(ctx context.Context) (map[volume.NodeID]bool, error) {
+	ns, err := s.o.Control.Nodes(ctx)
+	m := map[volume.NodeID]bool{}
+	for _, n := range ns {
+		m[n.ID] = s.silent(n)
+	}
+	return m, err
+}
+
+// ListReplicas implements adminpb.AdminServer.
+func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasRequest) (*adminpb.ListReplicasReply, error) {
+	silent, err := s.silentNodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if r.Node != "" {
+		if _, err := s.node(ctx, r.Node); err != nil {
+			return nil, err
+		}
+	}
+	out := &adminpb.ListReplicasReply{}
+	add := func(v volume.Volume) bool {
+		on := func(x volume.Replica) bool { return r.Node == "" || string(x.Node) == r.Node }
+		if !slices.ContainsFunc(v.Replicas, on) && !slices.ContainsFunc(v.Leaving, on) {
+			return true
+		}
+		for _, p := range replicasOf(v, s.engine(ctx, v, false), silent) {
+			if r.Node == "" || p.Node == r.Node {
+				p.Volume, p.VolumeName = string(v.ID), v.Name
+				out.Replicas = append(out.Replicas, p)
+			}
+		}
+		return ctx.Err() == nil
+	}
+	if r.Volume != "" {
+		v, err := s.resolveVolume(ctx, r.Volume)
+		if err != nil {
+			return nil, err
+		}
+		add(v)
+		return out, ctx.Err()
+	}
+	return out, errors.Join(s.everyVolume(ctx, add), ctx.Err())
+}
+
+// SetVolume implements adminpb.AdminServer.
+func (s *Service) SetVolume(ctx context.Context, r *adminpb.SetVolumeRequest) (*adminpb.Volume, error) {
+	v, err := s.resolveVolume(ctx, r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	m := control.Modify{IOPS: r.IopsLimit, Bandwidth: r.BandwidthLimit}
+	number := func(p *int32) *int {
+		if p == nil {
+			return nil
+		}
+		n := int(*p)
+		return &n
+	}
+	m.Replicas, m.MinInSync = number(r.Replicas), number(r.MinInSync)
+	if r.DataLocality != nil {
+		l := volume.DataLocality(*r.DataLocality)
+		m.DataLocality = &l
+	}
+	if v, err = s.o.Control.ModifyVolume(ctx, v.ID, m); err != nil {
+		return nil, err
+	}
+	return volumeToProto(v, nil), nil
+}
+
+// ListCandidates implements adminpb.AdminServer.
+func (s *Service) ListCandidates(ctx context.Context, r *adminpb.GetRequest) (*adminpb.ListCandidatesReply, error) {
+	v, err := s.resolveVolume(ctx, r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	cs, err := s.o.Control.Candidates(ctx, v.ID)
+	if err != nil {
+		return nil, err
+	}
+	h, err := s.o.Control.Health(ctx, v.ID)
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		return nil, err
+	}
+	out := &adminpb.ListCandidatesReply{Volume: volumeToProto(v, h.Conditions)}
+	for _, c := range cs {
+		p := &adminpb.Candidate{Replica: replicasToProto([]volume.Replica{c.Replica})[0], Against: c.Against}
+		if x := c.Report; x != nil {
+			p.Answers, p.Role, p.Poisoned = true, string(x.Role), x.Poisoned
+			p.ConfigVersion, p.Epoch, p.Lineage = uint64(x.ConfigVersion), uint64(x.Epoch), x.Lineage
+			p.LastFlush, p.SizeBytes = timeToProto(x.LastFlush), x.Size
+		}
+		out.Candidates = append(out.Candidates, p)
+	}
+	return out, nil
+}
+
+// SalvageVolume implements adminpb.AdminServer.
+func (s *Service) SalvageVolume(ctx context.Context, r *adminpb.SalvageVolumeRequest) (*adminpb.Volume, error) {
+	if err := volume.CheckName("replica", r.Replica); err != nil {
+		return nil, err
+	}
+	if !r.AcceptDataLoss {
+		return nil, fmt.Errorf("what other replicas have and %s has not would be lost; that must be accepted: %w", r.Replica, volume.ErrInvalid)
+	}
+	v, err := s.resolveVolume(ctx, r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	if v, err = s.o.Control.Salvage(ctx, v.ID, volume.ReplicaID(r.Replica), r.Force); err != nil {
+		return nil, err
+	}
+	return volumeToProto(v, nil), nil
+}
