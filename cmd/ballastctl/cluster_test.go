@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ballast-csi/ballast/pkg/admin"
 	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -92,9 +91,6 @@ func TestJoinTokens(t *testing.T) {
 func TestClusterErrorsSayWhatToDo(t *testing.T) {
 	socket := admintest.Serve(t, admintest.Several(t))
 	alone := admintest.Serve(t, admintest.Sample())
-	away := admintest.Several(t)
-	away.OtherControllers = away.NodeList[:2]
-	away.NotReady = volume.ErrUnavailable
 	for _, c := range []struct {
 		socket, args string
 		code         int
@@ -237,7 +233,11 @@ func TestOtherNodesAreNamed(t *testing.T) {
 	c := admintest.Several(t)
 	c.OtherControllers = c.NodeList[:2]
 	c.Refuse = volume.ErrUnavailable
-	r := ctl(admintest.Serve(t, c), "volume", "list")
+	socket := admintest.Serve(t, c)
+	r := ctl(socket, "volume", "list")
+	if s := ctl(socket, "status"); s != r {
+		t.Errorf("status: %+v", s)
+	}
 	if r.code != exitUnreachable || !strings.Contains(r.err, "node node-1 is no controller of its cluster; run this on one that is: node-1 (10.0.0.1), node-2 (10.0.0.2)") {
 		t.Errorf("exit %d: %s", r.code, r.err)
 	}
@@ -312,5 +312,3 @@ func TestAdminsOverTheNetwork(t *testing.T) {
 		t.Errorf("exit %d: %s", r.code, r.err)
 	}
 }
-
-var _ admin.Cluster = (*admintest.Cluster)(nil)

@@ -92,6 +92,11 @@ func (c *cli) elsewhere(ctx context.Context, err error) error {
 	if askErr != nil || len(v.Controllers) == 0 {
 		return err
 	}
+	return notController(v)
+}
+
+// notController says who is, where a node is none.
+func notController(v *adminpb.VersionReply) error {
 	var who []string
 	for _, e := range v.Controllers {
 		text := e.Node

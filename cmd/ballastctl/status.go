@@ -39,6 +39,9 @@ func clusterStatus(ctx context.Context, a adminpb.AdminClient) (statusView, erro
 	if err != nil {
 		return statusView{}, err
 	}
+	if len(v.Controllers) > 0 {
+		return statusView{}, notController(v)
+	}
 	h, err := a.Health(ctx, &adminpb.HealthRequest{})
 	if err != nil {
 		return statusView{}, err
@@ -87,7 +90,7 @@ func statusCommand(c *cli) *cobra.Command {
 		Use:   "status",
 		Short: "Say in a few lines how the cluster is",
 		Long: `Say in a few lines how the cluster is: whether the daemon is ready, what is stored, and which volumes are not well. The
-exit code is 4 while the daemon is not ready.`,
+exit code is 4 while the daemon is not ready. ` + "`cluster status`" + ` says more of controllers and nodes.`,
 		Args: arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -73,6 +74,12 @@ func TestWhy(t *testing.T) {
 		{whyNode(node, now), "has no pool"},
 		{whyNode(node, now.Add(3*time.Minute)), "3m0s ago"},
 		{whyNode(volume.Node{ID: "n", LastSeen: seen, Pools: []volume.Pool{pool}}, now), "can be used"},
+		{whyNode(volume.Node{ID: "n", LastSeen: seen, State: volume.NodeDrained}, now), "may be stopped"},
+		{whyNode(volume.Node{ID: "n", LastSeen: seen, State: volume.NodeEmptying}, now), "its replicas move to other nodes"},
+		{whyNode(volume.Node{ID: "n", LastSeen: seen, State: volume.NodeDrained}, now.Add(time.Hour)), "catch up by themselves"},
+		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Creating}}), "is being cut"},
+		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Deleting}}), "is being deleted"},
+		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Ready}}), "is ready"},
 		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Creating}, "v"), "is being cut"},
 		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Deleting}, "v"), "is being deleted"},
 		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Ready}, ""), "its volume is deleted, which does not affect it"},
@@ -82,6 +89,46 @@ func TestWhy(t *testing.T) {
 	} {
 		if !strings.Contains(c.got, c.want) {
 			t.Errorf("%q is not in %q", c.want, c.got)
+		}
+	}
+}
+
+func TestAttention(t *testing.T) {
+	up := Controller{ID: "a", Voter: true, Answers: true}
+	leads, down, joins := up, Controller{ID: "b", Voter: true}, Controller{ID: "c", Answers: true}
+	leads.Leader = true
+	for _, c := range []struct {
+		name string
+		of   func(*attention)
+		want []string // the beginnings of the lines
+	}{
+		{"nothing", func(a *attention) { a.controllers([]Controller{leads, up, up}) }, nil},
+		{"one", func(a *attention) { a.controllers([]Controller{leads}) }, nil},
+		{"two", func(a *attention) { a.controllers([]Controller{leads, up}) }, []string{"2 controllers do not survive"}},
+		{"one of five is away", func(a *attention) { a.controllers([]Controller{leads, up, up, up, down}) }, []string{"1 controller not answering: 1 more may fail"}},
+		{"one of three is away", func(a *attention) { a.controllers([]Controller{leads, up, down}) }, []string{"1 controller not answering: if one more"}},
+		{"no majority", func(a *attention) { a.controllers([]Controller{up, down, down}) }, []string{"2 controllers not answering: without a majority", "the controllers have no leader"}},
+		{"one joins", func(a *attention) { a.controllers([]Controller{leads, up, up, joins}) }, []string{"1 controller without a vote yet"}},
+		{"nodes", func(a *attention) {
+			full := &adminpb.Pool{Name: "p", CapacityBytes: 10, UsedBytes: 10}
+			a.nodes([]*adminpb.Node{
+				{Id: "a", State: nodeUp, Pools: []*adminpb.Pool{full, {Name: "gone"}}}, {Id: "b", State: nodeSilent, Pools: []*adminpb.Pool{full}},
+				{Id: "c", State: "emptying", Replicas: 2}, {Id: "d", State: "emptying"}, {Id: "e", State: "drained"},
+			})
+		}, []string{"1 node not reporting: b", "1 pool without its disk: a/gone", "1 pool full or nearly so: a/p (100 %)", "node c is being emptied: 2 replicas", "node d is empty", "node e is drained"}},
+		{"the worst first", func(a *attention) {
+			a.degraded, a.lost, a.inaccessible, a.strays = []string{"x"}, []string{"y"}, []string{"z", "zz"}, 3
+		}, []string{"1 volume lost data: ballastctl volume why y", "2 volumes cannot be used, I/O waits: ballastctl volume why z", "1 volume degraded", "3 replicas or snapshots"}},
+	} {
+		var a attention
+		c.of(&a)
+		got := a.lines()
+		ok := len(got) == len(c.want)
+		for i := range got {
+			ok = ok && strings.HasPrefix(got[i], c.want[i])
+		}
+		if !ok {
+			t.Errorf("%s: %q", c.name, got)
 		}
 	}
 }
