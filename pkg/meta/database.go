@@ -51,7 +51,8 @@ type Machine struct {
 	volumes   cache[volume.Volume]
 	snapshots cache[volume.Snapshot]
 
-	// reading is held by reads and by checkpoints; Close and Restore wait for them, since they unmap what those look at.
+	// reading is held by reads and while a checkpoint is written; Close and Restore wait for them, since they unmap what
+	// those look at.
 	reading sync.RWMutex
 	db      *badger.DB // changed under reading and mu
 
@@ -60,6 +61,8 @@ type Machine struct {
 	shared  bool
 	fatal   error         // set when a transaction failed, what is durable is unknown until the next Open; and by Close
 	moved   chan struct{} // closed when applied or fatal change; nil when nobody waits
+	// checkpoints are those that have not ended.
+	checkpoints map[*Checkpoint]struct{}
 
 	failed atomic.Pointer[error] // why a transaction failed
 
@@ -82,7 +85,7 @@ func OpenMachine(dir string, o Options) (*Machine, error) {
 		o.step = func(string) {}
 	}
 	m := &Machine{
-		dir: dir, o: o, log: logger{o.Logger},
+		dir: dir, o: o, log: logger{o.Logger}, checkpoints: map[*Checkpoint]struct{}{},
 		compact: make(chan struct{}, 1), closing: make(chan struct{}), compacted: make(chan struct{}),
 	}
 	if !o.InMemory {
@@ -173,7 +176,7 @@ func (m *Machine) load() error {
 	return err
 }
 
-// Close ends the goroutine and closes the database. It waits for reads and checkpoints.
+// Close ends the goroutine and closes the database. It waits for reads.
 func (m *Machine) Close() error {
 	var err error
 	m.once.Do(func() {
@@ -187,6 +190,7 @@ func (m *Machine) Close() error {
 			m.fatal = fmt.Errorf("the cluster's state is closed: %w", volume.ErrUnavailable)
 		}
 		m.wake()
+		m.endCheckpoints()
 		if !m.db.IsClosed() { // a restore that failed leaves it closed
 			err = m.db.Close()
 		}

@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 
 	"github.com/dgraph-io/badger/v4"
 
@@ -39,40 +38,56 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// Checkpoint is the state at an index. It stays as it is while the machine goes on.
+// Checkpoint is the state at an index. It stays as it is while the machine goes on, but a Restore or the machine's Close
+// ends it: neither may wait for whoever has it, who may himself be waiting for them.
 type Checkpoint struct {
 	m       *Machine
-	txn     *badger.Txn
+	txn     *badger.Txn // under mu; nil once it has ended
 	applied uint64
-	once    sync.Once
 }
 
-// Checkpoint takes the state as it is; it costs nothing until it is written. The machine is not closed and restores
-// nothing until the checkpoint is closed.
+// Checkpoint takes the state as it is; it costs nothing until it is written. It is to be closed.
 func (m *Machine) Checkpoint() (*Checkpoint, error) {
-	m.reading.RLock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.fatal != nil {
-		m.reading.RUnlock()
 		return nil, m.fatal
 	}
-	return &Checkpoint{m: m, txn: m.db.NewTransaction(false), applied: m.applied}, nil
+	c := &Checkpoint{m: m, txn: m.db.NewTransaction(false), applied: m.applied}
+	m.checkpoints[c] = struct{}{}
+	return c, nil
 }
 
 // Applied is the index of the last command in it.
 func (c *Checkpoint) Applied() uint64 { return c.applied }
 
-// Close lets the checkpoint go.
+// Close lets the checkpoint go; it is not being written.
 func (c *Checkpoint) Close() {
-	c.once.Do(func() {
-		c.txn.Discard()
-		c.m.reading.RUnlock()
-	})
+	c.m.mu.Lock()
+	defer c.m.mu.Unlock()
+	c.end()
 }
 
-// Write streams the state.
+// end may be called again. The caller holds mu.
+func (c *Checkpoint) end() {
+	delete(c.m.checkpoints, c)
+	if c.txn != nil {
+		c.txn.Discard()
+		c.txn = nil
+	}
+}
+
+// Write streams the state. It returns volume.ErrStale after a Restore or the machine's Close, both of which wait for one
+// that has begun.
 func (c *Checkpoint) Write(w io.Writer) error {
+	c.m.reading.RLock()
+	defer c.m.reading.RUnlock()
+	c.m.mu.Lock()
+	txn := c.txn
+	c.m.mu.Unlock()
+	if txn == nil {
+		return fmt.Errorf("the cluster's state was restored or closed since the checkpoint: %w", volume.ErrStale)
+	}
 	sum := uint32(0)
 	var err error
 	put := func(b []byte, covered int) {
@@ -95,7 +110,7 @@ func (c *Checkpoint) Write(w io.Writer) error {
 			block = block[:4]
 		}
 	}
-	it := c.txn.NewIterator(badger.DefaultIteratorOptions)
+	it := txn.NewIterator(badger.DefaultIteratorOptions)
 	defer it.Close()
 	for it.Rewind(); it.Valid() && err == nil; it.Next() {
 		item := it.Item()
@@ -259,6 +274,7 @@ func (m *Machine) Restore(r io.Reader) error {
 	if m.fatal != nil || applied <= m.applied {
 		return errors.Join(m.fatal, fresh.Close())
 	}
+	m.endCheckpoints()
 	old := m.db
 	if o.InMemory {
 		m.db = fresh
@@ -283,6 +299,13 @@ func (m *Machine) Restore(r io.Reader) error {
 	}
 	m.wake()
 	return nil
+}
+
+// endCheckpoints is called before the database is closed. The caller holds reading and mu.
+func (m *Machine) endCheckpoints() {
+	for c := range m.checkpoints {
+		c.end()
+	}
 }
 
 // fill makes a database of a checkpoint. Nothing of it is durable yet.

@@ -154,6 +154,34 @@ func TestACheckpointStaysAsItIs(t *testing.T) {
 	}
 }
 
+// Whoever has a checkpoint keeps nobody from restoring or closing; it has ended then.
+func TestARestoreDoesNotWaitForCheckpoints(t *testing.T) {
+	log := someLog(5)
+	a := machine(t, "", Options{})
+	must(a.Apply(log...))
+	for _, dir := range []string{"", t.TempDir() + "/meta"} {
+		b := machine(t, dir, Options{})
+		must(b.Apply(log[:3]...))
+		c := must(b.Checkpoint())
+		if err := b.Restore(bytes.NewReader(checkpoint(t, a))); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Write(io.Discard); !errors.Is(err, volume.ErrStale) {
+			t.Errorf("written after a restore: %v", err)
+		}
+		c.Close()
+		c = must(b.Checkpoint())
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Write(io.Discard); !errors.Is(err, volume.ErrStale) {
+			t.Errorf("written after the end: %v", err)
+		}
+		c.Close()
+		c.Close()
+	}
+}
+
 // The files as they are at each step of a restore hold the old state or the new one.
 func TestARestoreCutOffAnywhere(t *testing.T) {
 	log := someLog(20)

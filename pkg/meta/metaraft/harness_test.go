@@ -17,8 +17,11 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -54,13 +57,17 @@ func newAuthority(t testing.TB) *authority {
 }
 
 // tls returns what a node serves and calls with.
-func (a *authority) tls(t testing.TB, name string) (server, client *tls.Config) {
+func (a *authority) tls(t testing.TB, name, address string) (server, client *tls.Config) {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		t.Fatal(err)
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, IPAddresses: []net.IP{net.ParseIP(host)},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
@@ -103,7 +110,7 @@ type node struct {
 }
 
 var quick = timing{
-	heartbeat: 250 * time.Millisecond, stall: 500 * time.Millisecond, patience: 10 * time.Second, pause: 100 * time.Millisecond, snapshots: 4096,
+	heartbeat: 250 * time.Millisecond, stall: time.Second, patience: 30 * time.Second, pause: 100 * time.Millisecond, snapshots: 4096,
 }
 
 // newCluster starts n controllers, the first of which begins the cluster, and waits until all have a vote.
@@ -129,13 +136,19 @@ func (c *cluster) close() {
 // add starts one more controller, which joins the first of those that run.
 func (c *cluster) add() *node {
 	x := &node{c: c, n: len(c.nodes), id: volume.NodeID(fmt.Sprint("n", len(c.nodes)+1)), dir: c.t.TempDir(), hang: make(chan struct{}, 1)}
-	ln := listen(c.t, "127.0.0.1:0")
-	x.address = ln.Addr().String()
-	_ = ln.Close()
+	x.address = newAddress()
 	c.nodes = append(c.nodes, x)
 	c.t.Cleanup(x.stop) // after TempDir, to come before its end
 	x.start()
 	return x
+}
+
+var addresses atomic.Uint32
+
+// newAddress is one that nobody else takes while nobody listens there: nobody connects from it.
+func newAddress() string {
+	n := addresses.Add(1)
+	return fmt.Sprintf("127.%d.%d.%d:7410", 1+os.Getpid()%200, 1+n/200%200, 1+n%200)
 }
 
 func listen(t testing.TB, address string) net.Listener {
@@ -158,7 +171,7 @@ func (x *node) options() Options {
 	}
 	x.c.where[x.n] = x.address
 	x.c.mu.Unlock()
-	server, client := x.c.ca.tls(x.c.t, string(x.id))
+	server, client := x.c.ca.tls(x.c.t, string(x.id), x.address)
 	o := Options{
 		ID: x.id, Dir: x.dir, Listener: listen(x.c.t, x.address), Advertise: x.address, Server: server, Client: client, Identify: commonName,
 		Bootstrap: x.n == 0, timing: quick, network: x.dial, Logger: testLogger(x.id),
@@ -201,11 +214,24 @@ func (x *node) stop() {
 	x.store = nil
 }
 
-// copyTo puts the files as they are somewhere else: what a copy of the disk would have.
+// copyTo puts the files as they are somewhere else: what a copy of the disk would have. The state comes first: unlike a
+// copy of a disk, this one takes time, and a log that is older than the state beside it is refused at once.
 func (x *node) copyTo(dir string) {
 	x.c.t.Helper()
-	if err := os.CopyFS(dir, os.DirFS(x.dir)); err != nil {
-		x.c.t.Fatal(err)
+	for _, part := range []string{"state", "snapshots", identityFile, logFile} {
+		from, to := filepath.Join(x.dir, part), filepath.Join(dir, part)
+		info, err := os.Stat(from)
+		if err == nil && info.IsDir() {
+			err = os.CopyFS(to, os.DirFS(from))
+		} else if err == nil {
+			var b []byte
+			if b, err = os.ReadFile(from); err == nil {
+				err = os.WriteFile(to, b, 0o600)
+			}
+		}
+		if err != nil {
+			x.c.t.Fatal(err)
+		}
 	}
 }
 
@@ -298,7 +324,7 @@ func (c *cluster) alone(n int, cut bool) {
 // until waits for something that must come about; tests are not about how long that takes.
 func (c *cluster) until(what string, f func() bool) {
 	c.t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !f(); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !f(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			for _, x := range c.nodes {
 				if x.store == nil {
@@ -329,15 +355,6 @@ func (c *cluster) settled(voters int) *node {
 			if leader != nil {
 				return false
 			}
-			n := 0
-			for _, s := range x.store.servers() {
-				if s.Suffrage == 0 {
-					n++
-				}
-			}
-			if n != voters {
-				return false
-			}
 			leader = x
 		}
 		if leader == nil {
@@ -347,13 +364,23 @@ func (c *cluster) settled(voters int) *node {
 			if x.store == nil || x.store.Failed() != nil {
 				continue
 			}
-			if id, _ := x.store.Leader(); id != leader.id && x.isMember(leader) {
+			if id, _ := x.store.Leader(); x.isMember(leader) && (id != leader.id || x.voters() != voters) {
 				return false
 			}
 		}
 		return true
 	})
 	return leader
+}
+
+// voters is how many there are to x's knowledge.
+func (x *node) voters() (n int) {
+	for _, s := range x.store.servers() {
+		if s.Suffrage == raft.Voter {
+			n++
+		}
+	}
+	return n
 }
 
 func (x *node) isMember(leader *node) bool {
@@ -376,7 +403,7 @@ func (c *cluster) follower(leader *node) *node {
 }
 
 func within(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

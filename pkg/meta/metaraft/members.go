@@ -109,7 +109,7 @@ func (s *Store) remove(ctx context.Context, id volume.NodeID) error {
 		return fmt.Errorf("controller %s is the last one: %w", id, volume.ErrInUse)
 	case id == s.o.ID: // another one removes it
 		if err := r.LeadershipTransfer().Error(); err != nil {
-			return fmt.Errorf("controller %s leads and found nobody to take over: %v: %w", id, err, volume.ErrBusy)
+			return fmt.Errorf("controller %s leads and found nobody to take over: %v: %w", id, err, volume.ErrUnavailable) // tried again
 		}
 		return errNotLeader
 	}

@@ -165,9 +165,7 @@ func TestTwoCopiesOfADisk(t *testing.T) {
 	twin := &node{c: c, n: 3, id: x.id, dir: t.TempDir(), hang: make(chan struct{}, 1)}
 	x.copyTo(filepath.Join(twin.dir, "copy"))
 	twin.dir = filepath.Join(twin.dir, "copy")
-	ln := listen(t, "127.0.0.1:0")
-	twin.address = ln.Addr().String()
-	_ = ln.Close()
+	twin.address = newAddress()
 	x.start()
 	c.until("its start is known", func() bool { return c.knowsStart(x, 2) })
 	c.nodes = append(c.nodes, twin)
@@ -252,10 +250,9 @@ func TestAStateGrowsIntoACluster(t *testing.T) {
 	}
 	c := &cluster{t: t, ca: newAuthority(t), links: map[[2]int]*proxy{}}
 	t.Cleanup(c.close)
-	x := &node{c: c, id: "n1", dir: filepath.Join(dir, "controller"), hang: make(chan struct{}, 1), address: "127.0.0.1:0"}
+	x := &node{c: c, id: "n1", dir: filepath.Join(dir, "controller"), hang: make(chan struct{}, 1), address: newAddress()}
 	o := x.options()
-	x.address = o.Listener.Addr().String()
-	o.Advertise, o.State = x.address, filepath.Join(dir, "meta")
+	o.State = filepath.Join(dir, "meta")
 	c.nodes = append(c.nodes, x)
 	t.Cleanup(x.stop)
 	if x.store, err = Open(o); err != nil {

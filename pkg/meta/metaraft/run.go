@@ -54,7 +54,7 @@ func (s *Store) startRaft() error {
 	logger := newRaftLogger(s.log)
 	t := s.o.timing
 	network := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: streams{s.mux, make(chan struct{})}, MaxPool: 3, Timeout: max(2*t.heartbeat, t.stall), Logger: logger,
+		Stream: streams{s.mux, make(chan struct{})}, MaxPool: 3, Timeout: 10 * t.heartbeat, Logger: logger,
 		MaxRPCsInFlight: 1, // batches do what a pipeline would, and every answer passes through transport
 	})
 	s.transport = &transport{NetworkTransport: network, muted: s.muted, acks: s.acks}
