@@ -43,14 +43,7 @@ func (w *world) heal() {
 		return
 	}
 	w.count.HealedLives++
-	w.await("L2", "not all replicas are in sync", 20*second, func(v *vol) bool {
-		for i := range v.m.Members {
-			if v.m.Members[i].Role != replication.RoleISR {
-				return false
-			}
-		}
-		return true
-	})
+	w.rejoins()
 	if w.failure != nil {
 		return
 	}
@@ -138,6 +131,18 @@ func (w *world) serves() {
 	})
 }
 
+// rejoins is L2: all replicas are in sync again, although clients go on writing.
+func (w *world) rejoins() {
+	w.await("L2", "not all replicas are in sync", 20*second, func(v *vol) bool {
+		for i := range v.m.Members {
+			if v.m.Members[i].Role != replication.RoleISR {
+				return false
+			}
+		}
+		return true
+	})
+}
+
 // expected tells whether anything can be expected of a volume.
 func (w *world) expected(v *vol) bool { return !v.lost && !v.m.Deleted && !v.deleted }
 
@@ -187,6 +192,15 @@ func (w *world) exercise() {
 	}
 	w.count.HealedSnapshots++
 	w.count.HealedExpands++
+	// Whoever was too slow because of what happened before is evicted by now, and back.
+	end := w.now + second
+	w.loop(func() bool { return w.now > end })
+	if w.failure == nil {
+		w.rejoins()
+	}
+	if w.failure != nil {
+		return
+	}
 	hung := map[*vol]*place{}
 	for _, v := range w.vols {
 		if isr := v.isr(); w.expected(v) && len(isr) > max(1, v.m.MinInSync) && w.chance(0.3) {

@@ -257,6 +257,7 @@ func (p *place) execute(op *storeOp) {
 	switch op.Kind {
 	case replication.StorePersist:
 		if d.failMeta() {
+			w.count.FailedMetas++
 			ok.Status = replication.StatusIO
 			return
 		}
@@ -474,7 +475,7 @@ func (p *place) checkWrite(op *storeOp, first, count int) {
 			w.fail("S6", "%s executes a write of e%d session %d after it answered the fence of e%d session %d", p.id, epoch, session, p.fenced, p.session)
 		}
 	}
-	if need := rangeBits(first/blocksPerRegion, (first+count-1)/blocksPerRegion); p.disk.wil&need != need && len(p.v.m.ISR()) > 1 {
+	if need := rangeBits(first/blocksPerRegion, (first+count-1)/blocksPerRegion); p.disk.wil&need != need && len(p.v.m.ISR()) > 1 && !p.v.rolled {
 		w.fail("S9", "%s writes blocks %d+%d, write-intent log is %012b", p.id, first, count, p.disk.wil)
 	}
 }

@@ -126,7 +126,7 @@ func drawProfile(s *schedule, f Focus) profile {
 
 		maxReplicas: 2 + s.pick(3),
 		minInSync:   oneOf(s, 1, 1, 1, 2),
-		maxActive:   oneOf(s, 2, 3, 4, 8, 16),
+		maxActive:   oneOf(s, 4, 5, 8, 16),
 		copyExtents: oneOf[int64](s, 1, 2, 3),
 		window:      oneOf[int64](s, extentSize, 2*extentSize, 8*extentSize),
 		flushEvery:  oneOf(s, 50*millisecond, 200*millisecond, 500*millisecond),

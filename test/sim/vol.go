@@ -162,7 +162,7 @@ func (v *vol) resized(g *engine, size int64) {
 	w.count.Resized++
 	blocks := int(size / blockSize)
 	for _, p := range v.isr() {
-		if len(p.disk.cells) < blocks && g.epoch == v.m.Epoch {
+		if len(p.disk.cells) < blocks && g.epoch == v.m.Epoch && !v.rolled {
 			w.fail("S14", "e%d exposes %d blocks, %s has %d", g.epoch, blocks, p.id, len(p.disk.cells))
 		}
 	}
