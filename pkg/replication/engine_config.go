@@ -150,8 +150,8 @@ func (e *Engine) adopt(n Membership) {
 			e.removedHere = e.removedHere.Without(s)
 			e.mirrors, e.final = e.mirrors.Without(s), e.final.Without(s)
 			if rs := m.rs; rs != nil {
-				var wil region.Set
-				rs.wil.Into(&wil)
+				wil := rs.own.Clone()
+				rs.wil.Into(wil)
 				runs, _, _ := wil.Runs(0, wil.Len())
 				e.active.restore(runs, e.flush.round)
 				m.rs = nil

@@ -68,7 +68,7 @@ func (e *Engine) resyncStep(m *member) {
 			e.resyncStep(m)
 			return
 		}
-		e.flushTarget(m, true)
+		e.flushTarget(m)
 	case stageVerify:
 		if !e.cfg.Rules.WithoutVerify {
 			if e.verifySome(rs); rs.ops > 0 || !rs.copied.Empty() {
@@ -161,12 +161,12 @@ func (e *Engine) targetNeedsFlush(rs *resync) bool {
 	if set.Len() < max(1, e.g.MaxActive/2) {
 		return false
 	}
-	e.flushTarget(rs.m, false)
+	e.flushTarget(rs.m)
 	return true
 }
 
 // flushTarget makes durable what a target was sent, and takes it out of the target's write-intent log.
-func (e *Engine) flushTarget(m *member, last bool) {
+func (e *Engine) flushTarget(m *member) {
 	rs := m.rs
 	rs.flushing = true
 	m.u.Begin()
@@ -192,13 +192,9 @@ func (e *Engine) flushTarget(m *member, last bool) {
 		}
 		rs.flushing = false
 		m.u.Succeed()
+		// What it had marked itself stays until it is a member: it is known to be equal only when it has been compared.
 		clear := rs.wil.Old().Clone()
-		if last {
-			clear.Union(&rs.own)
-			rs.own.Clear()
-		} else {
-			clear.Subtract(&rs.own)
-		}
+		clear.Subtract(&rs.own)
 		clear.Subtract(&busy)
 		rs.wil.Succeed()
 		runs, _, _ := clear.Runs(0, clear.Len())

@@ -137,9 +137,6 @@ func (e *Engine) flushSettle() {
 	}
 	f.current = f.current[:0]
 	e.clearWIL(true)
-	if e.active.starved {
-		e.active.starved, e.retry = false, true
-	}
 }
 
 // flushWake is when a round or a clear of the write-intent log is due.
@@ -163,7 +160,7 @@ func (e *Engine) flushWake() Now {
 func (e *Engine) clearWIL(flushed bool) {
 	f := &e.flush
 	a := &e.active
-	pressed := len(a.all) > e.g.MaxActive*3/4 && (flushed || a.starved)
+	pressed := a.starved || flushed && len(a.all) > e.g.MaxActive*3/4
 	if len(a.all) == 0 || e.now < f.nextClear && !pressed && !e.detaching {
 		return
 	}
@@ -173,7 +170,7 @@ func (e *Engine) clearWIL(flushed bool) {
 	}
 	var clear []uint32
 	for i, t := range a.all {
-		idle := e.now >= t.at+e.cfg.Timing.ClearAfter || a.starved || e.detaching
+		idle := e.now >= t.at+e.cfg.Timing.ClearAfter || pressed || e.detaching
 		durable := t.round < f.done || e.cfg.Rules.WithoutClearAfterFlush
 		if idle && durable && !e.dirty.Has(i) {
 			clear = append(clear, i)
@@ -193,6 +190,9 @@ func (e *Engine) clearWIL(flushed bool) {
 			continue
 		}
 		e.sendClear(m, m.seq, runs)
+	}
+	if a.starved {
+		a.starved, e.retry = false, true
 	}
 }
 

@@ -267,8 +267,12 @@ func (e *Engine) admitParked() {
 func (e *Engine) admit(o *op) {
 	if o.kind.changes() && o.fill == nil && !e.unlogged {
 		from, to := e.g.regions(o.off, o.n)
+		before := len(e.active.all)
 		for i := from; i < to; i++ {
 			e.active.touch(i, e.flush.round, e.now)
+		}
+		if n := len(e.active.all); n > before && n > e.g.MaxActive*3/4 && !e.flush.running {
+			e.flush.wanted = true // before it is full
 		}
 	}
 	if !o.unlocked && !e.cfg.Rules.WithoutRangeLock {
@@ -297,6 +301,9 @@ func (e *Engine) finish(o *op) {
 	if rs := o.fill; rs != nil {
 		rs.ops--
 		e.copying -= o.n
+	}
+	if e.active.starved {
+		e.retry = true // it may have been the last in a region that can be cleared now
 	}
 	next := o.next
 	e.ops.remove(o)

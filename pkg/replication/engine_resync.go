@@ -53,7 +53,8 @@ type resync struct {
 	todo, copied, since region.Set
 	// fills are the snapshots that it lacks, oldest first: its head is made equal to the first and sealed, and so on.
 	fills []SealedSnapshot
-	// wil is what copies and mirrored writes marked in its write-intent log, own what was marked there when it came.
+	// wil is what copies and mirrored writes marked in its write-intent log, own what was marked there when it came: in
+	// regions.
 	wil region.Generations
 	own region.Set
 
