@@ -28,6 +28,15 @@ type State struct {
 	Conditions map[volume.ID][]volume.Condition
 	Nodes      []volume.Node
 	Quotas     []volume.Quota
+	// Raft is nil on a node that is alone.
+	Raft *Raft
+}
+
+// Raft is how a controller's share of the cluster's log is.
+type Raft struct {
+	Leads                    bool
+	Term, Applied, Committed uint64
+	Voters                   int
 }
 
 // Metrics holds every metric of a process. Its methods may be called at once.
@@ -66,6 +75,11 @@ func New(version string) *Metrics {
 // error while the state cannot be read.
 func (m *Metrics) Watch(look func(context.Context) (State, error)) error {
 	return m.registry.Register(stateCollector{look})
+}
+
+// WatchEngines shows the engines of this node from now on. It is called once; look is called for each scrape.
+func (m *Metrics) WatchEngines(look func(context.Context) (map[volume.ID]volume.EngineReport, error)) error {
+	return m.registry.Register(engineCollector{look})
 }
 
 // Health answers for /healthz and /readyz.

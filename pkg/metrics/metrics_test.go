@@ -40,7 +40,7 @@ func (f fakeDevice) WriteAt(context.Context, []byte, int64) error { return f.err
 func (f fakeDevice) Zero(context.Context, int64, int64) error     { return f.err }
 func (f fakeDevice) Flush(context.Context) error                  { return f.err }
 
-func healthy() Health {
+func well() Health {
 	ok := func(context.Context) error { return nil }
 	return Health{Alive: ok, Ready: ok}
 }
@@ -49,7 +49,8 @@ func TestStateIsShown(t *testing.T) {
 	m := New("v1.2.3")
 	state := State{
 		Volumes: []volume.Volume{
-			{ID: "vol-1", Name: "data", Tenant: "shop", State: volume.Ready, Size: 1 << 30, PhysicalBytes: 4096, Attachment: &volume.Attachment{Node: "n1"}},
+			{ID: "vol-1", Name: "data", Tenant: "shop", State: volume.Ready, Size: 1 << 30, PhysicalBytes: 4096, Attachment: &volume.Attachment{Node: "n1"},
+				Parameters: volume.Parameters{Replicas: 3}, Replicas: []volume.Replica{{Role: volume.InSync}, {Role: volume.InSync}, {Role: volume.Stale}}},
 			{ID: "vol-2", Name: "other", Tenant: "shop", State: volume.Creating, Size: 1 << 20},
 		},
 		Snapshots: []volume.Snapshot{{ID: "snap-1", State: volume.Ready}},
@@ -58,13 +59,21 @@ func TestStateIsShown(t *testing.T) {
 			{Severity: volume.Inaccessible, Reason: "PoolFull", Message: "b"},
 		}},
 		Nodes:  []volume.Node{{ID: "n1", LastSeen: 5e9, Pools: []volume.Pool{{Name: "default", Capacity: 100, Used: 40, Provisioned: 150, OverProvision: 2}}}},
+		Raft:   &Raft{Leads: true, Term: 7, Applied: 41, Committed: 42, Voters: 3},
 		Quotas: []volume.Quota{{Tenant: "shop", Limit: volume.Amounts{Volumes: 3}, Used: volume.Amounts{Volumes: 2}}},
 	}
 	var lookErr error
 	if err := m.Watch(func(context.Context) (State, error) { return state, lookErr }); err != nil {
 		t.Fatal(err)
 	}
-	code, body := get(t, m.Handler(healthy()), "/metrics")
+	engines := map[volume.ID]volume.EngineReport{
+		"vol-1": {Phase: "live", Waiting: 4, Resyncs: []volume.Resync{{Replica: "rep-3", Done: 100, Left: 50, Rate: 25}}},
+		"vol-2": {Phase: "fencing", Dirty: 1 << 20},
+	}
+	if err := m.WatchEngines(func(context.Context) (map[volume.ID]volume.EngineReport, error) { return engines, lookErr }); err != nil {
+		t.Fatal(err)
+	}
+	code, body := get(t, m.Handler(well()), "/metrics")
 	if code != http.StatusOK {
 		t.Fatalf("status %d: %s", code, body)
 	}
@@ -81,6 +90,26 @@ func TestStateIsShown(t *testing.T) {
 		`ballast_pool_used_bytes{node="n1",pool="default"} 40`,
 		`ballast_node_last_seen_timestamp_seconds{node="n1"} 5`,
 		`ballast_quota_limit{resource="volumes",tenant="shop"} 3`,
+		`ballast_volume_replicas_in_sync{volume="vol-1"} 2`,
+		`ballast_volume_replicas_wanted{volume="vol-1"} 3`,
+		`ballast_replicas{role="in-sync"} 2`,
+		`ballast_replicas{role="stale"} 1`,
+		`ballast_replicas{role="filling"} 0`,
+		`ballast_volumes_health{health="Inaccessible"} 1`,
+		`ballast_volumes_health{health="Degraded"} 0`,
+		`ballast_node_info{node="n1",state="active",zone=""} 1`,
+		`ballast_raft_leader 1`,
+		`ballast_raft_term 7`,
+		`ballast_raft_applied_index 41`,
+		`ballast_raft_commit_index 42`,
+		`ballast_raft_voters 3`,
+		`ballast_engine_live{volume="vol-1"} 1`,
+		`ballast_engine_live{volume="vol-2"} 0`,
+		`ballast_engine_waiting_requests{volume="vol-1"} 4`,
+		`ballast_engine_dirty_bytes{volume="vol-2"} 1.048576e+06`,
+		`ballast_resync_done_bytes{replica="rep-3",volume="vol-1"} 100`,
+		`ballast_resync_left_bytes{replica="rep-3",volume="vol-1"} 50`,
+		`ballast_resync_bytes_per_second{replica="rep-3",volume="vol-1"} 25`,
 		`ballast_quota_used{resource="logical_bytes",tenant="shop"} 0`,
 	} {
 		if !strings.Contains(body, line) {
@@ -99,7 +128,7 @@ func TestStateIsShown(t *testing.T) {
 	}
 
 	lookErr = errors.New("starting")
-	if _, body = get(t, m.Handler(healthy()), "/metrics"); !strings.Contains(body, "ballast_ready 0") {
+	if _, body = get(t, m.Handler(well()), "/metrics"); !strings.Contains(body, "ballast_ready 0") || strings.Contains(body, "ballast_engine_live") {
 		t.Error("not shown as not ready")
 	}
 }
@@ -113,7 +142,7 @@ func TestSeriesAreBounded(t *testing.T) {
 	if err := m.Watch(func(context.Context) (State, error) { return state, nil }); err != nil {
 		t.Fatal(err)
 	}
-	_, body := get(t, m.Handler(healthy()), "/metrics")
+	_, body := get(t, m.Handler(well()), "/metrics")
 	if n := strings.Count(body, "\nballast_volume_size_bytes{"); n != maxVolumes {
 		t.Errorf("%d series", n)
 	}
@@ -138,7 +167,7 @@ func TestIOIsCountedAndForgotten(t *testing.T) {
 	if err := m.Device("vol-1", fakeDevice{err: broken}).Flush(ctx); !errors.Is(err, broken) {
 		t.Fatalf("the error became %v", err)
 	}
-	_, body := get(t, m.Handler(healthy()), "/metrics")
+	_, body := get(t, m.Handler(well()), "/metrics")
 	for _, line := range []string{
 		`ballast_volume_io_operations_total{op="write",volume="vol-1"} 3`,
 		`ballast_volume_io_bytes_total{op="write",volume="vol-1"} 12288`,
@@ -152,7 +181,7 @@ func TestIOIsCountedAndForgotten(t *testing.T) {
 		}
 	}
 	m.Forget("vol-1")
-	if _, body = get(t, m.Handler(healthy()), "/metrics"); strings.Contains(body, "vol-1") {
+	if _, body = get(t, m.Handler(well()), "/metrics"); strings.Contains(body, "vol-1") {
 		t.Error("series of a volume that was forgotten are left")
 	}
 }
@@ -164,14 +193,14 @@ func TestCallsAreMeasured(t *testing.T) {
 	if status.Code(err) != codes.Aborted {
 		t.Fatal(err)
 	}
-	_, body := get(t, m.Handler(healthy()), "/metrics")
+	_, body := get(t, m.Handler(well()), "/metrics")
 	if !strings.Contains(body, `ballast_rpc_duration_seconds_count{code="Aborted",method="/csi.v1.Identity/Probe"} 1`) {
 		t.Error(body)
 	}
 }
 
 func TestHealth(t *testing.T) {
-	h := healthy()
+	h := well()
 	h.Ready = func(context.Context) error { return errors.New("pools are being opened") }
 	handler := New("v1").Handler(h)
 	if code, _ := get(t, handler, "/healthz"); code != http.StatusOK {
