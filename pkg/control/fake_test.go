@@ -143,6 +143,7 @@ type fakeAgents struct {
 	calls      []string
 	reports    map[volume.ReplicaID]control.ReplicaReport
 	store      control.Store
+	hangs      volume.NodeID // does not even refuse
 	qos        map[volume.ID]volume.QoS
 	down       map[volume.NodeID]bool
 	conditions []volume.Condition
@@ -359,6 +360,13 @@ func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, poo
 }
 
 func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (bool, error) {
+	a.mu.Lock()
+	hangs := a.hangs == node
+	a.mu.Unlock()
+	if hangs {
+		<-ctx.Done()
+		return false, ctx.Err()
+	}
 	err := a.do(ctx, "Detach", node, func() error {
 		if a.attached[id] == node {
 			delete(a.attached, id)
@@ -417,6 +425,12 @@ func (a *fakeAgents) setDown(node volume.NodeID, down bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.down[node] = down
+}
+
+func (a *fakeAgents) hanging(node volume.NodeID) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.hangs = node
 }
 
 func (a *fakeAgents) stage(id volume.ID, node volume.NodeID) {

@@ -54,16 +54,27 @@ func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 	return nil
 }
 
-// endEngine has the owner of a volume end its engine. A node that is not known answers nothing.
+// endEngine has the owner of a volume end its engine. A node that is not known answers nothing, and one that is silent is
+// not waited for long.
 func (s *Service) endEngine(ctx context.Context, v volume.Volume) (clean bool, err error) {
-	known, err := s.knows(ctx, v.Owner)
+	c, err := s.cluster(ctx)
 	if err != nil {
 		return false, err
 	}
-	if !known {
+	if !slices.ContainsFunc(c.nodes, func(n volume.Node) bool { return n.ID == v.Owner }) {
 		return false, fmt.Errorf("node %s is not known any more: %w", v.Owner, volume.ErrUnavailable)
 	}
-	return s.agents.Detach(ctx, v.Owner, v.ID)
+	limit := ctx
+	if c.silent[v.Owner] != "" {
+		var cancel context.CancelFunc
+		limit, cancel = context.WithTimeout(ctx, s.o.FenceTimeout)
+		defer cancel()
+	}
+	clean, err = s.agents.Detach(limit, v.Owner, v.ID)
+	if err != nil && limit.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%s, nor does it answer (%v): %w", c.silent[v.Owner], err, volume.ErrUnavailable)
+	}
+	return clean, err
 }
 
 // fence has the replicas of a volume refuse every engine of a lower epoch, and waits until none of those can serve reads.

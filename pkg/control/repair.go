@@ -59,9 +59,9 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	return st, nil
 }
 
-// wanting tells whether a volume has replicas that its engine can bring up, or does not know of yet.
-func (s *Service) wanting(v volume.Volume) bool {
-	return slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Role != volume.InSync })
+// wanting tells whether a volume has replicas that an engine can bring up now.
+func (c cluster) wanting(v volume.Volume) bool {
+	return slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Role != volume.InSync && c.silent[r.Node] == "" })
 }
 
 // AddReplica gives a volume one more replica, in a pool, and has it filled. volume.ErrNoSpace: the pool has no room. It is

@@ -74,6 +74,10 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 	if err != nil {
 		return ignoreNotFound(err)
 	}
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
+	}
 	switch {
 	case v.State == volume.Deleting:
 		return s.resumed(ctx, "volume.free", string(id), s.completeDelete(ctx, v))
@@ -86,7 +90,7 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 		return s.resumed(ctx, "volume.create", string(id), err)
 	case v.Attachment != nil && v.Attachment.Detaching:
 		return s.resumed(ctx, "volume.detach", string(id), s.completeDetach(ctx, v))
-	case v.Attachment == nil && v.Owner != "" && !s.wanting(v):
+	case v.Attachment == nil && v.Owner != "" && !c.wanting(v):
 		return s.resumed(ctx, "volume.close", string(id), s.closeEngine(ctx, v))
 	case len(v.Leaving) > 0:
 		return s.resumed(ctx, "replica.free", string(id), s.freeReplicas(ctx, v, v.Leaving))

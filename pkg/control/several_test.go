@@ -561,6 +561,31 @@ func TestExpandOfSeveralReplicas(t *testing.T) {
 	}
 }
 
+func TestASilentNodeIsNotWaitedFor(t *testing.T) {
+	w := newCluster(t)
+	v := w.mustAttach(w.mustCreate(replicated("v", 2)).ID, "n4")
+	w.agents.setDown("n4", true)
+	w.silence("n4", time.Hour)
+	w.agents.hanging("n4")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	wantErr(t, w.Detach(ctx, v.ID, ""), nil)
+}
+
+func TestASnapshotIsDeletedWhereItMayHaveBeenFilledIn(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustAttach(w.mustCreate(replicated("v", 2)).ID, "n1")
+	w.commit(v.ID, replication.Reconfigure{Remove: []volume.ReplicaID{v.Replicas[1].ID}})
+	x := w.mustSnapshot("s", v.ID)
+	filled := volume.SnapshotID(fmt.Sprintf("%s@%s", x.ID, v.Replicas[1].Pool))
+	w.agents.mu.Lock()
+	w.agents.snapshots[filled] = fakeReplica{pool: v.Replicas[1].Pool}
+	w.agents.mu.Unlock()
+	wantErr(t, w.DeleteSnapshot(ctx, x.ID), nil)
+	w.check()
+}
+
 func TestSalvage(t *testing.T) {
 	ctx := context.Background()
 	w := newCluster(t)

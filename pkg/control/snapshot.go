@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/ballast-csi/ballast/pkg/command"
@@ -242,16 +243,26 @@ func (s *Service) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	return nil
 }
 
-// completeDeleteSnapshot has the holders of a snapshot with a tombstone let go of it, and forgets it. The caller has its
-// lock.
+// completeDeleteSnapshot has the holders of a snapshot with a tombstone let go of it, and replicas of its volume into which
+// it may have been filled in meanwhile, and forgets it. The caller has its lock.
 func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot) error {
 	c, err := s.cluster(ctx)
 	if err != nil {
 		return err
 	}
-	errs := make([]error, len(x.Holders))
+	holders := slices.Clone(x.Holders)
+	v, err := s.store.Volume(ctx, x.Volume)
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		return err
+	}
+	for _, r := range v.Replicas {
+		if !slices.ContainsFunc(holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
+			holders = append(holders, r)
+		}
+	}
+	errs := make([]error, len(holders))
 	var wg sync.WaitGroup
-	for i, h := range x.Holders {
+	for i, h := range holders {
 		wg.Go(func() {
 			if why := c.silent[h.Node]; why != "" {
 				errs[i] = fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable)

@@ -148,6 +148,11 @@ func (p *planner) add(v volume.Volume, n int) {
 	r := placement.Request{
 		Size: max(v.Size, v.Target), Replicas: 1, Pool: v.Parameters.Pool, Beside: slices.Concat(v.Replicas, v.Leaving), Refused: map[volume.PoolID]string{},
 	}
+	for _, n := range p.st.View.Nodes { // where it was asked for, if that is still known
+		if slices.Contains(v.Accessible, n.ID) {
+			r.Requisite = append(r.Requisite, n.ID)
+		}
+	}
 	if a := v.Attachment; a != nil && v.Parameters.DataLocality != volume.LocalityNone {
 		r.Preferred = []volume.NodeID{a.Node}
 	}

@@ -95,6 +95,9 @@ func TestRepairs(t *testing.T) {
 		{"one more is wanted", func(s *scene) { s.volume("a", 2, "1:i") }, "add replica a p2"},
 		{"two more are wanted", func(s *scene) { s.volume("a", 3, "1:i") }, "add replica a p2; add replica a p3"},
 		{"near the workload", func(s *scene) { attach(s.volume("a", 2, "1:i"), "5") }, "add replica a p5"},
+		{"where it was asked for", func(s *scene) {
+			s.volume("a", 2, "1:i").Accessible = []volume.NodeID{"n1", "n4", "n9"}
+		}, "add replica a p4"},
 		{"one that leaves holds its place", func(s *scene) {
 			v := s.volume("a", 2, "1:i")
 			v.Leaving = []volume.Replica{{Node: "n2", Pool: "p2"}}
