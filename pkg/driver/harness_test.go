@@ -219,6 +219,9 @@ type fakeAgents struct {
 	snapshots  map[volume.SnapshotID][]control.Extent
 	conditions []volume.Condition
 	detached   []string
+	// down does not answer a detach; fenced are the replicas that were fenced, with their epochs.
+	down   volume.NodeID
+	fenced map[volume.ReplicaID]volume.Epoch
 	// cutting says what becomes of a cut; nil is fine.
 	cutting func(volume.ID) error
 }
@@ -250,8 +253,17 @@ func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, _ volum
 	return a.ResizeReplica(ctx, r.Node, r.Pool, r.ID, size)
 }
 
-func (a *fakeAgents) Fence(context.Context, volume.Replica, volume.ID, volume.Epoch) (time.Duration, error) {
-	return 0, nil
+func (a *fakeAgents) Fence(_ context.Context, r volume.Replica, _ volume.ID, epoch volume.Epoch) (time.Duration, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if r.Node == a.down {
+		return 0, fmt.Errorf("node %s is down: %w", r.Node, volume.ErrUnavailable)
+	}
+	if a.fenced == nil {
+		a.fenced = map[volume.ReplicaID]volume.Epoch{}
+	}
+	a.fenced[r.ID] = epoch
+	return 20 * time.Millisecond, nil
 }
 
 func (a *fakeAgents) Inspect(context.Context, volume.Replica, volume.ID) (control.ReplicaReport, error) {
@@ -298,6 +310,12 @@ func (a *fakeAgents) DeleteSnapshot(_ context.Context, _ volume.NodeID, _ volume
 }
 
 func (a *fakeAgents) Detach(_ context.Context, n volume.NodeID, id volume.ID) (bool, error) {
+	a.mu.Lock()
+	down := a.down
+	a.mu.Unlock()
+	if n == down {
+		return false, fmt.Errorf("node %s is down: %w", n, volume.ErrUnavailable)
+	}
 	return true, a.locked(func() { a.detached = append(a.detached, fmt.Sprintf("%s from %s", id, n)) })
 }
 

@@ -385,3 +385,60 @@ func TestPoint15_Point17_Point31_AttachmentMovesAndIsListed(t *testing.T) {
 		t.Errorf("fenced %v, want %v", w.agents.detached, want)
 	}
 }
+
+// TestPoint18_Point31_APartitionedWriterIsFencedFirst: its node does not answer, a replica elsewhere does.
+func TestPoint18_Point31_APartitionedWriterIsFencedFirst(t *testing.T) {
+	w := newWorld(t)
+	v := w.mustCreate("v", func(r *csi.CreateVolumeRequest) { r.Parameters = map[string]string{"replicas": "2"} }).VolumeId
+	alone := w.mustCreate("alone", func(r *csi.CreateVolumeRequest) { r.AccessibilityRequirements = requisite("n1") }).VolumeId
+	w.mustPublish(v, "n1")
+	w.mustPublish(alone, "n1")
+	published := func(id string) []string {
+		t.Helper()
+		list, err := w.ListVolumes(w.ctx, &csi.ListVolumesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range list.Entries {
+			if e.Volume.VolumeId == id {
+				return e.Status.PublishedNodeIds
+			}
+		}
+		return nil
+	}
+	w.agents.mu.Lock()
+	w.agents.down = "n1"
+	w.agents.mu.Unlock()
+	unpublish := func(id string) error {
+		_, err := w.ControllerUnpublishVolume(w.ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: id, NodeId: "n1"})
+		return err
+	}
+	// The only replica is with its writer: nothing can stop that one.
+	wantCode(t, unpublish(alone), codes.Unavailable)
+	if got := published(alone); !slices.Equal(got, []string{"n1"}) {
+		t.Errorf("published on %v", got)
+	}
+	_, err := w.ControllerPublishVolume(w.ctx, w.publish(v, "n2"))
+	wantCode(t, err, codes.FailedPrecondition)
+	begin := time.Now()
+	wantCode(t, unpublish(v), codes.OK)
+	if d := time.Since(begin); d < 20*time.Millisecond {
+		t.Errorf("the lease was not waited for: %s", d)
+	}
+	rec, err := w.gate.Volume(w.ctx, volume.ID(v))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rec.Replicas {
+		if got := w.agents.fenced[r.ID]; r.Node == "n2" && got != rec.Epoch {
+			t.Errorf("replica on n2 is fenced with epoch %d, the volume has %d", got, rec.Epoch)
+		}
+	}
+	if got := published(v); len(got) != 0 {
+		t.Errorf("published on %v", got)
+	}
+	w.mustPublish(v, "n2")
+	if got := published(v); !slices.Equal(got, []string{"n2"}) {
+		t.Errorf("published on %v", got)
+	}
+}
