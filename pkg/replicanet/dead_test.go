@@ -2,6 +2,7 @@ package replicanet
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"runtime"
@@ -10,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
 	"github.com/ballast-csi/ballast/test/netlab"
 )
 
@@ -33,7 +35,16 @@ func inNamespace(name string, f func() error) error {
 
 // TestDeadPeer: where packets vanish in one direction, both sides find out by themselves, under way or idle.
 func TestDeadPeer(t *testing.T) {
-	lab, err := netlab.New(100+os.Getpid()%100, 2) // several runs of this test may share a machine
+	tests := []struct {
+		name string
+		// requests says that those vanish, else answers do; busy that one is under way.
+		requests, busy bool
+	}{
+		{"requests vanish", true, true},
+		{"answers vanish", false, true},
+		{"idle", true, false},
+	}
+	lab, err := netlab.New(100+os.Getpid()%100, 1+len(tests)) // several runs of this test may share a machine
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +53,7 @@ func TestDeadPeer(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	server, client := lab.Nodes()[0], lab.Nodes()[1]
+	server := lab.Nodes()[0]
 	var listener net.Listener
 	err = inNamespace(server.Namespace, func() (err error) {
 		listener, err = net.Listen("tcp", server.Addr.String()+":0")
@@ -51,55 +62,55 @@ func TestDeadPeer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rep := newReplica(t)
-	s, err := NewServer(ServerConfig{Cluster: "test", Node: "server", Insecure: true, Acceptor: rep, Log: quiet()})
+	replicas := map[volume.ID]*replica{}
+	for i := range tests {
+		replicas[target("", i).Volume] = newReplica(t)
+	}
+	accept := acceptor(func(_ context.Context, _ *Link, v volume.ID, _ volume.ReplicaID) (Handler, error) {
+		return replicas[v], nil
+	})
+	s, err := NewServer(ServerConfig{Cluster: "test", Node: "server", Insecure: true, Acceptor: accept, Log: quiet()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(listener) }()
-	defer func() {
-		if err := s.Close(); err != nil {
+	t.Cleanup(func() {
+		if err := errors.Join(s.Close(), <-served); err != nil {
 			t.Error(err)
 		}
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-	}()
-	for _, tt := range []struct {
-		name     string
-		from, to int
-		busy     bool
-	}{
-		{"requests vanish", 1, 0, true},
-		{"answers vanish", 0, 1, true},
-		{"idle", 1, 0, false},
-	} {
+	})
+	for i, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			e := newEngine()
 			c := dial(t, false)
 			c.dial = func(ctx context.Context, address string) (nc net.Conn, err error) {
-				err = inNamespace(client.Namespace, func() error {
+				err = inNamespace(lab.Nodes()[1+i].Namespace, func() error {
 					nc, err = new(net.Dialer).DialContext(ctx, "tcp", address)
 					return err
 				})
 				return nc, err
 			}
-			l := open(t, c, target(listener.Addr().String(), 1), e)
+			rep := target(listener.Addr().String(), i)
+			l := open(t, c, rep, e)
 			defer l.Close()
 			l.Send(&replication.Message{Kind: replication.KindPing, Seq: 1})
 			l.Flush()
 			within(t, "answer", e.answers)
-			if err := lab.Cut(tt.from, tt.to); err != nil {
+			from, to := 0, 1+i
+			if tt.requests {
+				from, to = to, from
+			}
+			if err := lab.Cut(from, to); err != nil {
 				t.Fatal(err)
 			}
-			defer lab.HealAll()
 			if tt.busy {
 				l.Send(&replication.Message{Kind: replication.KindPing, Seq: 2})
 				l.Flush()
 			}
 			within(t, "end at the engine", e.closed)
-			within(t, "end at the replica", rep.closed)
+			within(t, "end at the replica", replicas[rep.Volume].closed)
 		})
 	}
 }

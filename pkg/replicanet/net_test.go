@@ -154,7 +154,7 @@ func (e *engine) Closed(_ *Link, err error)               { e.closed <- err }
 // open dials until it succeeds.
 func open(t testing.TB, c *Client, to Target, h Handler) *Link {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		l, err := c.Dial(context.Background(), to, h)
 		if err == nil {
 			return l
@@ -175,7 +175,7 @@ func within[T any](t testing.TB, what string, c <-chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("no %s", what)
 	}
 	panic("unreachable")

@@ -27,7 +27,7 @@ func (o *owner) Release() { o.n.Add(1) }
 // released waits for one release and no other.
 func (o *owner) released(t *testing.T) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); o.n.Load() == 0 && time.Now().Before(end); {
+	for end := time.Now().Add(time.Minute); o.n.Load() == 0 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
 	if n := o.n.Load(); n != 1 {
@@ -401,7 +401,7 @@ func TestGarbage(t *testing.T) {
 			if name == "nothing" || strings.HasPrefix(name, "half") {
 				return // it would be turned away after the handshake's time
 			}
-			nc.SetReadDeadline(time.Now().Add(20 * time.Second))
+			nc.SetReadDeadline(time.Now().Add(time.Minute))
 			if _, err := io.Copy(io.Discard, nc); errors.Is(err, context.DeadlineExceeded) || isTimeout(err) {
 				t.Error("the server keeps the connection")
 			}
@@ -617,7 +617,7 @@ func TestChaos(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {
 		before := runtime.NumGoroutine()
 		t.Run("run", func(t *testing.T) { chaos(t, secure) })
-		for end := time.Now().Add(20 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(time.Minute); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				buf := make([]byte, 1<<20)
 				t.Fatalf("goroutines are left:\n%s", buf[:runtime.Stack(buf, true)])
