@@ -506,6 +506,12 @@ func (e *Engine) answered(o *op, m *member, a *Message) {
 			e.readSomewhere(o)
 			return
 		}
+		if e.sole() && o.client() {
+			// There is nothing to be made equal, and nobody to wait for: the client decides.
+			e.answer(o, ResultIO)
+			e.finish(o)
+			return
+		}
 		if e.lastMember(m) && e.isr.Has(m.slot) {
 			e.retryAt = min(e.retryAt, e.now+Second)
 			return
