@@ -263,6 +263,13 @@ func (m *Machine) Share() error {
 	return nil
 }
 
+// Shared tells whether Share was called, now or in an earlier run.
+func (m *Machine) Shared() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.shared
+}
+
 // Apply carries out entries in the order of their indexes and answers each. What they change is durable when Apply
 // returns. Indexes rise; they may have gaps. An entry that was applied before changes nothing and is answered
 // command.Done: whoever waited for its answer was in a process that is gone. An error means that the database failed and

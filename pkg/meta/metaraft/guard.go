@@ -34,6 +34,10 @@ func (s *Store) prepare() error {
 		return err
 	}
 	if len(list) == 0 && last == 0 {
+		// One that was shared before this directory was made had a log, and others may still go by that.
+		if lost := s.m.Shared() && s.me.Starts == 1; lost {
+			return fmt.Errorf("%s has a state that several controllers share, and %s has no log: it is lost; remove controller %s from the cluster and let it join anew with empty directories: %w", s.o.State, s.o.Dir, s.o.ID, volume.ErrDataLoss)
+		}
 		if s.o.Bootstrap {
 			return s.bootstrap()
 		}

@@ -3,6 +3,7 @@ package metaraft
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -230,6 +231,42 @@ func TestALogThatWasPutBack(t *testing.T) {
 		t.Errorf("opened: %v", err)
 		_ = s.Close()
 	}
+}
+
+// A controller that lost its log does not begin another cluster with the state that it has left.
+func TestALostLogIsNotBegunAnew(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	x := c.nodes[0]
+	x.mustSet("t", 1)
+	x.stop()
+	kept := t.TempDir()
+	x.copyTo(kept)
+	for _, part := range []string{identityFile, logFile, "snapshots"} {
+		if err := os.RemoveAll(filepath.Join(x.dir, part)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s, err := Open(x.options()); !errors.Is(err, volume.ErrDataLoss) {
+		t.Errorf("opened: %v", err)
+		_ = s.Close()
+	}
+	x.putBack(kept)
+	x.start()
+	x.mustSee("t", 1)
+}
+
+// A bootstrap that was cut off is made again.
+func TestABootstrapIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	x := c.nodes[0]
+	x.stop()
+	if err := errors.Join(os.RemoveAll(filepath.Join(x.dir, "snapshots")), os.Remove(filepath.Join(x.dir, logFile))); err != nil {
+		t.Fatal(err)
+	}
+	x.start()
+	x.mustSet("t", 1)
 }
 
 // The state of a cluster of one becomes the first controller's, and is not changed alone again.

@@ -45,7 +45,8 @@ type Options struct {
 	// Identify names the node at the other end of a connection, so that a controller can only join as itself. nil: it may
 	// name itself.
 	Identify func(tls.ConnectionState) (volume.NodeID, error)
-	// Bootstrap makes a cluster of this controller alone, unless it is a member of one already.
+	// Bootstrap makes a cluster of this controller alone, unless its directories say that it is a member of one already.
+	// Where both were emptied it makes a new cluster: it is for the first start of the first controller.
 	Bootstrap bool
 	// Join has addresses of controllers to ask for admission, unless it is a member already.
 	Join []string
