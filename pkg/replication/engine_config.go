@@ -310,7 +310,7 @@ func (e *Engine) sendConfig(m *member) {
 		c.Role = RoleISR
 	}
 	c.Unlogged = e.unlogged
-	if m.rs != nil && m.rs.reset || m.fence.Poisoned && e.sole() && e.phase == phaseMarking {
+	if m.rs != nil && m.rs.reset {
 		c.Reset = true
 	}
 	for _, q := range e.members {
@@ -332,7 +332,7 @@ func (e *Engine) sendConfig(m *member) {
 		m.confBusy = false
 		switch a.Status {
 		case StatusOK:
-			m.confDone, m.fence.Poisoned = gen, false
+			m.confDone, m.fence.PoisonedBefore = gen, false
 			if m.rs != nil {
 				m.rs.reset = false
 			}

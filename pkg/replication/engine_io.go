@@ -508,7 +508,13 @@ func (e *Engine) answered(o *op, m *member, a *Message) {
 		}
 		if e.sole() && o.client() {
 			// There is nothing to be made equal, and nobody to wait for: the client decides.
-			e.answer(o, ResultIO)
+			switch {
+			case !o.answered:
+				f := e.emit(EffectAnswer)
+				f.Tag, f.Result = o.tag, ResultIO
+			case o.busy:
+				e.emit(EffectReleased).Tag = o.tag
+			}
 			e.finish(o)
 			return
 		}

@@ -276,8 +276,11 @@ func (e *Engine) fenced(m *member, a *Message) {
 
 // valid tells whether a member is one that the record speaks of, and whole.
 func (e *Engine) valid(m *member) bool {
+	// After a crash of the client the only one in sync is a source even so: what was flushed is there, and from its next
+	// life on it reads the same.
+	only := e.isr.Len() == 1 && e.phase < phaseLive && !e.cfg.DeviceKept
 	switch {
-	case m.fence.Poisoned && m.fence.Lineage >= e.m.Lineage && !e.pardoned() && !e.cfg.Rules.WithoutPoisonedExcluded:
+	case (m.fence.Poisoned || m.fence.PoisonedBefore && !only) && !e.cfg.Rules.WithoutPoisonedExcluded:
 		return false
 	case m.rec.Incarnation != 0 && m.rec.Incarnation != m.incarnation && !e.cfg.Rules.WithoutIncarnationCheck:
 		return false
@@ -289,12 +292,6 @@ func (e *Engine) valid(m *member) bool {
 
 // sole tells whether the volume has one replica only.
 func (e *Engine) sole() bool { return len(e.m.Members) == 1 }
-
-// pardoned tells whether a new attach takes a volume's only replica though a sync had failed in its last life: it has all
-// that was flushed, and what was not is lost as in a crash, which the device's end looked like.
-func (e *Engine) pardoned() bool {
-	return e.sole() && e.phase <= phaseMarking && !e.cfg.DeviceKept
-}
 
 // returned takes a member back after its session was lost: a blip, if it lost nothing.
 func (e *Engine) returned(m *member, rebooted bool) {

@@ -251,7 +251,7 @@ func (e *Engine) resumeResync(m *member, rebooted bool) {
 	if rs.stage != stagePaused {
 		return
 	}
-	if m.fence.Poisoned || m.fence.Role != RoleSYNC || m.fence.Size < e.size {
+	if m.fence.Poisoned || m.fence.PoisonedBefore || m.fence.Role != RoleSYNC || m.fence.Size < e.size {
 		rs.dead = true
 		m.rs = nil
 		m.u.Clear()

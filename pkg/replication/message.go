@@ -140,7 +140,9 @@ type FenceReply struct {
 	Lineage       Lineage
 	ConfigVersion volume.ConfigVersion
 	Role          Role
-	Poisoned      bool
+	// Poisoned: a sync failed in this life. PoisonedBefore: in one before, and it was not taken back since.
+	Poisoned       bool
+	PoisonedBefore bool
 	// LeaseLeft is how long an engine before this one may go on serving reads.
 	LeaseLeft Now
 	// Size is the durable size in bytes.
@@ -167,7 +169,7 @@ type SealedSnapshot struct {
 	Number uint64
 }
 
-// Config is what a member needs to know of the volume's configuration.
+// Config is what a member needs to know of the volume's configuration. One that was poisoned in an earlier life is no longer.
 type Config struct {
 	Lineage       Lineage
 	ConfigVersion volume.ConfigVersion
@@ -178,8 +180,7 @@ type Config struct {
 	// Absent are the peers whose missed writes are tracked: tracking of any other peer is dropped, of new ones begins. At
 	// most MaxMembers.
 	Absent []AbsentPeer
-	// Reset begins a resync of the receiver: it drops all that it knew of absent peers, and is no longer poisoned. Neither is
-	// one that is taken into a new lineage.
+	// Reset begins a resync of the receiver: it drops all that it knew of absent peers.
 	Reset bool
 	// Unlogged is set while the volume has one replica: there is nothing to reconcile, and no write-intent log is kept.
 	Unlogged bool

@@ -14,9 +14,12 @@ type ReplicaConfig struct {
 	Replica     volume.ReplicaID
 	Incarnation Incarnation
 	BootID      BootID
-	Geometry    Geometry
-	Timing      Timing
-	Rules       Rules
+	// LeaseUntil is LeaseUntil of the machine that this replica had before in the same process, which was closed in good
+	// order; 0 where there was none: a full lease is assumed then.
+	LeaseUntil Now
+	Geometry   Geometry
+	Timing     Timing
+	Rules      Rules
 }
 
 // Stored is what a replica's store has kept.
@@ -77,7 +80,7 @@ func NewReplica(cfg ReplicaConfig, s Stored, now Now) (*Replica, error) {
 		}
 	}
 	// Who was served in the life before, or from the disk before this, is not known: it may have been just now.
-	if !cfg.Rules.WithoutRebootLease {
+	if r.leaseUntil = cfg.LeaseUntil; cfg.LeaseUntil == 0 && !cfg.Rules.WithoutRebootLease {
 		r.leaseUntil = now + cfg.Timing.Lease + cfg.Timing.LeaseMargin
 	}
 	return r, nil
@@ -95,6 +98,9 @@ func (r *Replica) Size() int64 { return r.size }
 
 // Epoch is the highest seen.
 func (r *Replica) Epoch() volume.Epoch { return r.st.Epoch }
+
+// LeaseUntil is until when an engine may serve reads because of what this replica answered; never 0.
+func (r *Replica) LeaseUntil() Now { return max(1, r.leaseUntil) }
 
 // Poisoned tells whether a sync failed in this life: only a new one, with a new boot id, will serve.
 func (r *Replica) Poisoned() bool { return r.poisoned }

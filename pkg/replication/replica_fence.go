@@ -60,7 +60,7 @@ func (r *Replica) fenceAnswer() {
 	r.answer(m, StatusOK)
 	f := &FenceReply{
 		Incarnation: r.cfg.Incarnation, BootID: r.cfg.BootID, Epoch: r.st.Epoch, Lineage: r.st.Lineage,
-		ConfigVersion: r.st.ConfigVersion, Role: r.st.Role, Poisoned: r.poisoned || r.st.Poisoned, LeaseLeft: max(0, r.leaseUntil-r.now),
+		ConfigVersion: r.st.ConfigVersion, Role: r.st.Role, Poisoned: r.poisoned, PoisonedBefore: r.st.Poisoned && !r.poisoned, LeaseLeft: max(0, r.leaseUntil-r.now),
 		Size: r.size, ISR: slices.Clone(r.st.ISR), Missed: slices.Clone(r.missed), Snapshots: slices.Clone(r.snaps),
 	}
 	var wil region.Set
@@ -80,9 +80,6 @@ func (r *Replica) configure(m *Message) {
 		return
 	case c.Lineage < r.st.Lineage || c.Lineage == r.st.Lineage && c.ConfigVersion < r.st.ConfigVersion:
 		r.answer(m, StatusRefused)
-		return
-	case r.st.Poisoned && !c.Reset && c.Lineage <= r.st.Lineage:
-		r.answer(m, StatusPoisoned)
 		return
 	}
 	for _, a := range c.Absent {
