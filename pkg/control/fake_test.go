@@ -147,6 +147,7 @@ type fakeAgents struct {
 	qos        map[volume.ID]volume.QoS
 	down       map[volume.NodeID]bool
 	conditions []volume.Condition
+	troubled   volume.NodeID // the only one that has the conditions; "" is all
 	// scripted is what the next call of a method answers, once; "device" is a resize after the replica has grown.
 	scripted map[string]error
 }
@@ -393,6 +394,9 @@ func (a *fakeAgents) Conditions(_ context.Context, node volume.NodeID, _ volume.
 	defer a.mu.Unlock()
 	if a.down[node] {
 		return nil, fmt.Errorf("node %s is down: %w", node, volume.ErrUnavailable)
+	}
+	if a.troubled != "" && a.troubled != node {
+		return nil, nil
 	}
 	return a.conditions, nil
 }

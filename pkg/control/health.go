@@ -76,14 +76,18 @@ func (s *Service) conditions(ctx context.Context, v volume.Volume, nodes []volum
 	}
 	left, away := 0, []awayReplica{}
 	asked := false // the owner's engine
+	elsewhere := map[volume.ReplicaID][]volume.Condition{}
 	for _, r := range v.Replicas {
 		why, safe := s.unreachable(r, nodes)
 		if why == "" {
 			cs, err := s.agents.Conditions(ctx, r.Node, r, v.ID)
-			for _, c := range cs {
-				add(c)
+			if asked = asked || err == nil && r.Node == v.Owner; r.Node == v.Owner {
+				for _, c := range cs {
+					add(c)
+				}
+			} else {
+				elsewhere[r.ID] = cs
 			}
-			asked = asked || err == nil && r.Node == v.Owner
 			if err != nil {
 				why = fmt.Sprintf("node %s does not answer: %v", r.Node, err)
 				safe = "see that ballastd runs there"
@@ -93,6 +97,16 @@ func (s *Service) conditions(ctx context.Context, v volume.Volume, nodes []volum
 			away = append(away, awayReplica{r, why, safe})
 		} else if r.Role == volume.InSync {
 			left++
+		}
+	}
+	bad := func(c volume.Condition) bool { return c.Severity == volume.Inaccessible }
+	fit := left - len(slices.DeleteFunc(v.InSync(), func(r volume.Replica) bool { return !slices.ContainsFunc(elsewhere[r.ID], bad) }))
+	for _, r := range v.Replicas {
+		for _, c := range elsewhere[r.ID] {
+			if bad(c) && fit > 0 { // what is wrong there concerns that replica only
+				c.Severity = volume.Degraded
+			}
+			add(c)
 		}
 	}
 	if v.Owner != "" && !asked {

@@ -64,6 +64,13 @@ func TestWhyOfSeveralReplicas(t *testing.T) {
 			w.mustAttach(v.ID, "n4")
 			w.propose(command.BeginSnapshot{ID: "snap-1", Name: "s", Volume: v.ID})
 		}, "", []string{"Snapshot snap-1 of it is being cut"}},
+		{"one node has a trouble of its own", func(w *world, v volume.Volume) {
+			w.agents.conditions = []volume.Condition{{Severity: volume.Inaccessible, Reason: "Trouble", Message: "that node only"}}
+			w.agents.troubled = "n2"
+		}, volume.Degraded, []string{"that node only"}},
+		{"every node has", func(w *world, v volume.Volume) {
+			w.agents.conditions = []volume.Condition{{Severity: volume.Inaccessible, Reason: "Trouble", Message: "all of them"}}
+		}, volume.Inaccessible, []string{"all of them"}},
 		{"one leaves", func(w *world, v volume.Volume) {
 			w.propose(command.DropReplica{Volume: v.ID, Replica: v.Replicas[2].ID})
 		},
