@@ -262,7 +262,7 @@ func appendFence(b []byte, f *replication.FenceReply) []byte {
 	b = binary.AppendUvarint(b, uint64(f.Epoch))
 	b = binary.AppendUvarint(b, uint64(f.Lineage))
 	b = binary.AppendUvarint(b, uint64(f.ConfigVersion))
-	b = append(b, byte(f.Role), bit(f.Poisoned))
+	b = append(b, byte(f.Role), bit(f.Poisoned), bit(f.PoisonedBefore))
 	b = binary.AppendUvarint(b, uint64(f.LeaseLeft))
 	b = binary.AppendUvarint(b, uint64(f.Size))
 	b = appendReplicas(b, f.ISR)
@@ -282,17 +282,18 @@ func appendFence(b []byte, f *replication.FenceReply) []byte {
 
 func (r *reader) fence() *replication.FenceReply {
 	f := &replication.FenceReply{
-		Incarnation:   replication.Incarnation(r.u64()),
-		BootID:        replication.BootID(r.u64()),
-		Epoch:         volume.Epoch(r.uvarint()),
-		Lineage:       replication.Lineage(r.uvarint()),
-		ConfigVersion: volume.ConfigVersion(r.uvarint()),
-		Role:          r.role(),
-		Poisoned:      r.bool(),
-		LeaseLeft:     replication.Now(r.positive()),
-		Size:          r.positive(),
-		ISR:           r.replicas(),
-		WIL:           r.runs(replication.MaxWIL * 4096),
+		Incarnation:    replication.Incarnation(r.u64()),
+		BootID:         replication.BootID(r.u64()),
+		Epoch:          volume.Epoch(r.uvarint()),
+		Lineage:        replication.Lineage(r.uvarint()),
+		ConfigVersion:  volume.ConfigVersion(r.uvarint()),
+		Role:           r.role(),
+		Poisoned:       r.bool(),
+		PoisonedBefore: r.bool(),
+		LeaseLeft:      replication.Now(r.positive()),
+		Size:           r.positive(),
+		ISR:            r.replicas(),
+		WIL:            r.runs(replication.MaxWIL * 4096),
 	}
 	for range r.count(replication.MaxMembers) {
 		f.Missed = append(f.Missed, replication.MissedTag{
