@@ -122,6 +122,39 @@ func TestDataIsData(t *testing.T) {
 	}
 }
 
+func TestPoolForget(t *testing.T) {
+	c := admintest.Sample()
+	socket := admintest.Serve(t, c)
+	forget := func(args ...string) result {
+		return ctl(socket, append([]string{"pool", "forget", "default", "--yes"}, args...)...)
+	}
+	if r := forget(); r.code != exitRefused || !strings.Contains(r.err, "is open") {
+		t.Errorf("an open pool: exit %d: %s", r.code, r.err)
+	}
+	c.Mu.Lock()
+	for n := range c.NodeList {
+		for p := range c.NodeList[n].Pools {
+			c.NodeList[n].Pools[p].Capacity = 0
+		}
+	}
+	c.Mu.Unlock()
+	if r := ctl(socket, "pool", "forget", "default"); r.code != exitUsage {
+		t.Errorf("nobody was asked: exit %d", r.code)
+	}
+	if r := forget(); r.code != exitRefused || !strings.Contains(r.err, "only copy") {
+		t.Errorf("the only copy: exit %d: %s", r.code, r.err)
+	}
+	if r := forget("--accept-data-loss"); r.code != exitOK || !strings.Contains(r.out, "is forgotten") || !strings.Contains(r.out, "vol-00000000000000000001 has no copy") {
+		t.Errorf("exit %d: %s%s", r.code, r.out, r.err)
+	}
+	if r := forget(); r.code != exitNotFound {
+		t.Errorf("a pool that is forgotten: exit %d: %s", r.code, r.err)
+	}
+	if r := ctl(socket, "pool", "forget", "fast", "--yes", "-o", "json"); r.code != exitOK || !strings.Contains(r.out, `"lostVolumes": []`) {
+		t.Errorf("exit %d: %s%s", r.code, r.out, r.err)
+	}
+}
+
 func TestChanges(t *testing.T) {
 	c := admintest.Sample()
 	socket := admintest.Serve(t, c)

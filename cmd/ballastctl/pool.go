@@ -77,11 +77,66 @@ func pools(node *string) resource[poolView] {
 func poolCommand(c *cli) *cobra.Command {
 	var node string
 	r := pools(&node)
-	cmd := group("pool", "Pools: list, get, watch, why; show, check and export offline", "pools")
+	cmd := group("pool", "Pools: list, get, watch, why, forget, strays; show, check and export offline", "pools")
 	cmds := r.commands(c)
 	must(cmds[0].RegisterFlagCompletionFunc("node", c.completeFlag(completeNodes)))
 	cmd.AddCommand(cmds...)
-	cmd.AddCommand(poolStrays(c), poolShow(c), poolCheck(c), poolExport(c))
+	cmd.AddCommand(poolForget(c), poolStrays(c), poolShow(c), poolCheck(c), poolExport(c))
+	return cmd
+}
+
+func poolForget(c *cli) *cobra.Command {
+	var yes, acceptLoss bool
+	cmd := &cobra.Command{
+		Use:   "forget POOL",
+		Short: "Forget a pool whose disk is gone for good",
+		Long: `Forget a pool whose disk is gone for good, and every copy that was on it. What waits for those copies waits no more:
+volumes with other replicas get new ones in their stead, and what is being deleted ends.
+
+A pool that is open is refused: take its disk away and restart ballastd, or empty its node, first. The pools of a node that
+does not report may be forgotten. Refused is also one with the only copy of a volume or a snapshot, unless --accept-data-loss is given;
+these stay in the lists, without their data, until they are deleted. Where another replica is left that was not in sync, the
+volume is to be salvaged from it first: see ` + "`salvage`" + `.
+
+If the disk comes back after all, what is on it is listed by ` + "`pool strays`" + `, and ` + "`pool export`" + ` reads it.`,
+		Example: "  ballastctl pool forget fast\n  ballastctl pool forget node-1/fast --accept-data-loss --yes",
+		Args:    arguments("POOL"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
+				p, err := a.GetPool(ctx, &adminpb.GetRequest{Ref: args[0]})
+				if err != nil {
+					return err
+				}
+				if err := c.confirm(yes, "Forget pool %s (%s) of node %s and all copies on it for good?", p.Name, p.Id, p.Node); err != nil {
+					return err
+				}
+				r, err := a.ForgetPool(ctx, &adminpb.ForgetPoolRequest{Ref: p.Id, AcceptDataLoss: acceptLoss})
+				if err != nil {
+					return err
+				}
+				if !c.forPeople() {
+					return c.data(struct {
+						ID            string   `json:"id"`
+						Forgotten     bool     `json:"forgotten"`
+						LostVolumes   []string `json:"lostVolumes"`
+						LostSnapshots []string `json:"lostSnapshots"`
+					}{r.Id, true, append([]string{}, r.LostVolumes...), append([]string{}, r.LostSnapshots...)})
+				}
+				if err := c.say("Pool %s is forgotten.", safe(p.Name)); err != nil {
+					return err
+				}
+				for _, id := range append(r.LostVolumes, r.LostSnapshots...) {
+					if err := c.say("%s has no copy any more; delete it.", safe(id)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		},
+		ValidArgsFunction: c.completeFirst(completePools),
+	}
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	cmd.Flags().BoolVar(&acceptLoss, "accept-data-loss", false, "also where it has the only copy of something")
 	return cmd
 }
 

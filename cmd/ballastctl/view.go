@@ -90,7 +90,9 @@ type volumeView struct {
 	Epoch           uint64           `json:"epoch"`
 	ConfigVersion   uint64           `json:"configVersion"`
 	Lineage         uint64           `json:"lineage"`
-	Conditions      []conditionView  `json:"conditions"`
+	// Lost: every copy was on pools that were forgotten.
+	Lost       bool            `json:"lost,omitempty"`
+	Conditions []conditionView `json:"conditions"`
 }
 
 type snapshotView struct {
@@ -237,6 +239,7 @@ func viewVolume(v *adminpb.Volume) volumeView {
 		Epoch:           v.Epoch,
 		ConfigVersion:   v.ConfigVersion,
 		Lineage:         v.Lineage,
+		Lost:            v.Lost,
 		Conditions:      views(v.Conditions, viewCondition),
 	}
 	if e := v.Engine; e != nil {

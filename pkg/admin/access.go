@@ -60,6 +60,7 @@ var access = map[string]pki.Role{
 	adminpb.Admin_Export_FullMethodName:           pki.RoleAdmin, // on a socket of the node, for who is root there
 	adminpb.Admin_EmptyNode_FullMethodName:        pki.RoleAdmin,
 	adminpb.Admin_RemoveNode_FullMethodName:       pki.RoleAdmin,
+	adminpb.Admin_ForgetPool_FullMethodName:       pki.RoleAdmin,
 	adminpb.Admin_SalvageVolume_FullMethodName:    pki.RoleAdmin,
 	adminpb.Admin_RemoveController_FullMethodName: pki.RoleAdmin,
 	adminpb.Admin_CreateJoinToken_FullMethodName:  pki.RoleAdmin,

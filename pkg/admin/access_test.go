@@ -64,7 +64,7 @@ func callOf(info credentials.AuthInfo) context.Context {
 var operators = strings.Fields(`CreateVolume DeleteVolume ExpandVolume SetVolume DetachVolume CreateSnapshot DeleteSnapshot CreateGroup DeleteGroup
 	SetQuota DeleteQuota DrainNode UndrainNode`)
 
-var admins = strings.Fields(`Export EmptyNode RemoveNode SalvageVolume RemoveController CreateJoinToken RevokeJoinToken IssueCertificate`)
+var admins = strings.Fields(`Export EmptyNode RemoveNode ForgetPool SalvageVolume RemoveController CreateJoinToken RevokeJoinToken IssueCertificate`)
 
 func TestWhoMayDoWhat(t *testing.T) {
 	ca, err := pki.NewCA("test", time.Now())

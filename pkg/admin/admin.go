@@ -60,6 +60,7 @@ type Control interface {
 	CreateJoinToken(ctx context.Context, r jointoken.Record) error
 	RevokeJoinToken(ctx context.Context, id string) error
 	JoinTokens(ctx context.Context) ([]jointoken.Record, error)
+	ForgetPool(ctx context.Context, id volume.PoolID, acceptDataLoss bool) (control.Forgotten, error)
 	Strays(ctx context.Context) ([]control.Stray, error)
 	Quotas(ctx context.Context) ([]volume.Quota, error)
 	SetQuota(ctx context.Context, tenant string, limit volume.Amounts) error

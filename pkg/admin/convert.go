@@ -64,6 +64,7 @@ func volumeToProto(v volume.Volume, conditions []volume.Condition) *adminpb.Volu
 		ConfigVersion:   uint64(v.ConfigVersion),
 		Lineage:         v.Lineage,
 		Owner:           string(v.Owner),
+		Lost:            v.Lost,
 		Conditions:      conditionsToProto(conditions),
 	}
 	for _, c := range v.Capabilities {

@@ -237,6 +237,26 @@ func (s *Service) GetPool(ctx context.Context, r *adminpb.GetRequest) (*adminpb.
 	return poolToProto(p), nil
 }
 
+// ForgetPool implements adminpb.AdminServer.
+func (s *Service) ForgetPool(ctx context.Context, r *adminpb.ForgetPoolRequest) (*adminpb.ForgetPoolReply, error) {
+	p, _, err := s.pool(ctx, r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	lost, err := s.o.Control.ForgetPool(ctx, p.ID, r.AcceptDataLoss)
+	if err != nil {
+		return nil, err
+	}
+	out := &adminpb.ForgetPoolReply{Id: string(p.ID)}
+	for _, id := range lost.Volumes {
+		out.LostVolumes = append(out.LostVolumes, string(id))
+	}
+	for _, id := range lost.Snapshots {
+		out.LostSnapshots = append(out.LostSnapshots, string(id))
+	}
+	return out, nil
+}
+
 // ListStrays implements adminpb.AdminServer.
 func (s *Service) ListStrays(ctx context.Context, _ *adminpb.ListStraysRequest) (*adminpb.ListStraysReply, error) {
 	xs, err := s.o.Control.Strays(ctx)

@@ -422,6 +422,37 @@ func (c *Cluster) Nodes(context.Context) ([]volume.Node, error) {
 	return slices.Clone(c.NodeList), nil
 }
 
+// ForgetPool implements admin.Control. A pool without capacity is offline.
+func (c *Cluster) ForgetPool(ctx context.Context, id volume.PoolID, acceptDataLoss bool) (lost control.Forgotten, err error) {
+	c.Mu.Lock()
+	defer c.Mu.Unlock()
+	defer func() { c.record(ctx, "pool.forget", string(id), "", err) }()
+	on := func(r volume.Replica) bool { return r.Pool == id }
+	for _, v := range c.Vols {
+		if len(v.Replicas) == 1 && on(v.Replicas[0]) {
+			lost.Volumes = append(lost.Volumes, v.ID)
+		}
+	}
+	for n := range c.NodeList {
+		pools := c.NodeList[n].Pools
+		i := slices.IndexFunc(pools, func(p volume.Pool) bool { return p.ID == id })
+		switch {
+		case i < 0:
+			continue
+		case pools[i].Capacity > 0:
+			return control.Forgotten{}, fmt.Errorf("pool %s is open: %w", id, volume.ErrInUse)
+		case len(lost.Volumes) > 0 && !acceptDataLoss:
+			return control.Forgotten{}, fmt.Errorf("pool %s has the only copy of volumes %v: %w", id, lost.Volumes, volume.ErrInUse)
+		}
+		c.NodeList[n].Pools = slices.Delete(slices.Clone(pools), i, i+1)
+		for v := range c.Vols {
+			c.Vols[v].Replicas = slices.DeleteFunc(slices.Clone(c.Vols[v].Replicas), on)
+		}
+		return lost, nil
+	}
+	return control.Forgotten{}, fmt.Errorf("pool %s is not known: %w", id, volume.ErrNotFound)
+}
+
 // Strays implements admin.Control.
 func (c *Cluster) Strays(context.Context) ([]control.Stray, error) {
 	c.Mu.Lock()

@@ -137,7 +137,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{66, 0}
+	return file_admin_proto_rawDescGZIP(), []int{68, 0}
 }
 
 type VersionRequest struct {
@@ -684,7 +684,9 @@ type Volume struct {
 	// owner is the node that runs its engine, or empty.
 	Owner string `protobuf:"bytes,29,opt,name=owner,proto3" json:"owner,omitempty"`
 	// engine is how that is, where it was asked for and answered.
-	Engine        *Engine `protobuf:"bytes,30,opt,name=engine,proto3" json:"engine,omitempty"`
+	Engine *Engine `protobuf:"bytes,30,opt,name=engine,proto3" json:"engine,omitempty"`
+	// lost: every copy was on pools that were forgotten. It can only be deleted.
+	Lost          bool `protobuf:"varint,31,opt,name=lost,proto3" json:"lost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -927,6 +929,13 @@ func (x *Volume) GetEngine() *Engine {
 		return x.Engine
 	}
 	return nil
+}
+
+func (x *Volume) GetLost() bool {
+	if x != nil {
+		return x.Lost
+	}
+	return false
 }
 
 type Engine struct {
@@ -3334,6 +3343,121 @@ func (x *ListPoolsReply) GetPools() []*Pool {
 	return nil
 }
 
+type ForgetPoolRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ref   string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	// accept_data_loss: also where it has the only copy of a volume or a snapshot.
+	AcceptDataLoss bool `protobuf:"varint,2,opt,name=accept_data_loss,json=acceptDataLoss,proto3" json:"accept_data_loss,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ForgetPoolRequest) Reset() {
+	*x = ForgetPoolRequest{}
+	mi := &file_admin_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetPoolRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetPoolRequest) ProtoMessage() {}
+
+func (x *ForgetPoolRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetPoolRequest.ProtoReflect.Descriptor instead.
+func (*ForgetPoolRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ForgetPoolRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *ForgetPoolRequest) GetAcceptDataLoss() bool {
+	if x != nil {
+		return x.AcceptDataLoss
+	}
+	return false
+}
+
+type ForgetPoolReply struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// id of the pool.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// lost_volumes and lost_snapshots have no copy any more. They are listed until they are deleted.
+	LostVolumes   []string `protobuf:"bytes,2,rep,name=lost_volumes,json=lostVolumes,proto3" json:"lost_volumes,omitempty"`
+	LostSnapshots []string `protobuf:"bytes,3,rep,name=lost_snapshots,json=lostSnapshots,proto3" json:"lost_snapshots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetPoolReply) Reset() {
+	*x = ForgetPoolReply{}
+	mi := &file_admin_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetPoolReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetPoolReply) ProtoMessage() {}
+
+func (x *ForgetPoolReply) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetPoolReply.ProtoReflect.Descriptor instead.
+func (*ForgetPoolReply) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ForgetPoolReply) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForgetPoolReply) GetLostVolumes() []string {
+	if x != nil {
+		return x.LostVolumes
+	}
+	return nil
+}
+
+func (x *ForgetPoolReply) GetLostSnapshots() []string {
+	if x != nil {
+		return x.LostSnapshots
+	}
+	return nil
+}
+
 type ListStraysRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3342,7 +3466,7 @@ type ListStraysRequest struct {
 
 func (x *ListStraysRequest) Reset() {
 	*x = ListStraysRequest{}
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3354,7 +3478,7 @@ func (x *ListStraysRequest) String() string {
 func (*ListStraysRequest) ProtoMessage() {}
 
 func (x *ListStraysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[45]
+	mi := &file_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3367,7 +3491,7 @@ func (x *ListStraysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStraysRequest.ProtoReflect.Descriptor instead.
 func (*ListStraysRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{45}
+	return file_admin_proto_rawDescGZIP(), []int{47}
 }
 
 type ListStraysReply struct {
@@ -3379,7 +3503,7 @@ type ListStraysReply struct {
 
 func (x *ListStraysReply) Reset() {
 	*x = ListStraysReply{}
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3391,7 +3515,7 @@ func (x *ListStraysReply) String() string {
 func (*ListStraysReply) ProtoMessage() {}
 
 func (x *ListStraysReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[46]
+	mi := &file_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3404,7 +3528,7 @@ func (x *ListStraysReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListStraysReply.ProtoReflect.Descriptor instead.
 func (*ListStraysReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{46}
+	return file_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListStraysReply) GetStrays() []*Stray {
@@ -3427,7 +3551,7 @@ type Stray struct {
 
 func (x *Stray) Reset() {
 	*x = Stray{}
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3439,7 +3563,7 @@ func (x *Stray) String() string {
 func (*Stray) ProtoMessage() {}
 
 func (x *Stray) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[47]
+	mi := &file_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3452,7 +3576,7 @@ func (x *Stray) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stray.ProtoReflect.Descriptor instead.
 func (*Stray) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{47}
+	return file_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Stray) GetNode() string {
@@ -3495,7 +3619,7 @@ type Amounts struct {
 
 func (x *Amounts) Reset() {
 	*x = Amounts{}
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3507,7 +3631,7 @@ func (x *Amounts) String() string {
 func (*Amounts) ProtoMessage() {}
 
 func (x *Amounts) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[48]
+	mi := &file_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3520,7 +3644,7 @@ func (x *Amounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Amounts.ProtoReflect.Descriptor instead.
 func (*Amounts) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{48}
+	return file_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Amounts) GetLogicalBytes() int64 {
@@ -3563,7 +3687,7 @@ type Quota struct {
 
 func (x *Quota) Reset() {
 	*x = Quota{}
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3575,7 +3699,7 @@ func (x *Quota) String() string {
 func (*Quota) ProtoMessage() {}
 
 func (x *Quota) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[49]
+	mi := &file_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3588,7 +3712,7 @@ func (x *Quota) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quota.ProtoReflect.Descriptor instead.
 func (*Quota) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{49}
+	return file_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Quota) GetTenant() string {
@@ -3620,7 +3744,7 @@ type ListQuotasRequest struct {
 
 func (x *ListQuotasRequest) Reset() {
 	*x = ListQuotasRequest{}
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3632,7 +3756,7 @@ func (x *ListQuotasRequest) String() string {
 func (*ListQuotasRequest) ProtoMessage() {}
 
 func (x *ListQuotasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[50]
+	mi := &file_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3645,7 +3769,7 @@ func (x *ListQuotasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuotasRequest.ProtoReflect.Descriptor instead.
 func (*ListQuotasRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{50}
+	return file_admin_proto_rawDescGZIP(), []int{52}
 }
 
 type ListQuotasReply struct {
@@ -3657,7 +3781,7 @@ type ListQuotasReply struct {
 
 func (x *ListQuotasReply) Reset() {
 	*x = ListQuotasReply{}
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3669,7 +3793,7 @@ func (x *ListQuotasReply) String() string {
 func (*ListQuotasReply) ProtoMessage() {}
 
 func (x *ListQuotasReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[51]
+	mi := &file_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3682,7 +3806,7 @@ func (x *ListQuotasReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQuotasReply.ProtoReflect.Descriptor instead.
 func (*ListQuotasReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{51}
+	return file_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListQuotasReply) GetQuotas() []*Quota {
@@ -3705,7 +3829,7 @@ type SetQuotaRequest struct {
 
 func (x *SetQuotaRequest) Reset() {
 	*x = SetQuotaRequest{}
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3717,7 +3841,7 @@ func (x *SetQuotaRequest) String() string {
 func (*SetQuotaRequest) ProtoMessage() {}
 
 func (x *SetQuotaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[52]
+	mi := &file_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3730,7 +3854,7 @@ func (x *SetQuotaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetQuotaRequest.ProtoReflect.Descriptor instead.
 func (*SetQuotaRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{52}
+	return file_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SetQuotaRequest) GetTenant() string {
@@ -3776,7 +3900,7 @@ type ClusterRequest struct {
 
 func (x *ClusterRequest) Reset() {
 	*x = ClusterRequest{}
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3788,7 +3912,7 @@ func (x *ClusterRequest) String() string {
 func (*ClusterRequest) ProtoMessage() {}
 
 func (x *ClusterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[53]
+	mi := &file_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3801,7 +3925,7 @@ func (x *ClusterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterRequest.ProtoReflect.Descriptor instead.
 func (*ClusterRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{53}
+	return file_admin_proto_rawDescGZIP(), []int{55}
 }
 
 type ClusterReply struct {
@@ -3827,7 +3951,7 @@ type ClusterReply struct {
 
 func (x *ClusterReply) Reset() {
 	*x = ClusterReply{}
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3839,7 +3963,7 @@ func (x *ClusterReply) String() string {
 func (*ClusterReply) ProtoMessage() {}
 
 func (x *ClusterReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[54]
+	mi := &file_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3852,7 +3976,7 @@ func (x *ClusterReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterReply.ProtoReflect.Descriptor instead.
 func (*ClusterReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{54}
+	return file_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ClusterReply) GetAlone() bool {
@@ -3940,7 +4064,7 @@ type Controller struct {
 
 func (x *Controller) Reset() {
 	*x = Controller{}
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3952,7 +4076,7 @@ func (x *Controller) String() string {
 func (*Controller) ProtoMessage() {}
 
 func (x *Controller) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[55]
+	mi := &file_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3965,7 +4089,7 @@ func (x *Controller) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Controller.ProtoReflect.Descriptor instead.
 func (*Controller) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{55}
+	return file_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Controller) GetNode() string {
@@ -4029,7 +4153,7 @@ type JoinToken struct {
 
 func (x *JoinToken) Reset() {
 	*x = JoinToken{}
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4041,7 +4165,7 @@ func (x *JoinToken) String() string {
 func (*JoinToken) ProtoMessage() {}
 
 func (x *JoinToken) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[56]
+	mi := &file_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4054,7 +4178,7 @@ func (x *JoinToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
 func (*JoinToken) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{56}
+	return file_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *JoinToken) GetId() string {
@@ -4129,7 +4253,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4141,7 +4265,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[57]
+	mi := &file_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4154,7 +4278,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{57}
+	return file_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *CreateJoinTokenRequest) GetRoles() []string {
@@ -4198,7 +4322,7 @@ type CreateJoinTokenReply struct {
 
 func (x *CreateJoinTokenReply) Reset() {
 	*x = CreateJoinTokenReply{}
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4210,7 +4334,7 @@ func (x *CreateJoinTokenReply) String() string {
 func (*CreateJoinTokenReply) ProtoMessage() {}
 
 func (x *CreateJoinTokenReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[58]
+	mi := &file_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4223,7 +4347,7 @@ func (x *CreateJoinTokenReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenReply.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{58}
+	return file_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *CreateJoinTokenReply) GetToken() *JoinToken {
@@ -4255,7 +4379,7 @@ type ListJoinTokensRequest struct {
 
 func (x *ListJoinTokensRequest) Reset() {
 	*x = ListJoinTokensRequest{}
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4267,7 +4391,7 @@ func (x *ListJoinTokensRequest) String() string {
 func (*ListJoinTokensRequest) ProtoMessage() {}
 
 func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[59]
+	mi := &file_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4280,7 +4404,7 @@ func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{59}
+	return file_admin_proto_rawDescGZIP(), []int{61}
 }
 
 type ListJoinTokensReply struct {
@@ -4292,7 +4416,7 @@ type ListJoinTokensReply struct {
 
 func (x *ListJoinTokensReply) Reset() {
 	*x = ListJoinTokensReply{}
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4304,7 +4428,7 @@ func (x *ListJoinTokensReply) String() string {
 func (*ListJoinTokensReply) ProtoMessage() {}
 
 func (x *ListJoinTokensReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[60]
+	mi := &file_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4317,7 +4441,7 @@ func (x *ListJoinTokensReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensReply.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{60}
+	return file_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ListJoinTokensReply) GetTokens() []*JoinToken {
@@ -4342,7 +4466,7 @@ type IssueCertificateRequest struct {
 
 func (x *IssueCertificateRequest) Reset() {
 	*x = IssueCertificateRequest{}
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4354,7 +4478,7 @@ func (x *IssueCertificateRequest) String() string {
 func (*IssueCertificateRequest) ProtoMessage() {}
 
 func (x *IssueCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[61]
+	mi := &file_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4367,7 +4491,7 @@ func (x *IssueCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCertificateRequest.ProtoReflect.Descriptor instead.
 func (*IssueCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{61}
+	return file_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *IssueCertificateRequest) GetName() string {
@@ -4409,7 +4533,7 @@ type IssueCertificateReply struct {
 
 func (x *IssueCertificateReply) Reset() {
 	*x = IssueCertificateReply{}
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4421,7 +4545,7 @@ func (x *IssueCertificateReply) String() string {
 func (*IssueCertificateReply) ProtoMessage() {}
 
 func (x *IssueCertificateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[62]
+	mi := &file_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4434,7 +4558,7 @@ func (x *IssueCertificateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCertificateReply.ProtoReflect.Descriptor instead.
 func (*IssueCertificateReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{62}
+	return file_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *IssueCertificateReply) GetChain() []byte {
@@ -4461,7 +4585,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4473,7 +4597,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[63]
+	mi := &file_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4486,7 +4610,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{63}
+	return file_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *WhyRequest) GetKind() Kind {
@@ -4512,7 +4636,7 @@ type WhyReply struct {
 
 func (x *WhyReply) Reset() {
 	*x = WhyReply{}
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4524,7 +4648,7 @@ func (x *WhyReply) String() string {
 func (*WhyReply) ProtoMessage() {}
 
 func (x *WhyReply) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[64]
+	mi := &file_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4537,7 +4661,7 @@ func (x *WhyReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyReply.ProtoReflect.Descriptor instead.
 func (*WhyReply) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{64}
+	return file_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *WhyReply) GetText() string {
@@ -4558,7 +4682,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4570,7 +4694,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[65]
+	mi := &file_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4583,7 +4707,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{65}
+	return file_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *WatchRequest) GetKind() Kind {
@@ -4618,7 +4742,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4630,7 +4754,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[66]
+	mi := &file_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4643,7 +4767,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{66}
+	return file_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Event) GetType() Event_Type {
@@ -4765,7 +4889,7 @@ type AuditRequest struct {
 
 func (x *AuditRequest) Reset() {
 	*x = AuditRequest{}
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4777,7 +4901,7 @@ func (x *AuditRequest) String() string {
 func (*AuditRequest) ProtoMessage() {}
 
 func (x *AuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[67]
+	mi := &file_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4790,7 +4914,7 @@ func (x *AuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRequest.ProtoReflect.Descriptor instead.
 func (*AuditRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{67}
+	return file_admin_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *AuditRequest) GetLast() int32 {
@@ -4825,7 +4949,7 @@ type AuditEntry struct {
 
 func (x *AuditEntry) Reset() {
 	*x = AuditEntry{}
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4837,7 +4961,7 @@ func (x *AuditEntry) String() string {
 func (*AuditEntry) ProtoMessage() {}
 
 func (x *AuditEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[68]
+	mi := &file_admin_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4850,7 +4974,7 @@ func (x *AuditEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
 func (*AuditEntry) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{68}
+	return file_admin_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *AuditEntry) GetTime() *timestamppb.Timestamp {
@@ -4932,7 +5056,7 @@ const file_admin_proto_rawDesc = "" +
 	"\rDeleteRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"\x1d\n" +
 	"\vDeleteReply\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xe0\b\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xf4\b\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -4972,7 +5096,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x0econfig_version\x18\x1b \x01(\x04R\rconfigVersion\x12\x18\n" +
 	"\alineage\x18\x1c \x01(\x04R\alineage\x12\x14\n" +
 	"\x05owner\x18\x1d \x01(\tR\x05owner\x120\n" +
-	"\x06engine\x18\x1e \x01(\v2\x18.ballast.admin.v1.EngineR\x06engine\"o\n" +
+	"\x06engine\x18\x1e \x01(\v2\x18.ballast.admin.v1.EngineR\x06engine\x12\x12\n" +
+	"\x04lost\x18\x1f \x01(\bR\x04lost\"o\n" +
 	"\x06Engine\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x18\n" +
@@ -5191,7 +5316,14 @@ const file_admin_proto_rawDesc = "" +
 	"\x10ListPoolsRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\">\n" +
 	"\x0eListPoolsReply\x12,\n" +
-	"\x05pools\x18\x01 \x03(\v2\x16.ballast.admin.v1.PoolR\x05pools\"\x13\n" +
+	"\x05pools\x18\x01 \x03(\v2\x16.ballast.admin.v1.PoolR\x05pools\"O\n" +
+	"\x11ForgetPoolRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12(\n" +
+	"\x10accept_data_loss\x18\x02 \x01(\bR\x0eacceptDataLoss\"k\n" +
+	"\x0fForgetPoolReply\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\flost_volumes\x18\x02 \x03(\tR\vlostVolumes\x12%\n" +
+	"\x0elost_snapshots\x18\x03 \x03(\tR\rlostSnapshots\"\x13\n" +
 	"\x11ListStraysRequest\"B\n" +
 	"\x0fListStraysReply\x12/\n" +
 	"\x06strays\x18\x01 \x03(\v2\x17.ballast.admin.v1.StrayR\x06strays\"x\n" +
@@ -5320,7 +5452,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x04POOL\x10\x03\x12\b\n" +
 	"\x04NODE\x10\x04\x12\t\n" +
 	"\x05QUOTA\x10\x05\x12\t\n" +
-	"\x05GROUP\x10\x062\xb8\x1b\n" +
+	"\x05GROUP\x10\x062\x8e\x1c\n" +
 	"\x05Admin\x12K\n" +
 	"\aVersion\x12 .ballast.admin.v1.VersionRequest\x1a\x1e.ballast.admin.v1.VersionReply\x12H\n" +
 	"\x06Health\x12\x1f.ballast.admin.v1.HealthRequest\x1a\x1d.ballast.admin.v1.HealthReply\x12W\n" +
@@ -5355,6 +5487,8 @@ const file_admin_proto_rawDesc = "" +
 	"\tListPools\x12\".ballast.admin.v1.ListPoolsRequest\x1a .ballast.admin.v1.ListPoolsReply\x12?\n" +
 	"\aGetPool\x12\x1c.ballast.admin.v1.GetRequest\x1a\x16.ballast.admin.v1.Pool\x12T\n" +
 	"\n" +
+	"ForgetPool\x12#.ballast.admin.v1.ForgetPoolRequest\x1a!.ballast.admin.v1.ForgetPoolReply\x12T\n" +
+	"\n" +
 	"ListStrays\x12#.ballast.admin.v1.ListStraysRequest\x1a!.ballast.admin.v1.ListStraysReply\x12T\n" +
 	"\n" +
 	"ListQuotas\x12#.ballast.admin.v1.ListQuotasRequest\x1a!.ballast.admin.v1.ListQuotasReply\x12A\n" +
@@ -5384,7 +5518,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 71)
 var file_admin_proto_goTypes = []any{
 	(Kind)(0),                       // 0: ballast.admin.v1.Kind
 	(Event_Type)(0),                 // 1: ballast.admin.v1.Event.Type
@@ -5433,77 +5567,79 @@ var file_admin_proto_goTypes = []any{
 	(*Pool)(nil),                    // 44: ballast.admin.v1.Pool
 	(*ListPoolsRequest)(nil),        // 45: ballast.admin.v1.ListPoolsRequest
 	(*ListPoolsReply)(nil),          // 46: ballast.admin.v1.ListPoolsReply
-	(*ListStraysRequest)(nil),       // 47: ballast.admin.v1.ListStraysRequest
-	(*ListStraysReply)(nil),         // 48: ballast.admin.v1.ListStraysReply
-	(*Stray)(nil),                   // 49: ballast.admin.v1.Stray
-	(*Amounts)(nil),                 // 50: ballast.admin.v1.Amounts
-	(*Quota)(nil),                   // 51: ballast.admin.v1.Quota
-	(*ListQuotasRequest)(nil),       // 52: ballast.admin.v1.ListQuotasRequest
-	(*ListQuotasReply)(nil),         // 53: ballast.admin.v1.ListQuotasReply
-	(*SetQuotaRequest)(nil),         // 54: ballast.admin.v1.SetQuotaRequest
-	(*ClusterRequest)(nil),          // 55: ballast.admin.v1.ClusterRequest
-	(*ClusterReply)(nil),            // 56: ballast.admin.v1.ClusterReply
-	(*Controller)(nil),              // 57: ballast.admin.v1.Controller
-	(*JoinToken)(nil),               // 58: ballast.admin.v1.JoinToken
-	(*CreateJoinTokenRequest)(nil),  // 59: ballast.admin.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenReply)(nil),    // 60: ballast.admin.v1.CreateJoinTokenReply
-	(*ListJoinTokensRequest)(nil),   // 61: ballast.admin.v1.ListJoinTokensRequest
-	(*ListJoinTokensReply)(nil),     // 62: ballast.admin.v1.ListJoinTokensReply
-	(*IssueCertificateRequest)(nil), // 63: ballast.admin.v1.IssueCertificateRequest
-	(*IssueCertificateReply)(nil),   // 64: ballast.admin.v1.IssueCertificateReply
-	(*WhyRequest)(nil),              // 65: ballast.admin.v1.WhyRequest
-	(*WhyReply)(nil),                // 66: ballast.admin.v1.WhyReply
-	(*WatchRequest)(nil),            // 67: ballast.admin.v1.WatchRequest
-	(*Event)(nil),                   // 68: ballast.admin.v1.Event
-	(*AuditRequest)(nil),            // 69: ballast.admin.v1.AuditRequest
-	(*AuditEntry)(nil),              // 70: ballast.admin.v1.AuditEntry
-	(*timestamppb.Timestamp)(nil),   // 71: google.protobuf.Timestamp
+	(*ForgetPoolRequest)(nil),       // 47: ballast.admin.v1.ForgetPoolRequest
+	(*ForgetPoolReply)(nil),         // 48: ballast.admin.v1.ForgetPoolReply
+	(*ListStraysRequest)(nil),       // 49: ballast.admin.v1.ListStraysRequest
+	(*ListStraysReply)(nil),         // 50: ballast.admin.v1.ListStraysReply
+	(*Stray)(nil),                   // 51: ballast.admin.v1.Stray
+	(*Amounts)(nil),                 // 52: ballast.admin.v1.Amounts
+	(*Quota)(nil),                   // 53: ballast.admin.v1.Quota
+	(*ListQuotasRequest)(nil),       // 54: ballast.admin.v1.ListQuotasRequest
+	(*ListQuotasReply)(nil),         // 55: ballast.admin.v1.ListQuotasReply
+	(*SetQuotaRequest)(nil),         // 56: ballast.admin.v1.SetQuotaRequest
+	(*ClusterRequest)(nil),          // 57: ballast.admin.v1.ClusterRequest
+	(*ClusterReply)(nil),            // 58: ballast.admin.v1.ClusterReply
+	(*Controller)(nil),              // 59: ballast.admin.v1.Controller
+	(*JoinToken)(nil),               // 60: ballast.admin.v1.JoinToken
+	(*CreateJoinTokenRequest)(nil),  // 61: ballast.admin.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenReply)(nil),    // 62: ballast.admin.v1.CreateJoinTokenReply
+	(*ListJoinTokensRequest)(nil),   // 63: ballast.admin.v1.ListJoinTokensRequest
+	(*ListJoinTokensReply)(nil),     // 64: ballast.admin.v1.ListJoinTokensReply
+	(*IssueCertificateRequest)(nil), // 65: ballast.admin.v1.IssueCertificateRequest
+	(*IssueCertificateReply)(nil),   // 66: ballast.admin.v1.IssueCertificateReply
+	(*WhyRequest)(nil),              // 67: ballast.admin.v1.WhyRequest
+	(*WhyReply)(nil),                // 68: ballast.admin.v1.WhyReply
+	(*WatchRequest)(nil),            // 69: ballast.admin.v1.WatchRequest
+	(*Event)(nil),                   // 70: ballast.admin.v1.Event
+	(*AuditRequest)(nil),            // 71: ballast.admin.v1.AuditRequest
+	(*AuditEntry)(nil),              // 72: ballast.admin.v1.AuditEntry
+	(*timestamppb.Timestamp)(nil),   // 73: google.protobuf.Timestamp
 }
 var file_admin_proto_depIdxs = []int32{
-	71, // 0: ballast.admin.v1.VersionReply.started_at:type_name -> google.protobuf.Timestamp
+	73, // 0: ballast.admin.v1.VersionReply.started_at:type_name -> google.protobuf.Timestamp
 	4,  // 1: ballast.admin.v1.VersionReply.controllers:type_name -> ballast.admin.v1.Endpoint
 	7,  // 2: ballast.admin.v1.HealthReply.volumes:type_name -> ballast.admin.v1.VolumeHealth
 	8,  // 3: ballast.admin.v1.VolumeHealth.conditions:type_name -> ballast.admin.v1.Condition
-	71, // 4: ballast.admin.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
+	73, // 4: ballast.admin.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
 	14, // 5: ballast.admin.v1.Volume.capabilities:type_name -> ballast.admin.v1.Capability
 	15, // 6: ballast.admin.v1.Volume.replicas:type_name -> ballast.admin.v1.Replica
 	22, // 7: ballast.admin.v1.Volume.attachment:type_name -> ballast.admin.v1.Attachment
 	8,  // 8: ballast.admin.v1.Volume.conditions:type_name -> ballast.admin.v1.Condition
 	13, // 9: ballast.admin.v1.Volume.engine:type_name -> ballast.admin.v1.Engine
 	16, // 10: ballast.admin.v1.Replica.resync:type_name -> ballast.admin.v1.Resync
-	71, // 11: ballast.admin.v1.Resync.since:type_name -> google.protobuf.Timestamp
+	73, // 11: ballast.admin.v1.Resync.since:type_name -> google.protobuf.Timestamp
 	15, // 12: ballast.admin.v1.ListReplicasReply.replicas:type_name -> ballast.admin.v1.Replica
 	12, // 13: ballast.admin.v1.ListCandidatesReply.volume:type_name -> ballast.admin.v1.Volume
 	20, // 14: ballast.admin.v1.ListCandidatesReply.candidates:type_name -> ballast.admin.v1.Candidate
 	15, // 15: ballast.admin.v1.Candidate.replica:type_name -> ballast.admin.v1.Replica
-	71, // 16: ballast.admin.v1.Candidate.last_flush:type_name -> google.protobuf.Timestamp
+	73, // 16: ballast.admin.v1.Candidate.last_flush:type_name -> google.protobuf.Timestamp
 	14, // 17: ballast.admin.v1.Attachment.capability:type_name -> ballast.admin.v1.Capability
-	71, // 18: ballast.admin.v1.Attachment.since:type_name -> google.protobuf.Timestamp
+	73, // 18: ballast.admin.v1.Attachment.since:type_name -> google.protobuf.Timestamp
 	12, // 19: ballast.admin.v1.ListVolumesReply.volumes:type_name -> ballast.admin.v1.Volume
-	71, // 20: ballast.admin.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
+	73, // 20: ballast.admin.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
 	15, // 21: ballast.admin.v1.Snapshot.holders:type_name -> ballast.admin.v1.Replica
 	31, // 22: ballast.admin.v1.ListSnapshotsReply.snapshots:type_name -> ballast.admin.v1.Snapshot
-	71, // 23: ballast.admin.v1.Group.created_at:type_name -> google.protobuf.Timestamp
+	73, // 23: ballast.admin.v1.Group.created_at:type_name -> google.protobuf.Timestamp
 	31, // 24: ballast.admin.v1.Group.snapshots:type_name -> ballast.admin.v1.Snapshot
 	35, // 25: ballast.admin.v1.ListGroupsReply.groups:type_name -> ballast.admin.v1.Group
-	71, // 26: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
+	73, // 26: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
 	44, // 27: ballast.admin.v1.Node.pools:type_name -> ballast.admin.v1.Pool
 	41, // 28: ballast.admin.v1.ListDrainBlockersReply.blockers:type_name -> ballast.admin.v1.DrainBlocker
 	15, // 29: ballast.admin.v1.DrainBlocker.resyncs:type_name -> ballast.admin.v1.Replica
 	39, // 30: ballast.admin.v1.ListNodesReply.nodes:type_name -> ballast.admin.v1.Node
 	44, // 31: ballast.admin.v1.ListPoolsReply.pools:type_name -> ballast.admin.v1.Pool
-	49, // 32: ballast.admin.v1.ListStraysReply.strays:type_name -> ballast.admin.v1.Stray
-	50, // 33: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
-	50, // 34: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
-	51, // 35: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
-	57, // 36: ballast.admin.v1.ClusterReply.controllers:type_name -> ballast.admin.v1.Controller
+	51, // 32: ballast.admin.v1.ListStraysReply.strays:type_name -> ballast.admin.v1.Stray
+	52, // 33: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
+	52, // 34: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
+	53, // 35: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
+	59, // 36: ballast.admin.v1.ClusterReply.controllers:type_name -> ballast.admin.v1.Controller
 	39, // 37: ballast.admin.v1.ClusterReply.nodes:type_name -> ballast.admin.v1.Node
-	71, // 38: ballast.admin.v1.JoinToken.created_at:type_name -> google.protobuf.Timestamp
-	71, // 39: ballast.admin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	58, // 40: ballast.admin.v1.CreateJoinTokenReply.token:type_name -> ballast.admin.v1.JoinToken
+	73, // 38: ballast.admin.v1.JoinToken.created_at:type_name -> google.protobuf.Timestamp
+	73, // 39: ballast.admin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	60, // 40: ballast.admin.v1.CreateJoinTokenReply.token:type_name -> ballast.admin.v1.JoinToken
 	4,  // 41: ballast.admin.v1.CreateJoinTokenReply.controllers:type_name -> ballast.admin.v1.Endpoint
-	58, // 42: ballast.admin.v1.ListJoinTokensReply.tokens:type_name -> ballast.admin.v1.JoinToken
-	71, // 43: ballast.admin.v1.IssueCertificateReply.expires_at:type_name -> google.protobuf.Timestamp
+	60, // 42: ballast.admin.v1.ListJoinTokensReply.tokens:type_name -> ballast.admin.v1.JoinToken
+	73, // 43: ballast.admin.v1.IssueCertificateReply.expires_at:type_name -> google.protobuf.Timestamp
 	0,  // 44: ballast.admin.v1.WhyRequest.kind:type_name -> ballast.admin.v1.Kind
 	0,  // 45: ballast.admin.v1.WatchRequest.kind:type_name -> ballast.admin.v1.Kind
 	1,  // 46: ballast.admin.v1.Event.type:type_name -> ballast.admin.v1.Event.Type
@@ -5511,9 +5647,9 @@ var file_admin_proto_depIdxs = []int32{
 	31, // 48: ballast.admin.v1.Event.snapshot:type_name -> ballast.admin.v1.Snapshot
 	44, // 49: ballast.admin.v1.Event.pool:type_name -> ballast.admin.v1.Pool
 	39, // 50: ballast.admin.v1.Event.node:type_name -> ballast.admin.v1.Node
-	51, // 51: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
+	53, // 51: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
 	35, // 52: ballast.admin.v1.Event.group:type_name -> ballast.admin.v1.Group
-	71, // 53: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	73, // 53: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
 	2,  // 54: ballast.admin.v1.Admin.Version:input_type -> ballast.admin.v1.VersionRequest
 	5,  // 55: ballast.admin.v1.Admin.Health:input_type -> ballast.admin.v1.HealthRequest
 	23, // 56: ballast.admin.v1.Admin.ListVolumes:input_type -> ballast.admin.v1.ListVolumesRequest
@@ -5544,66 +5680,68 @@ var file_admin_proto_depIdxs = []int32{
 	10, // 81: ballast.admin.v1.Admin.RemoveNode:input_type -> ballast.admin.v1.DeleteRequest
 	45, // 82: ballast.admin.v1.Admin.ListPools:input_type -> ballast.admin.v1.ListPoolsRequest
 	9,  // 83: ballast.admin.v1.Admin.GetPool:input_type -> ballast.admin.v1.GetRequest
-	47, // 84: ballast.admin.v1.Admin.ListStrays:input_type -> ballast.admin.v1.ListStraysRequest
-	52, // 85: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
-	9,  // 86: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
-	54, // 87: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
-	10, // 88: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
-	55, // 89: ballast.admin.v1.Admin.Cluster:input_type -> ballast.admin.v1.ClusterRequest
-	10, // 90: ballast.admin.v1.Admin.RemoveController:input_type -> ballast.admin.v1.DeleteRequest
-	59, // 91: ballast.admin.v1.Admin.CreateJoinToken:input_type -> ballast.admin.v1.CreateJoinTokenRequest
-	61, // 92: ballast.admin.v1.Admin.ListJoinTokens:input_type -> ballast.admin.v1.ListJoinTokensRequest
-	10, // 93: ballast.admin.v1.Admin.RevokeJoinToken:input_type -> ballast.admin.v1.DeleteRequest
-	63, // 94: ballast.admin.v1.Admin.IssueCertificate:input_type -> ballast.admin.v1.IssueCertificateRequest
-	65, // 95: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
-	67, // 96: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
-	69, // 97: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
-	3,  // 98: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
-	6,  // 99: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
-	24, // 100: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
-	12, // 101: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
-	12, // 102: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
-	11, // 103: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
-	12, // 104: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
-	12, // 105: ballast.admin.v1.Admin.SetVolume:output_type -> ballast.admin.v1.Volume
-	12, // 106: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
-	30, // 107: ballast.admin.v1.Admin.Export:output_type -> ballast.admin.v1.ExportReply
-	18, // 108: ballast.admin.v1.Admin.ListReplicas:output_type -> ballast.admin.v1.ListReplicasReply
-	19, // 109: ballast.admin.v1.Admin.ListCandidates:output_type -> ballast.admin.v1.ListCandidatesReply
-	12, // 110: ballast.admin.v1.Admin.SalvageVolume:output_type -> ballast.admin.v1.Volume
-	33, // 111: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
-	31, // 112: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
-	31, // 113: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
-	11, // 114: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
-	37, // 115: ballast.admin.v1.Admin.ListGroups:output_type -> ballast.admin.v1.ListGroupsReply
-	35, // 116: ballast.admin.v1.Admin.GetGroup:output_type -> ballast.admin.v1.Group
-	35, // 117: ballast.admin.v1.Admin.CreateGroup:output_type -> ballast.admin.v1.Group
-	11, // 118: ballast.admin.v1.Admin.DeleteGroup:output_type -> ballast.admin.v1.DeleteReply
-	43, // 119: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
-	39, // 120: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
-	39, // 121: ballast.admin.v1.Admin.DrainNode:output_type -> ballast.admin.v1.Node
-	40, // 122: ballast.admin.v1.Admin.ListDrainBlockers:output_type -> ballast.admin.v1.ListDrainBlockersReply
-	39, // 123: ballast.admin.v1.Admin.EmptyNode:output_type -> ballast.admin.v1.Node
-	39, // 124: ballast.admin.v1.Admin.UndrainNode:output_type -> ballast.admin.v1.Node
-	11, // 125: ballast.admin.v1.Admin.RemoveNode:output_type -> ballast.admin.v1.DeleteReply
-	46, // 126: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
-	44, // 127: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
-	48, // 128: ballast.admin.v1.Admin.ListStrays:output_type -> ballast.admin.v1.ListStraysReply
-	53, // 129: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
-	51, // 130: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
-	51, // 131: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
-	11, // 132: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
-	56, // 133: ballast.admin.v1.Admin.Cluster:output_type -> ballast.admin.v1.ClusterReply
-	11, // 134: ballast.admin.v1.Admin.RemoveController:output_type -> ballast.admin.v1.DeleteReply
-	60, // 135: ballast.admin.v1.Admin.CreateJoinToken:output_type -> ballast.admin.v1.CreateJoinTokenReply
-	62, // 136: ballast.admin.v1.Admin.ListJoinTokens:output_type -> ballast.admin.v1.ListJoinTokensReply
-	11, // 137: ballast.admin.v1.Admin.RevokeJoinToken:output_type -> ballast.admin.v1.DeleteReply
-	64, // 138: ballast.admin.v1.Admin.IssueCertificate:output_type -> ballast.admin.v1.IssueCertificateReply
-	66, // 139: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
-	68, // 140: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
-	70, // 141: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
-	98, // [98:142] is the sub-list for method output_type
-	54, // [54:98] is the sub-list for method input_type
+	47, // 84: ballast.admin.v1.Admin.ForgetPool:input_type -> ballast.admin.v1.ForgetPoolRequest
+	49, // 85: ballast.admin.v1.Admin.ListStrays:input_type -> ballast.admin.v1.ListStraysRequest
+	54, // 86: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
+	9,  // 87: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
+	56, // 88: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
+	10, // 89: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
+	57, // 90: ballast.admin.v1.Admin.Cluster:input_type -> ballast.admin.v1.ClusterRequest
+	10, // 91: ballast.admin.v1.Admin.RemoveController:input_type -> ballast.admin.v1.DeleteRequest
+	61, // 92: ballast.admin.v1.Admin.CreateJoinToken:input_type -> ballast.admin.v1.CreateJoinTokenRequest
+	63, // 93: ballast.admin.v1.Admin.ListJoinTokens:input_type -> ballast.admin.v1.ListJoinTokensRequest
+	10, // 94: ballast.admin.v1.Admin.RevokeJoinToken:input_type -> ballast.admin.v1.DeleteRequest
+	65, // 95: ballast.admin.v1.Admin.IssueCertificate:input_type -> ballast.admin.v1.IssueCertificateRequest
+	67, // 96: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
+	69, // 97: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
+	71, // 98: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
+	3,  // 99: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
+	6,  // 100: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
+	24, // 101: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
+	12, // 102: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
+	12, // 103: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
+	11, // 104: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
+	12, // 105: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
+	12, // 106: ballast.admin.v1.Admin.SetVolume:output_type -> ballast.admin.v1.Volume
+	12, // 107: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
+	30, // 108: ballast.admin.v1.Admin.Export:output_type -> ballast.admin.v1.ExportReply
+	18, // 109: ballast.admin.v1.Admin.ListReplicas:output_type -> ballast.admin.v1.ListReplicasReply
+	19, // 110: ballast.admin.v1.Admin.ListCandidates:output_type -> ballast.admin.v1.ListCandidatesReply
+	12, // 111: ballast.admin.v1.Admin.SalvageVolume:output_type -> ballast.admin.v1.Volume
+	33, // 112: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
+	31, // 113: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
+	31, // 114: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
+	11, // 115: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
+	37, // 116: ballast.admin.v1.Admin.ListGroups:output_type -> ballast.admin.v1.ListGroupsReply
+	35, // 117: ballast.admin.v1.Admin.GetGroup:output_type -> ballast.admin.v1.Group
+	35, // 118: ballast.admin.v1.Admin.CreateGroup:output_type -> ballast.admin.v1.Group
+	11, // 119: ballast.admin.v1.Admin.DeleteGroup:output_type -> ballast.admin.v1.DeleteReply
+	43, // 120: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
+	39, // 121: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
+	39, // 122: ballast.admin.v1.Admin.DrainNode:output_type -> ballast.admin.v1.Node
+	40, // 123: ballast.admin.v1.Admin.ListDrainBlockers:output_type -> ballast.admin.v1.ListDrainBlockersReply
+	39, // 124: ballast.admin.v1.Admin.EmptyNode:output_type -> ballast.admin.v1.Node
+	39, // 125: ballast.admin.v1.Admin.UndrainNode:output_type -> ballast.admin.v1.Node
+	11, // 126: ballast.admin.v1.Admin.RemoveNode:output_type -> ballast.admin.v1.DeleteReply
+	46, // 127: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
+	44, // 128: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
+	48, // 129: ballast.admin.v1.Admin.ForgetPool:output_type -> ballast.admin.v1.ForgetPoolReply
+	50, // 130: ballast.admin.v1.Admin.ListStrays:output_type -> ballast.admin.v1.ListStraysReply
+	55, // 131: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
+	53, // 132: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
+	53, // 133: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
+	11, // 134: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
+	58, // 135: ballast.admin.v1.Admin.Cluster:output_type -> ballast.admin.v1.ClusterReply
+	11, // 136: ballast.admin.v1.Admin.RemoveController:output_type -> ballast.admin.v1.DeleteReply
+	62, // 137: ballast.admin.v1.Admin.CreateJoinToken:output_type -> ballast.admin.v1.CreateJoinTokenReply
+	64, // 138: ballast.admin.v1.Admin.ListJoinTokens:output_type -> ballast.admin.v1.ListJoinTokensReply
+	11, // 139: ballast.admin.v1.Admin.RevokeJoinToken:output_type -> ballast.admin.v1.DeleteReply
+	66, // 140: ballast.admin.v1.Admin.IssueCertificate:output_type -> ballast.admin.v1.IssueCertificateReply
+	68, // 141: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
+	70, // 142: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
+	72, // 143: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
+	99, // [99:144] is the sub-list for method output_type
+	54, // [54:99] is the sub-list for method input_type
 	54, // [54:54] is the sub-list for extension type_name
 	54, // [54:54] is the sub-list for extension extendee
 	0,  // [0:54] is the sub-list for field type_name
@@ -5615,8 +5753,8 @@ func file_admin_proto_init() {
 		return
 	}
 	file_admin_proto_msgTypes[25].OneofWrappers = []any{}
-	file_admin_proto_msgTypes[52].OneofWrappers = []any{}
-	file_admin_proto_msgTypes[66].OneofWrappers = []any{
+	file_admin_proto_msgTypes[54].OneofWrappers = []any{}
+	file_admin_proto_msgTypes[68].OneofWrappers = []any{
 		(*Event_Volume)(nil),
 		(*Event_Snapshot)(nil),
 		(*Event_Pool)(nil),
@@ -5630,7 +5768,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   69,
+			NumMessages:   71,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

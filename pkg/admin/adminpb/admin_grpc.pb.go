@@ -54,6 +54,7 @@ const (
 	Admin_RemoveNode_FullMethodName        = "/ballast.admin.v1.Admin/RemoveNode"
 	Admin_ListPools_FullMethodName         = "/ballast.admin.v1.Admin/ListPools"
 	Admin_GetPool_FullMethodName           = "/ballast.admin.v1.Admin/GetPool"
+	Admin_ForgetPool_FullMethodName        = "/ballast.admin.v1.Admin/ForgetPool"
 	Admin_ListStrays_FullMethodName        = "/ballast.admin.v1.Admin/ListStrays"
 	Admin_ListQuotas_FullMethodName        = "/ballast.admin.v1.Admin/ListQuotas"
 	Admin_GetQuota_FullMethodName          = "/ballast.admin.v1.Admin/GetQuota"
@@ -121,6 +122,8 @@ type AdminClient interface {
 	RemoveNode(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteReply, error)
 	ListPools(ctx context.Context, in *ListPoolsRequest, opts ...grpc.CallOption) (*ListPoolsReply, error)
 	GetPool(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*Pool, error)
+	// ForgetPool forgets a pool whose disk is gone for good, and what was on it. An open pool is refused.
+	ForgetPool(ctx context.Context, in *ForgetPoolRequest, opts ...grpc.CallOption) (*ForgetPoolReply, error)
 	// ListStrays lists what pools hold and no record knows. Nothing deletes it by itself.
 	ListStrays(ctx context.Context, in *ListStraysRequest, opts ...grpc.CallOption) (*ListStraysReply, error)
 	ListQuotas(ctx context.Context, in *ListQuotasRequest, opts ...grpc.CallOption) (*ListQuotasReply, error)
@@ -463,6 +466,16 @@ func (c *adminClient) GetPool(ctx context.Context, in *GetRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *adminClient) ForgetPool(ctx context.Context, in *ForgetPoolRequest, opts ...grpc.CallOption) (*ForgetPoolReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ForgetPoolReply)
+	err := c.cc.Invoke(ctx, Admin_ForgetPool_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) ListStrays(ctx context.Context, in *ListStraysRequest, opts ...grpc.CallOption) (*ListStraysReply, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListStraysReply)
@@ -672,6 +685,8 @@ type AdminServer interface {
 	RemoveNode(context.Context, *DeleteRequest) (*DeleteReply, error)
 	ListPools(context.Context, *ListPoolsRequest) (*ListPoolsReply, error)
 	GetPool(context.Context, *GetRequest) (*Pool, error)
+	// ForgetPool forgets a pool whose disk is gone for good, and what was on it. An open pool is refused.
+	ForgetPool(context.Context, *ForgetPoolRequest) (*ForgetPoolReply, error)
 	// ListStrays lists what pools hold and no record knows. Nothing deletes it by itself.
 	ListStrays(context.Context, *ListStraysRequest) (*ListStraysReply, error)
 	ListQuotas(context.Context, *ListQuotasRequest) (*ListQuotasReply, error)
@@ -794,6 +809,9 @@ func (UnimplementedAdminServer) ListPools(context.Context, *ListPoolsRequest) (*
 }
 func (UnimplementedAdminServer) GetPool(context.Context, *GetRequest) (*Pool, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetPool not implemented")
+}
+func (UnimplementedAdminServer) ForgetPool(context.Context, *ForgetPoolRequest) (*ForgetPoolReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForgetPool not implemented")
 }
 func (UnimplementedAdminServer) ListStrays(context.Context, *ListStraysRequest) (*ListStraysReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListStrays not implemented")
@@ -1391,6 +1409,24 @@ func _Admin_GetPool_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ForgetPool_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForgetPoolRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ForgetPool(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ForgetPool_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ForgetPool(ctx, req.(*ForgetPoolRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_ListStrays_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListStraysRequest)
 	if err := dec(in); err != nil {
@@ -1751,6 +1787,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetPool",
 			Handler:    _Admin_GetPool_Handler,
+		},
+		{
+			MethodName: "ForgetPool",
+			Handler:    _Admin_ForgetPool_Handler,
 		},
 		{
 			MethodName: "ListStrays",
