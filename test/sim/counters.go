@@ -21,7 +21,7 @@ type Counters struct {
 	// Network.
 	Connected, Broken, Dropped, Delayed, Duplicated, Held, Late, Partitions, Isolated, OneWay, CtlCuts, CtlDowns int
 	// Nodes and disks.
-	Kills, KeptKills, PowerLosses, SitePowerLosses, Boots, Pauses, Swaps, Hangs, Full, Slow                       int
+	Kills, KeptKills, PowerLosses, SitePowerLosses, TargetsLost, Boots, Pauses, Swaps, Hangs, Full, Slow          int
 	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened, Corrupted, Rollbacks, RolledBack, Rogues int
 	// Operations.
 	CleanDetaches, Detached, ForcedDetaches, ForcedAttaches, Deletes, Salvages      int

@@ -46,6 +46,18 @@ func (w *world) strike(f fault) {
 		if w.chance(0.5) {
 			w.cutCtl(n, w.wide(20*millisecond, 2*second))
 		}
+	case faultPowerTarget:
+		// One that is being copied to loses power, and is back soon.
+		for _, v := range w.vols {
+			for i := range v.m.Members {
+				p := v.place(v.m.Members[i].ID)
+				if v.m.Members[i].Role == replication.RoleISR || p == nil || p.machine == nil || p.machine.Role() != replication.RoleSYNC || !w.chance(0.5) {
+					continue
+				}
+				w.count.TargetsLost++
+				w.powerOff(p.node)
+			}
+		}
 	case faultIsolate:
 		if g := w.vols[w.pick(len(w.vols))].current(); g != nil {
 			w.count.Isolated++

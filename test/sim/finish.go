@@ -15,6 +15,7 @@ func (w *world) heal() {
 	w.ctlDown = 0
 	p := &w.prof
 	p.drop, p.duplicate, p.tail, p.ctlLost, p.ctlAgain, p.cancel = 0, 0, 0, 0, 0, 0
+	p.think = max(p.think, 15*millisecond)
 	p.netMax, p.ctlMax, p.storeMax = min(p.netMax, 5*millisecond), min(p.ctlMax, 5*millisecond), min(p.storeMax, 3*millisecond)
 	for _, n := range w.nodes {
 		n.cut = false
@@ -63,7 +64,7 @@ func (w *world) heal() {
 // must find out, and refuse. Then the right record is restored.
 func (v *vol) rollBack() {
 	w := v.w
-	if !w.expected(v) || v.fencing || !w.chance(w.prof.rollback) {
+	if !w.expected(v) || v.fencing || v.asks > 0 || !w.chance(w.prof.rollback) {
 		return
 	}
 	for i := len(v.past) - 1; i >= 0; i-- {
@@ -75,7 +76,7 @@ func (v *vol) rollBack() {
 		w.count.Rollbacks++
 		right := v.m
 		old.Epoch, old.Revision, old.Barrier = v.m.Epoch, v.m.Revision+1, nil
-		v.m, v.rolled, v.pend = old, true, nil
+		v.m, v.first, v.log, v.rolled, v.pend = old, old, nil, true, nil
 		v.want = w.pick(len(w.nodes))
 		v.attach(w.nodes[v.want], true)
 		refused := w.count.RolledBack

@@ -5,7 +5,7 @@ package sim
 type Focus string
 
 // focusNames are those that any seed may draw.
-var focusNames = []Focus{"outage", "kept", "lease", "commit", "resync", "corrupt", "snapshot", "alone"}
+var focusNames = []Focus{"outage", "kept", "lease", "commit", "resync", "target", "corrupt", "snapshot", "alone"}
 
 // focuses are the kinds of worlds.
 var focuses = map[Focus]func(*schedule, *profile){
@@ -61,6 +61,16 @@ var focuses = map[Focus]func(*schedule, *profile){
 		p.think, p.depth, p.reads, p.opBlocks = 4*millisecond, 8, 0.1, 3
 		p.netMax, p.tail = oneOf(s, 5*millisecond, 40*millisecond), 0.02
 		p.window = 8 * extentSize
+	},
+	// Targets are restarted while they are copied to, and written to all the time.
+	"target": func(s *schedule, p *profile) {
+		p.atLeast(3, 2)
+		p.maxReplicas, p.regions = 3, max(p.regions, 5)
+		p.onlyFaults(faultPowerTarget, 4, faultPower, 1)
+		p.onlyOperations(opAdd, 2, opRemove, 1)
+		p.faultEvery, p.operateEvery = 40*millisecond, 200*millisecond
+		p.think, p.depth, p.reads, p.opBlocks, p.hotBlocks = 4*millisecond, 8, 0.1, 3, 0
+		p.netMax, p.tail, p.window = oneOf(s, 5*millisecond, 20*millisecond), oneOf(s, 0, 0.01), 2*extentSize
 	},
 	// Copies go wrong on their way to the disk, silently: nothing else does, for what is copied but not compared yet when its
 	// resync is cut short is only as good as the disk.

@@ -38,20 +38,20 @@ var focusOf = map[string]Focus{
 	"WithoutCopyDrain":            "resync",
 	"WithoutCopyLock":             "resync",
 	"WithoutCopyReadLock":         "resync",
-	"WithoutTargetUnflushed":      "resync",
+	"WithoutTargetUnflushed":      "target",
+	"WithoutTargetDrain":          "target",
 	"WithoutOwnWIL":               "resync",
 	"WithoutAdoptMissed":          "resync",
 	"WithoutHigherVersionRefusal": "rollback",
 	"WithoutVerify":               "corrupt",
-	"WithoutSealGuard":            "snapshot",
 	"WithoutSealNumber":           "snapshot",
 	"WithoutBarrierAbort":         "snapshot",
 	"WithoutLogFirst":             "alone",
 }
 
 const (
-	mutationSeeds = 20000
-	mutationTime  = 10 * time.Second
+	mutationSeeds = 10000
+	mutationTime  = 60 * time.Second
 )
 
 // TestMutation switches each rule of the protocol off, one at a time, and must find a violation.

@@ -65,6 +65,7 @@ const (
 	faultCtlDown
 	faultCorrupt
 	faultIsolate
+	faultPowerTarget
 	faults
 )
 

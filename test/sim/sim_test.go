@@ -19,7 +19,7 @@ var (
 	seeds     = flag.Int64("seeds", envInt("SIM_SEEDS", 3000), "how many seeds TestSeeds runs")
 	replay    = flag.Int64("seed", -1, "the seed that TestReplay shows")
 	without   = flag.String("without", "", "the rule that TestReplay switches off, or the only ones, with commas, that TestMutation does")
-	focus     = flag.String("focus", "", "the focus that TestReplay narrows the world to")
+	focus     = flag.String("focus", "", "the kind of world that TestSeeds and TestReplay narrow theirs to")
 	survey    = flag.Bool("survey", false, "TestSeeds goes on after failures, and lists them by kind")
 	tail      = flag.Int("tail", 60, "how many of the last lines of a failing seed's trace are shown; 0: all")
 )
@@ -106,10 +106,10 @@ func TestSeeds(t *testing.T) {
 		return
 	}
 	began := time.Now()
-	failed, failure, total, ran, events := search(Options{}, *firstSeed, *seeds, 24*time.Hour)
+	failed, failure, total, ran, events := search(Options{Focus: Focus(*focus)}, *firstSeed, *seeds, 24*time.Hour)
 	took := time.Since(began)
 	if failure != nil {
-		show(t, Options{Seed: failed}, *tail)
+		show(t, Options{Seed: failed, Focus: Focus(*focus)}, *tail)
 		t.Fatalf("seed %d: %s\nreplay: go test ./test/sim -run TestReplay -seed %d", failed, failure, failed)
 	}
 	fmt.Printf("%d seeds, %d events, %.1f s, %.0f seeds/s\n%s\n", ran, events, took.Seconds(), float64(ran)/took.Seconds(), &total)
@@ -123,7 +123,7 @@ func list(t *testing.T) {
 	kinds := map[string][]int64{}
 	first := map[string]string{}
 	for seed := *firstSeed; seed < *firstSeed+*seeds; {
-		failed, failure, _, _, _ := search(Options{}, seed, *firstSeed+*seeds-seed, 24*time.Hour)
+		failed, failure, _, _, _ := search(Options{Focus: Focus(*focus)}, seed, *firstSeed+*seeds-seed, 24*time.Hour)
 		if failure == nil {
 			break
 		}
