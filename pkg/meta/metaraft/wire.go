@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -51,7 +52,7 @@ func appendFrame(b []byte, f frame) []byte {
 	b = binary.BigEndian.AppendUint32(b, uint32(len(f.payload)))
 	b = binary.BigEndian.AppendUint64(b, f.id)
 	b = append(b, f.kind)
-	b = binary.BigEndian.AppendUint32(b, uint32(min(f.wait.Milliseconds(), 1<<31)))
+	b = binary.BigEndian.AppendUint32(b, uint32(min(f.wait.Milliseconds(), math.MaxUint32)))
 	return append(b, f.payload...)
 }
 
