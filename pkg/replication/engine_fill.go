@@ -12,6 +12,7 @@ func (e *Engine) resyncStep(m *member) {
 	if !m.ready || e.barrier != nil && e.barrier.holds() {
 		return
 	}
+	e.resizeTarget(m)
 	switch rs.stage {
 	case stageList:
 		if rs.asked == nil && rs.again != nil {
@@ -92,6 +93,27 @@ func (e *Engine) resyncStep(m *member) {
 			e.adoptMissed(m)
 		}
 	}
+}
+
+// resizeTarget gives a target the size that was exposed while it was being copied to.
+func (e *Engine) resizeTarget(m *member) {
+	rs := m.rs
+	size := e.size
+	if m.fence.Size >= size || rs.resizing || e.cfg.Rules.WithoutExpandOnFence {
+		return
+	}
+	rs.resizing = true
+	e.send(m, KindResize, nil, func(a *Message) {
+		if m.rs != rs || rs.dead {
+			return
+		}
+		rs.resizing = false
+		if a.Status != StatusOK {
+			e.dropTarget(m)
+			return
+		}
+		m.fence.Size = max(m.fence.Size, size)
+	}).Len = size
 }
 
 // copySome keeps copies under way, as many as the window allows.

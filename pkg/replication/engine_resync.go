@@ -63,6 +63,7 @@ type resync struct {
 	mismatches int
 	ops        int // copies and comparisons under way
 	flushing   bool
+	resizing   bool
 	adopted    PeerSet
 	tried      PeerSet // asked for what it missed
 	// A question to a member is under way, whose answer the resync awaits; again asks it anew if that member is lost.
@@ -229,7 +230,7 @@ func (e *Engine) pauseResync(m *member) {
 	old := *rs
 	next := old
 	rs.dead = true // for the copies under way
-	next.dead, next.ops, next.stage, next.flushing, next.passes = false, 0, stagePaused, false, 0
+	next.dead, next.ops, next.stage, next.flushing, next.resizing, next.passes = false, 0, stagePaused, false, false, 0
 	next.adopted, next.tried, next.asked, next.again = 0, 0, nil, nil
 	m.rs = &next
 	for o := e.ops.first; o != nil; o = o.next {
