@@ -1,5 +1,6 @@
 // Package sanity_test runs csi-sanity against the real daemon, with real devices and mounts: as filesystem and as raw
-// block, with controller and node on sockets of their own and together, every idempotent call ten times.
+// block, with controller and node on sockets of their own and together, on one node and on a cluster of three, every
+// idempotent call ten times.
 //
 // It needs root. What the driver advertises must not be skipped.
 package sanity_test
@@ -32,27 +33,44 @@ const (
 	secret = "c0rrecth0rsebatterystaple"
 )
 
-// configurations by name: how the volumes are used, and on which daemon.
+// place is who is asked: a controller and a node, which may be the same daemon.
+type place struct{ controller, node *harness.Daemon }
+
+// configurations by name: how the volumes are used, and where.
 var configurations = []struct {
 	name   string
-	split  bool
+	on     string
 	change func(*sanity.TestConfig)
 }{
-	{"filesystem, separate endpoints", true, func(c *sanity.TestConfig) {
+	{"filesystem, separate endpoints", "split", func(c *sanity.TestConfig) {
 		c.TestVolumeAccessType = "mount"
 	}},
-	{"raw block, separate endpoints", true, func(c *sanity.TestConfig) {
+	{"raw block, separate endpoints", "split", func(c *sanity.TestConfig) {
 		c.TestVolumeAccessType = "block"
 	}},
-	{"xfs, one endpoint", false, func(c *sanity.TestConfig) {
+	{"xfs, one endpoint", "one", func(c *sanity.TestConfig) {
 		c.TestVolumeAccessType = "mount"
 		c.TestVolumeParameters["fsType"] = "xfs"
 		c.TestVolumeParameters["blockSize"] = "512"
 	}},
-	{"btrfs, one endpoint", false, func(c *sanity.TestConfig) {
+	{"btrfs, one endpoint", "one", func(c *sanity.TestConfig) {
 		c.TestVolumeAccessType = "mount"
 		c.TestVolumeParameters["fsType"] = "btrfs"
 	}},
+	{"cluster, filesystem, three replicas", "cluster", func(c *sanity.TestConfig) {
+		c.TestVolumeAccessType = "mount"
+		replicated(c)
+	}},
+	{"cluster, raw block, three replicas", "cluster", func(c *sanity.TestConfig) {
+		c.TestVolumeAccessType = "block"
+		replicated(c)
+	}},
+}
+
+func replicated(c *sanity.TestConfig) {
+	c.TestVolumeParameters["replicas"], c.TestVolumeParameters["minInSync"] = "3", "2"
+	c.TestVolumeParameters["dataLocality"] = "preferred"
+	c.TestVolumeMutableParameters["replicas"] = "3"
 }
 
 func TestSanity(t *testing.T) {
@@ -60,14 +78,17 @@ func TestSanity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	daemons := map[bool]*harness.Daemon{true: start(t, bin, true), false: start(t, bin, false)}
+	split, one := start(t, bin, true), start(t, bin, false)
+	cluster := startCluster(t, bin)
+	// The controller that is asked is on another node than the volumes.
+	places := map[string]place{"split": {split, split}, "one": {one, one}, "cluster": {cluster[1], cluster[0]}}
+	daemons := append([]*harness.Daemon{split, one}, cluster...)
 
 	var report types.Report
 	ginkgo.ReportAfterSuite("keep the report", func(r types.Report) { report = r })
 	gomega.RegisterFailHandler(ginkgo.Fail)
 	for i, c := range configurations {
-		d := daemons[c.split]
-		config := configure(t, d, filepath.Join(d.Dir(), fmt.Sprint("c", i)))
+		config := configure(t, places[c.on], filepath.Join(places[c.on].node.Dir(), fmt.Sprint("c", i)))
 		c.change(&config)
 		ginkgo.Describe(c.name, func() {
 			s := sanity.GinkgoTest(&config)
@@ -75,14 +96,14 @@ func TestSanity(t *testing.T) {
 		})
 	}
 	suite, reporter := ginkgo.GinkgoConfiguration()
-	suite.Timeout = 15 * time.Minute
+	suite.Timeout = 18 * time.Minute
 	reporter.Succinct = true
 	if !ginkgo.RunSpecs(t, "csi-sanity", suite, reporter) {
 		for _, d := range daemons {
 			t.Logf("the end of %s:\n%s", d.LogPath(), d.LogTail(100))
 		}
 	}
-	check(t, report, daemons[true])
+	check(t, report, split)
 	for _, d := range daemons {
 		for _, leak := range d.Leaks() {
 			t.Errorf("left behind: %s", leak)
@@ -94,25 +115,26 @@ func TestSanity(t *testing.T) {
 		if strings.Contains(string(log), secret) {
 			t.Errorf("a secret is in %s", d.LogPath())
 		}
-		if !strings.Contains(string(log), "NodeStageVolume") {
-			t.Errorf("no calls are in %s: the search for secrets proves nothing", d.LogPath())
+		for _, p := range places {
+			if p.node == d && !strings.Contains(string(log), "NodeStageVolume") {
+				t.Errorf("no calls are in %s: the search for secrets proves nothing", d.LogPath())
+			}
 		}
 	}
 }
 
-// start starts a daemon in a directory of its own, for the time of the test.
-func start(t *testing.T, bin harness.Binaries, split bool) *harness.Daemon {
+// settings of every daemon.
+var settings = []string{"--log-level", "debug", "--pool-capacity", "200Gi", "--over-provision", "100"}
+
+// directory makes one for daemons, and removes it with what they left when the test has passed.
+func directory(t *testing.T, done func() error) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ballast-sanity-") // t.TempDir's names are too long for sockets
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := harness.New(harness.Options{Dir: dir, Bin: bin, Split: split, Args: []string{"--log-level", "debug", "--pool-capacity", "200Gi", "--over-provision", "100"}})
-	if err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
+		if err := done(); err != nil {
 			t.Error(err)
 		}
 		if t.Failed() {
@@ -123,20 +145,47 @@ func start(t *testing.T, bin harness.Binaries, split bool) *harness.Daemon {
 			t.Error(err)
 		}
 	})
+	return dir
+}
+
+// startCluster starts three nodes, all of them controllers.
+func startCluster(t *testing.T, bin harness.Binaries) []*harness.Daemon {
+	t.Helper()
+	var c *harness.Cluster
+	dir := directory(t, func() error { return c.Close() })
+	c, err := harness.NewCluster(harness.ClusterOptions{Dir: dir, Bin: bin, Nodes: 3, Split: true, Args: settings})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return c.Nodes()
+}
+
+// start starts a daemon in a directory of its own, for the time of the test.
+func start(t *testing.T, bin harness.Binaries, split bool) *harness.Daemon {
+	t.Helper()
+	var d *harness.Daemon
+	dir := directory(t, func() error { return d.Close() })
+	d, err := harness.New(harness.Options{Dir: dir, Bin: bin, Split: split, Args: settings})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := d.Start(t.Context()); err != nil {
 		t.Fatalf("%v\n%s", err, d.LogTail(50))
 	}
 	return d
 }
 
-func configure(t *testing.T, d *harness.Daemon, dir string) sanity.TestConfig {
+func configure(t *testing.T, p place, dir string) sanity.TestConfig {
 	t.Helper()
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	c := sanity.NewTestConfig()
-	c.Address = d.NodeSocket()
-	c.ControllerAddress = d.ControllerSocket()
+	c.Address = p.node.NodeSocket()
+	c.ControllerAddress = p.controller.ControllerSocket()
 	c.TargetPath, c.StagingPath = filepath.Join(dir, "targets"), filepath.Join(dir, "staging")
 	c.IdempotentCount = 10
 	c.TestNodeVolumeAttachLimit = true

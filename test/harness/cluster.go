@@ -24,6 +24,8 @@ type ClusterOptions struct {
 	Nodes, Controllers int
 	// Lab has the nodes' networks. Without one they are at addresses of the machine's loopback device.
 	Lab *netlab.Lab
+	// Split is as in Options.
+	Split bool
 	// Args are added to every node's command line.
 	Args []string
 }
@@ -41,7 +43,7 @@ func NewCluster(o ClusterOptions) (*Cluster, error) {
 	}
 	c := &Cluster{o: o}
 	for i := range o.Nodes {
-		d := Options{Dir: filepath.Join(o.Dir, fmt.Sprintf("n%d", i+1)), Bin: o.Bin, NodeID: fmt.Sprintf("n%d", i+1)}
+		d := Options{Dir: filepath.Join(o.Dir, fmt.Sprintf("n%d", i+1)), Bin: o.Bin, NodeID: fmt.Sprintf("n%d", i+1), Split: o.Split}
 		d.Args = append(slices.Clone(o.Args), "--listen", c.address(i))
 		if o.Lab != nil {
 			d.Wrap = func(name string, args ...string) *exec.Cmd { return o.Lab.Command(i, name, args...) }
