@@ -32,7 +32,11 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 		if err != nil {
 			return "", err
 		}
-		return s.o.Control.Why(ctx, v.ID)
+		text, err := s.o.Control.Why(ctx, v.ID)
+		if err != nil {
+			return "", err
+		}
+		return strings.TrimSpace(text + " " + whyEngine(v, s.engine(ctx, v, true))), nil
 	case adminpb.Kind_SNAPSHOT:
 		sn, err := s.resolveSnapshot(ctx, ref)
 		if err != nil {
@@ -75,6 +79,37 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 }
 
 func bytesText(n int64) string { return humanize.IBytes(uint64(max(0, n))) }
+
+// whyEngine says what the engine of a volume is doing, where that is more than serving it.
+func whyEngine(v volume.Volume, e *volume.EngineReport) string {
+	if e == nil {
+		return ""
+	}
+	var say []string
+	switch e.Phase {
+	case "fencing":
+		say = append(say, fmt.Sprintf("Its engine on node %s is making sure that no earlier one can serve it any more: seconds, once a replica that is in sync answers.", v.Owner))
+	case "committing", "marking":
+		say = append(say, fmt.Sprintf("Its engine on node %s is starting: it agrees with the controllers and the replicas on who is in sync.", v.Owner))
+	}
+	if e.Waiting > 0 {
+		say = append(say, fmt.Sprintf("%d requests of the workload are not answered yet.", e.Waiting))
+	}
+	if e.Dirty > 0 {
+		say = append(say, fmt.Sprintf("%s that were being written when the engine before it ended are compared among the replicas; they can be used meanwhile.", bytesText(e.Dirty)))
+	}
+	for _, r := range e.Resyncs {
+		text := fmt.Sprintf("Replica %s is being brought up: %s are done, %s are left", r.Replica, bytesText(r.Done), bytesText(r.Left))
+		if r.Rate > 0 {
+			text += fmt.Sprintf(", at %s/s about %s more", bytesText(r.Rate), (time.Duration(r.Left/r.Rate) * time.Second))
+		}
+		if r.Snapshots > 0 {
+			text += fmt.Sprintf(", and %d snapshots", r.Snapshots)
+		}
+		say = append(say, text+".")
+	}
+	return strings.Join(say, " ")
+}
 
 func whySnapshot(s volume.Snapshot, volumeName string) string {
 	source := "its volume is deleted, which does not affect it"
