@@ -43,7 +43,7 @@ func both(t *testing.T, f func(t *testing.T, secure bool)) {
 // TestMessages: what is sent arrives whole, in order, on the right link, with the link's names.
 func TestMessages(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {
-		const volumes, each = 5, 200
+		const volumes, each = 5, 80
 		rep := newReplica(t)
 		rep.got = make(chan replication.Message, volumes*each)
 		_, addr := serve(t, acceptor(func(_ context.Context, l *Link, v volume.ID, r volume.ReplicaID) (Handler, error) {
