@@ -2,10 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"github.com/ballast-csi/ballast/pkg/agent"
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/engine"
 	"github.com/ballast-csi/ballast/pkg/extentstore"
 	"github.com/ballast-csi/ballast/pkg/metrics"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -31,28 +34,42 @@ func (p measuredPool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID
 }
 
 // OpenReplica implements agent.Pool.
-func (p measuredPool) OpenReplica(ctx context.Context, id volume.ReplicaID) (agent.Replica, error) {
-	dev, err := p.Pool.OpenReplica(ctx, id)
+func (p measuredPool) OpenReplica(ctx context.Context, id volume.ReplicaID) (engine.Store, volume.ID, error) {
+	store, err := p.Pool.OpenReplica(ctx, id)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	for _, r := range p.Pool.Replicas() {
 		if r.ID == id {
-			forget := func() { p.metrics.Forget(r.Volume) }
-			return measuredReplica{Device: p.metrics.Device(r.Volume, dev), close: dev.Close, forget: forget}, nil
+			return &measuredReplica{Store: store, dev: p.metrics.Device(r.Volume, store), forget: func() { p.metrics.Forget(r.Volume) }}, r.Volume, nil
 		}
 	}
-	return dev, nil
+	return nil, "", errors.Join(fmt.Errorf("replica %s: %w", id, volume.ErrNotFound), store.Close())
 }
 
+// measuredReplica is an open replica whose I/O is counted.
 type measuredReplica struct {
-	block.Device
-	close  func() error
+	engine.Store
+	dev    block.Device
 	forget func()
 }
 
-// Close implements agent.Replica.
-func (r measuredReplica) Close() error {
+func (r *measuredReplica) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return r.dev.ReadAt(ctx, p, off)
+}
+
+func (r *measuredReplica) WriteAt(ctx context.Context, p []byte, off int64) error {
+	return r.dev.WriteAt(ctx, p, off)
+}
+
+func (r *measuredReplica) Zero(ctx context.Context, off, n int64) error {
+	return r.dev.Zero(ctx, off, n)
+}
+
+func (r *measuredReplica) Flush(ctx context.Context) error { return r.dev.Flush(ctx) }
+
+// Close implements engine.Store.
+func (r *measuredReplica) Close() error {
 	defer r.forget()
-	return r.close()
+	return r.Store.Close()
 }

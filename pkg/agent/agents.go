@@ -55,18 +55,25 @@ func (n *Node) DeleteReplica(ctx context.Context, node volume.NodeID, pool volum
 	if err != nil {
 		return err
 	}
-	if v := n.user(id); v != nil {
-		return fmt.Errorf("replica %s is in use by volume %s on node %s; detach that first: %w", id, v.id, node, volume.ErrInUse)
+	if err := n.unused(ctx, id); err != nil {
+		return err
 	}
 	n.endReplicaExport(id)
-	return p.DeleteReplica(ctx, id)
+	return n.host.drop(ctx, id, func() error { return p.DeleteReplica(ctx, id) })
 }
 
-// user returns the volume whose engine has a replica open.
-func (n *Node) user(id volume.ReplicaID) *vol {
+// unused returns volume.ErrInUse while a replica belongs to a volume whose engine runs on this node.
+func (n *Node) unused(ctx context.Context, id volume.ReplicaID) error {
 	for _, v := range n.all() {
-		if v.get().replica == id {
-			return v
+		i := v.get().inst
+		if i == nil || !i.member(id) {
+			continue
+		}
+		if _, err := n.learn(ctx, v, i); err != nil && !errors.Is(err, volume.ErrNotFound) {
+			return err
+		}
+		if i.member(id) && !i.over() {
+			return fmt.Errorf("replica %s is in use by volume %s on node %s; detach that first: %w", id, v.id, n.cfg.ID, volume.ErrInUse)
 		}
 	}
 	return nil
@@ -87,78 +94,7 @@ func (n *Node) ResizeReplica(ctx context.Context, node volume.NodeID, pool volum
 	if err != nil {
 		return err
 	}
-	if err := p.Resize(ctx, id, size); err != nil {
-		return err
-	}
-	user := n.user(id)
-	if user == nil {
-		return nil
-	}
-	v, err := n.acquire(ctx, user.id, false)
-	if err != nil || v == nil {
-		return err
-	}
-	defer n.release(v)
-	if v.eng == nil {
-		return nil
-	}
-	return n.resizeDevice(ctx, v)
-}
-
-// CutSnapshot implements control.Agents.
-func (n *Node) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) ([]volume.ReplicaID, error) {
-	return []volume.ReplicaID{s.Replica}, n.cutSnapshot(ctx, node, s)
-}
-
-func (n *Node) cutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
-	p, err := n.pool(node, s.Pool)
-	if err != nil {
-		return err
-	}
-	if !s.Freeze {
-		return p.Cut(ctx, s.Replica, s.ID)
-	}
-	v, err := n.acquire(ctx, s.Volume, false)
-	if err != nil {
-		return err
-	}
-	if v == nil {
-		return p.Cut(ctx, s.Replica, s.ID)
-	}
-	defer n.release(v)
-	if at := v.get(); v.eng == nil || at.anchor == "" || at.readOnly {
-		return p.Cut(ctx, s.Replica, s.ID)
-	}
-	return n.cutFrozen(ctx, v, p, s)
-}
-
-// cutFrozen cuts a snapshot while the filesystem is frozen. The freeze is recorded first: a crash within it is mended by
-// the next start.
-func (n *Node) cutFrozen(ctx context.Context, v *vol, p Pool, s control.SnapshotSpec) (err error) {
-	rec := v.rec.clone()
-	rec.Frozen = true
-	if err := n.save(v, rec); err != nil {
-		return err
-	}
-	defer func() {
-		rec := v.rec.clone()
-		rec.Frozen = false
-		err = errors.Join(err, n.save(v, rec))
-	}()
-	wait, cancel := context.WithTimeout(ctx, freezeLimit)
-	defer cancel()
-	thaw, err := n.cfg.Mounter.Freeze(wait, n.anchor(v.id), freezeHold)
-	if err != nil {
-		return fmt.Errorf("volume %s: no snapshot was cut: %w", v.id, err)
-	}
-	cut, stop := context.WithTimeout(ctx, freezeHold)
-	defer stop()
-	cutErr := p.Cut(cut, s.Replica, s.ID)
-	if err := thaw(); err != nil {
-		// Writes may have gone on before the cut: it is not what was asked for.
-		return errors.Join(fmt.Errorf("volume %s: %w", v.id, err), cutErr, p.DeleteSnapshot(context.WithoutCancel(ctx), s.ID))
-	}
-	return cutErr
+	return n.host.alone(ctx, id, func() error { return p.Resize(ctx, id, size) })
 }
 
 // DeleteSnapshot implements control.Agents.
@@ -170,39 +106,52 @@ func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volu
 	if err := n.notExported(string(id)); err != nil {
 		return err
 	}
-	return p.DeleteSnapshot(ctx, id)
+	if err := p.DeleteSnapshot(ctx, id); err != nil {
+		return err
+	}
+	n.host.forget(p, id)
+	return nil
 }
 
 // Detach implements control.Agents.
 func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (clean bool, err error) {
-	err = n.takeAway(ctx, node, id)
-	return err == nil, err
-}
-
-func (n *Node) takeAway(ctx context.Context, node volume.NodeID, id volume.ID) error {
 	if err := n.here(node); err != nil {
-		return err
+		return false, err
 	}
 	patience, cancel := context.WithTimeout(ctx, detachPatience)
 	v, err := n.acquire(patience, id, false)
 	cancel()
 	if err != nil && ctx.Err() == nil && errors.Is(err, volume.ErrBusy) {
-		// What holds the volume may wait for I/O that never ends. A detach must.
+		// What holds the volume may wait for I/O that never ends, or for an engine that never serves. A detach must not.
 		if err := n.abortDevices(ctx, id); err != nil {
-			return err
+			return false, err
+		}
+		if v, known := n.known(id); known {
+			if i := v.get().inst; i != nil {
+				if err := i.e.Close(); err != nil {
+					return false, err
+				}
+			}
 		}
 		v, err = n.acquire(ctx, id, false)
 	}
-	if err != nil || v == nil {
-		return err
+	if err != nil {
+		return false, err
+	}
+	if v == nil {
+		return n.wasClean(ctx, id), nil
 	}
 	defer n.release(v)
 	if v.eng != nil {
 		if err := n.stop(ctx, v); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return n.bury(v)
+	n.endInstance(v)
+	if err := n.bury(v); err != nil {
+		return false, err
+	}
+	return n.wasClean(ctx, id), nil
 }
 
 // stop ends the device: cleanly where nobody uses the volume, and else by failing its I/O.

@@ -1,23 +1,23 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/ballast-csi/ballast/pkg/block/throttle"
 	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// engine is an attached volume: its replica, the limits on it, and its kernel device.
-type engine struct {
-	at      volume.Replica
-	pool    Pool
-	replica Replica
+// attached is a volume's kernel device over its engine, with the limits on it.
+type attached struct {
 	dev     *throttle.Device
 	options frontend.Options
 	// path of the kernel device; readOnlyPath of a second one that refuses writes, "" when nobody needs it.
@@ -30,12 +30,6 @@ type engine struct {
 // device has a page cache of its own, which lives as long as the device: a buffered reader goes on seeing what was read
 // once, whatever a writer on the same node writes, also after it reopens. Readers with direct I/O see every write.
 func readOnlyName(id volume.ID) string { return string(id) + ".ro" }
-
-func (e *engine) closeReplica() error {
-	// An unmount and the frontend's detach have flushed; this covers the requests of raw block users.
-	err := e.dev.Flush(context.Background())
-	return errors.Join(err, e.replica.Close())
-}
 
 // attachedHere returns volume.ErrInUse unless the controllers say that the volume is attached to this node.
 func (n *Node) attachedHere(cv volume.Volume) error {
@@ -52,9 +46,18 @@ func (n *Node) attachedHere(cv volume.Volume) error {
 	return nil
 }
 
-// attach opens the volume's replica and makes its kernel device, unless that is done already. A device that died
-// meanwhile is replaced; its mounts are by whoever needs them.
-func (n *Node) attach(ctx context.Context, v *vol, cv volume.Volume, access volume.Access) error {
+// attach runs the volume's engine and makes its kernel device, unless that is done already. A device that died meanwhile is
+// replaced; its mounts are by whoever needs them.
+func (n *Node) attach(ctx context.Context, c Cluster, v *vol, cv volume.Volume, access volume.Access) error {
+	if v.inst == nil {
+		if err := n.notExported(string(cv.ID)); err != nil {
+			return err
+		}
+	}
+	i, err := n.instance(ctx, c, v, cv)
+	if err != nil {
+		return err
+	}
 	if e := v.eng; e != nil {
 		path, err := n.cfg.Frontend.Attach(ctx, string(v.id), e.dev, e.options)
 		if err == nil {
@@ -69,38 +72,23 @@ func (n *Node) attach(ctx context.Context, v *vol, cv volume.Volume, access volu
 		if err := n.abort(ctx, v); err != nil {
 			return err
 		}
+		if i, err = n.instance(ctx, c, v, cv); err != nil {
+			return err
+		}
 	}
-	e := &engine{options: frontend.Options{
+	e := &attached{dev: throttle.New(i.e), options: frontend.Options{
 		BlockSize: cv.Parameters.BlockSize,
 		// A filesystem attached read-only is mounted so; its device must be writable, for the replay of the journal.
 		ReadOnly: cv.Attachment.ReadOnly && access == volume.AccessBlock,
 	}}
-	for _, r := range cv.Replicas {
-		if r.Node == n.cfg.ID {
-			e.at, e.pool = r, n.pools[r.Pool]
-		}
-	}
-	switch {
-	case e.at.ID == "":
-		return fmt.Errorf("volume %s has no replica on node %s: %w", cv.ID, n.cfg.ID, volume.ErrUnavailable)
-	case e.pool == nil:
-		return fmt.Errorf("pool %s of volume %s is not open on node %s; bring its disk back and restart: %w", e.at.Pool, cv.ID, n.cfg.ID, volume.ErrUnavailable)
-	}
-	if err := n.notExported(string(cv.ID)); err != nil {
-		return err
-	}
-	var err error
-	if e.replica, err = e.pool.OpenReplica(ctx, e.at.ID); err != nil {
-		return fmt.Errorf("open replica of volume %s: %w", cv.ID, err)
-	}
-	e.dev = throttle.New(e.replica)
 	e.dev.SetLimits(cv.QoS)
 	if e.path, err = n.cfg.Frontend.Attach(ctx, string(v.id), e.dev, e.options); err != nil {
-		return errors.Join(fmt.Errorf("attach device of volume %s: %w", cv.ID, busy(err)), e.replica.Close())
+		n.endInstance(v)
+		return fmt.Errorf("attach device of volume %s: %w", cv.ID, busy(err))
 	}
 	v.eng = e
-	v.set(func(s *state) { s.replica, s.device = e.at.ID, e.path })
-	n.log.Info("volume attached", "volume", v.id, "device", e.path)
+	v.set(func(s *state) { s.device = e.path })
+	n.log.Info("volume attached", "volume", v.id, "device", e.path, "epoch", i.epoch)
 	return nil
 }
 
@@ -197,15 +185,12 @@ func (n *Node) clean(ctx context.Context) {
 	}
 }
 
+// closeEngine ends the engine of a device that is gone.
 func (n *Node) closeEngine(v *vol) error {
 	n.endVolumeExport(v.id)
-	e := v.eng
 	v.eng = nil
-	v.set(func(s *state) { *s = state{notRestored: s.notRestored, dead: s.dead} })
-	if err := e.closeReplica(); err != nil {
-		// The device is gone and cannot come back into this call; what was lost is the pool's to report.
-		n.log.Error("replica closed with an error", "volume", v.id, "replica", e.at.ID, "err", err)
-	}
+	v.set(func(s *state) { *s = state{inst: s.inst, failed: s.failed, notRestored: s.notRestored, dead: s.dead} })
+	n.endInstance(v)
 	n.clean(n.ctx)
 	return nil
 }
@@ -248,7 +233,7 @@ func (n *Node) mountAnchor(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 	}
 	if cv.Filesystem.Phase == volume.Blank && found.Type == "" && found.Blank {
 		// Both ends read as zeros; something may have been written between them, also to what this was cloned from.
-		written, err := v.eng.pool.Written(ctx, v.eng.at.ID)
+		written, err := n.written(ctx, v)
 		if err != nil {
 			return fmt.Errorf("volume %s: nothing is known of its contents: %w", v.id, err)
 		}
@@ -289,6 +274,34 @@ func (n *Node) mountAnchor(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 	}
 	v.set(func(s *state) { s.anchor, s.readOnly, s.notGrown = at, readOnly, "" })
 	return nil
+}
+
+// written tells whether any block of an attached volume has data. Without a replica here all of it is read.
+func (n *Node) written(ctx context.Context, v *vol) (bool, error) {
+	if i := v.inst; i.pool != nil && i.inSync(i.local.ID) {
+		return i.pool.Written(ctx, i.local.ID)
+	}
+	size := v.inst.e.Size()
+	found := errors.New("found")
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(8)
+	for off := int64(0); off < size && ctx.Err() == nil; off += replication.MaxData {
+		group.Go(func() error {
+			p := make([]byte, min(replication.MaxData, size-off))
+			if err := v.inst.e.ReadAt(ctx, p, off); err != nil {
+				return err
+			}
+			if len(bytes.TrimLeft(p, "\x00")) > 0 {
+				return found
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	if errors.Is(err, found) {
+		return true, nil
+	}
+	return false, err
 }
 
 // format makes the volume's first filesystem. The intent is durable before mkfs, the success before anybody may write:

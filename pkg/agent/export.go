@@ -96,16 +96,15 @@ func (n *Node) exported(ctx context.Context, v *vol, cv volume.Volume, e *export
 		return nbd.Export{}, nil, fmt.Errorf("volume %s is not attached and has %d replicas; take a snapshot and export that: %w", cv.ID, len(cv.Replicas), volume.ErrInUse)
 	}
 	at := cv.Replicas[0]
-	pool, err := n.pool(at.Node, at.Pool)
+	if _, err := n.pool(at.Node, at.Pool); err != nil {
+		return nbd.Export{}, nil, fmt.Errorf("volume %s: %w", cv.ID, err)
+	}
+	dev, done, err := n.host.take(ctx, at.ID)
 	if err != nil {
 		return nbd.Export{}, nil, fmt.Errorf("volume %s: %w", cv.ID, err)
 	}
-	dev, err := pool.OpenReplica(ctx, at.ID)
-	if err != nil {
-		return nbd.Export{}, nil, fmt.Errorf("open replica of volume %s: %w", cv.ID, err)
-	}
 	e.replica = at.ID
-	return nbd.Export{Device: dev}, dev.Close, nil
+	return nbd.Export{Device: dev}, done, nil
 }
 
 // ExportSnapshot serves a snapshot that a pool of this node holds, as ExportVolume does; it cannot be written. Its space

@@ -19,10 +19,14 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/block/blocktest"
+	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/engine"
 	"github.com/ballast-csi/ballast/pkg/extentstore"
 	"github.com/ballast-csi/ballast/pkg/frontend/fuseloop"
 	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/region"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -85,6 +89,31 @@ func (c *fakeCluster) ReportUsage(context.Context, volume.NodeID, control.Usage)
 	return c.down
 }
 
+// Commit implements engine.Controllers, as the state machine does.
+func (c *fakeCluster) Commit(_ context.Context, id volume.ID, change replication.Change) (replication.Membership, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.down != nil {
+		return replication.Membership{}, c.down
+	}
+	v, ok := c.volumes[id]
+	if !ok {
+		return replication.Membership{}, fmt.Errorf("volume %s: %w", id, volume.ErrNotFound)
+	}
+	n, err := command.Change(v, change)
+	if err != nil {
+		return command.Membership(v), err
+	}
+	c.volumes[id] = n
+	return command.Membership(n), nil
+}
+
+// Membership implements engine.Controllers.
+func (c *fakeCluster) Membership(ctx context.Context, id volume.ID) (replication.Membership, error) {
+	v, err := c.Volume(ctx, id)
+	return command.Membership(v), err
+}
+
 func (c *fakeCluster) change(id volume.ID, fn func(*volume.Volume)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -100,18 +129,61 @@ type filePool struct {
 	mu     sync.Mutex
 	open   map[volume.ReplicaID]*fileReplica
 	faulty map[volume.ReplicaID]*blocktest.Faulty
+	states map[volume.ReplicaID][]byte
 	// conditions are what Conditions answers.
 	conditions []volume.Condition
 }
 
+// fileReplica is the only replica of its volume: no write-intent log, and nobody is absent.
 type fileReplica struct {
 	*blocktest.Faulty
-	file *os.File
-	done func()
+	engine.Store // not there: what only volumes of several replicas need
+	pool         *filePool
+	id           volume.ReplicaID
+	file         *os.File
+}
+
+func (r *fileReplica) Size() int64 { return r.Faulty.Size() }
+func (r *fileReplica) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return r.Faulty.ReadAt(ctx, p, off)
+}
+func (r *fileReplica) WriteAt(ctx context.Context, p []byte, off int64) error {
+	return r.Faulty.WriteAt(ctx, p, off)
+}
+func (r *fileReplica) Zero(ctx context.Context, off, n int64) error {
+	return r.Faulty.Zero(ctx, off, n)
+}
+func (r *fileReplica) Flush(ctx context.Context) error { return r.Faulty.Flush(ctx) }
+
+func (r *fileReplica) State() []byte {
+	r.pool.mu.Lock()
+	defer r.pool.mu.Unlock()
+	return r.pool.states[r.id]
+}
+
+func (r *fileReplica) SetState(_ context.Context, state []byte) error {
+	r.pool.mu.Lock()
+	defer r.pool.mu.Unlock()
+	r.pool.states[r.id] = state
+	return nil
+}
+
+func (r *fileReplica) WIL() []region.Run                            { return nil }
+func (r *fileReplica) ClearWIL(context.Context, []region.Run) error { return nil }
+func (r *fileReplica) MarkWIL(context.Context, []region.Run) error  { return nil }
+func (r *fileReplica) Missed() []replication.MissedTag              { return nil }
+func (r *fileReplica) Snapshots() []replication.SealedSnapshot      { return nil }
+func (r *fileReplica) Resize(ctx context.Context, size int64) error {
+	return r.pool.Resize(ctx, r.id, size)
+}
+func (r *fileReplica) Seal(ctx context.Context, s volume.SnapshotID, _ uint64) error {
+	return r.pool.Cut(ctx, r.id, s)
 }
 
 func (r *fileReplica) Close() error {
-	r.done()
+	r.pool.mu.Lock()
+	delete(r.pool.open, r.id)
+	r.pool.mu.Unlock()
 	return r.file.Close()
 }
 
@@ -144,7 +216,7 @@ func (d fileDevice) Flush(context.Context) error { return nil }
 var _ block.Device = fileDevice{}
 
 func newFilePool(dir string) *filePool {
-	return &filePool{dir: dir, open: map[volume.ReplicaID]*fileReplica{}, faulty: map[volume.ReplicaID]*blocktest.Faulty{}}
+	return &filePool{dir: dir, open: map[volume.ReplicaID]*fileReplica{}, faulty: map[volume.ReplicaID]*blocktest.Faulty{}, states: map[volume.ReplicaID][]byte{}}
 }
 
 func (p *filePool) path(id string) string { return filepath.Join(p.dir, id) }
@@ -184,27 +256,22 @@ func (p *filePool) HasReplica(id volume.ReplicaID) bool {
 	return err == nil
 }
 
-func (p *filePool) OpenReplica(_ context.Context, id volume.ReplicaID) (Replica, error) {
+func (p *filePool) OpenReplica(_ context.Context, id volume.ReplicaID) (engine.Store, volume.ID, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.open[id] != nil {
-		return nil, fmt.Errorf("replica %s is open: %w", id, volume.ErrInUse)
+		return nil, "", fmt.Errorf("replica %s is open: %w", id, volume.ErrInUse)
 	}
 	f, err := os.OpenFile(p.path(string(id)), os.O_RDWR, 0)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	r := &fileReplica{Faulty: blocktest.NewFaulty(fileDevice{f}), file: f, done: func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		delete(p.open, id)
-	}}
-	p.open[id] = r
+	r := &fileReplica{Faulty: blocktest.NewFaulty(fileDevice{f}), pool: p, id: id, file: f}
 	if p.faulty[id] != nil {
-		r.Faulty = p.faulty[id]
-		return &fileReplica{Faulty: blocktest.NewFaulty(r.Faulty), file: f, done: r.done}, nil
+		r.Faulty = blocktest.NewFaulty(p.faulty[id])
 	}
-	return r, nil
+	p.open[id] = r
+	return r, volume.ID(strings.TrimPrefix(string(id), "rep-")), nil
 }
 
 func (p *filePool) Resize(_ context.Context, id volume.ReplicaID, size int64) error {
@@ -222,7 +289,7 @@ func (p *filePool) DeleteSnapshot(_ context.Context, id volume.SnapshotID) error
 	return os.RemoveAll(p.path(string(id)))
 }
 
-func (p *filePool) OpenSnapshot(context.Context, volume.SnapshotID) (Replica, error) {
+func (p *filePool) OpenSnapshot(context.Context, volume.SnapshotID) (Snapshot, error) {
 	return nil, fmt.Errorf("this pool opens no snapshots: %w", volume.ErrUnavailable)
 }
 
@@ -389,8 +456,9 @@ func (h *host) createFrom(id volume.ID, size int64, from volume.SnapshotID) {
 
 func (h *host) volume(id volume.ID, size int64, from volume.SnapshotID) volume.Volume {
 	v := volume.Volume{
-		ID: id, State: volume.Ready, Size: size, Parameters: volume.Parameters{BlockSize: 4096}, Replicas: []volume.Replica{h.replica(id)},
-		Attachment: &volume.Attachment{Node: nodeID},
+		ID: id, State: volume.Ready, Size: size, Parameters: volume.Parameters{BlockSize: 4096, MinInSync: 1},
+		Replicas: []volume.Replica{h.replica(id)}, Attachment: &volume.Attachment{Node: nodeID},
+		Protocol: volume.Protocol{Epoch: 1, ConfigVersion: 1, Lineage: 1, Revision: 1, Owner: nodeID, Clean: true},
 	}
 	if from != "" {
 		v.Source = &volume.Source{Snapshot: from}
@@ -411,6 +479,7 @@ func (h *host) createVolume(ctx context.Context, id volume.ID, size int64, from 
 func (h *host) cut(id volume.ID, s volume.SnapshotID, freeze bool) {
 	h.t.Helper()
 	spec := control.SnapshotSpec{ID: s, Volume: id, Replica: h.replica(id).ID, Pool: poolID, Freeze: freeze}
+	spec.Barrier = h.announce(id, s)
 	for range 2 {
 		if _, err := h.node.CutSnapshot(h.t.Context(), nodeID, spec); err != nil {
 			h.t.Fatal(err)
@@ -423,8 +492,29 @@ func (h *host) cut(id volume.ID, s volume.SnapshotID, freeze bool) {
 	h.snaps[s] = v.Filesystem
 }
 
+// announce records a snapshot that the volume's engine is to cut; without one its number is 0.
+func (h *host) announce(id volume.ID, s volume.SnapshotID) volume.Barrier {
+	h.t.Helper()
+	v, known := h.node.known(id)
+	if !known || v.get().inst == nil {
+		return volume.Barrier{}
+	}
+	m, err := h.cluster.Commit(h.t.Context(), id, replication.Change{Prepare: &replication.Prepare{Snapshot: s}})
+	if errors.Is(err, volume.ErrBusy) {
+		// The last one is not over, as far as the controllers know.
+		if m, err = h.cluster.Commit(h.t.Context(), id, replication.Change{AbortBarrier: &replication.AbortBarrier{Number: m.Barrier.Number}}); err == nil {
+			return h.announce(id, s)
+		}
+	}
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	b := m.Barrier
+	return volume.Barrier{Number: b.Number, Snapshot: b.Snapshot, Epoch: b.Epoch, ConfigVersion: b.ConfigVersion}
+}
+
 func (h *host) replica(id volume.ID) volume.Replica {
-	return volume.Replica{ID: volume.ReplicaID("rep-" + id), Node: nodeID, Pool: poolID}
+	return volume.Replica{ID: volume.ReplicaID("rep-" + id), Node: nodeID, Pool: poolID, Role: volume.InSync}
 }
 
 func fsCap(fsType string, flags ...string) volume.Capability {
@@ -474,7 +564,7 @@ func (h *host) unstage(id volume.ID, path string) {
 func (h *host) checkLeaks() {
 	h.t.Helper()
 	for _, v := range h.node.all() {
-		if v.eng != nil || !v.rec.empty() {
+		if v.eng != nil || v.inst != nil || !v.rec.empty() {
 			h.t.Errorf("volume %s is still in use: %+v", v.id, v.rec)
 		}
 	}

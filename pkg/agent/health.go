@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -69,6 +70,16 @@ func (n *Node) conditions(id volume.ID, r volume.Replica) []volume.Condition {
 		return out
 	}
 	s := v.get()
+	if s.inst != nil {
+		out = append(out, s.inst.e.Status().Conditions...)
+	}
+	if s.failed != "" {
+		c := volume.Condition{Severity: volume.Inaccessible, Reason: string(s.failed), Message: failures[s.failed]}
+		if c.Message == "" {
+			c.Message = "the volume's engine ended; restart the workloads that use it"
+		}
+		out = append(out, c)
+	}
 	if s.notRestored != "" {
 		add(volume.Inaccessible, "DeviceNotRestored", "the volume is not usable on node "+string(n.cfg.ID)+" since a restart, and is tried again: "+s.notRestored)
 	}
@@ -90,6 +101,14 @@ func (n *Node) conditions(id volume.ID, r volume.Replica) []volume.Condition {
 		add(volume.Degraded, "FilesystemErrors", "the kernel found errors in the filesystem; cut a snapshot, then restart its workload: it is checked before the next mount")
 	}
 	return out
+}
+
+// failures say what an engine's end means.
+var failures = map[replication.Reason]string{
+	replication.ReasonSuperseded: "the volume was taken from this node by force, or attached again; all I/O of its device here fails. Workloads that still use it must be restarted",
+	replication.ReasonRolledBack: "a replica knows a newer configuration than the controllers: their state was restored from an old copy. Nothing is served, so that no write is lost; " +
+		"bring the controllers' newest state back, or salvage the volume",
+	replication.ReasonLostWrites: "every replica that was left has been restarted with writes that were not flushed, as in a power cut; restart the workloads that use the volume, and its filesystem is checked before the next mount",
 }
 
 // ext4Errors is the count of errors that ext4 keeps of the filesystem on a device.

@@ -12,7 +12,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/engine"
 	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -25,6 +27,13 @@ type Config struct {
 	Frontend        Frontend
 	Mounter         *mount.Mounter
 	Logger          *slog.Logger
+	// Address of the node's API and DataAddress of its replicas, host:port, and Zone and Roles, as others are told of them.
+	Address, DataAddress, Zone string
+	Roles                      []volume.NodeRole
+	// Remote reaches the replicas of other nodes; nil where there are none.
+	Remote engine.Peers
+	// Timing of the replication protocol; the zero value is the default.
+	Timing replication.Timing
 	// ReportEvery is how often usage is reported when it changed; 0 is DefaultReportEvery.
 	ReportEvery time.Duration
 }
@@ -49,7 +58,10 @@ type Node struct {
 
 	mu     sync.Mutex
 	vols   map[volume.ID]*vol
+	past   map[volume.ID]past
 	closed bool
+
+	host replicaHost
 
 	exports exports
 }
@@ -60,7 +72,11 @@ type vol struct {
 	// lock holds one token; who took it may use rec and eng.
 	lock chan struct{}
 	rec  record
-	eng  *engine
+	// eng is the kernel device; only where there is an engine.
+	eng  *attached
+	inst *instance
+	// held is a snapshot that the volume's writes wait for.
+	held *hold
 
 	// refs counts who holds or waits for lock; guarded by Node.mu.
 	refs int
@@ -72,7 +88,9 @@ type vol struct {
 
 // state is what Conditions tells of a volume.
 type state struct {
-	replica volume.ReplicaID
+	inst *instance
+	// failed is why the engine ended; "" is fine.
+	failed replication.Reason
 	// device is "" when there is none.
 	device string
 	// anchor is "" when no filesystem is mounted.
@@ -103,14 +121,23 @@ func Open(cfg Config) (n *Node, err error) {
 	}
 	n = &Node{
 		cfg: cfg, log: cfg.Logger,
-		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, recovered: make(chan struct{}),
+		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, past: map[volume.ID]past{}, recovered: make(chan struct{}),
 	}
+	if n.cfg.Timing == (replication.Timing{}) {
+		n.cfg.Timing = replication.DefaultTiming()
+	}
+	n.host.n, n.host.m = n, map[volume.ReplicaID]*hosted{}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
 		}
 	}()
+	boot, err := randomID()
+	if err != nil {
+		return nil, err
+	}
+	n.host.boot = replication.BootID(boot)
 	for _, p := range cfg.Pools {
 		id := p.Info().ID
 		if _, ok := n.pools[id]; ok {
@@ -156,6 +183,7 @@ func (n *Node) Start(c Cluster) {
 	n.cluster.Store(&c)
 	n.wg.Go(func() { n.report(c) })
 	n.wg.Go(func() { n.restoreAll(c) })
+	n.wg.Go(func() { n.host.sweep(n.ctx) })
 }
 
 // Ready returns nil once Start was called and the restoring of what was in use before has been attempted; what could not
@@ -249,7 +277,7 @@ func (n *Node) unref(v *vol) {
 	defer n.mu.Unlock()
 	v.refs--
 	// With no references nobody holds the lock.
-	if v.refs == 0 && v.rec.empty() && v.eng == nil {
+	if v.refs == 0 && v.rec.empty() && v.inst == nil {
 		delete(n.vols, v.id)
 	}
 }
@@ -377,12 +405,11 @@ func (n *Node) Close() error {
 	n.wg.Wait()
 	for _, v := range n.all() {
 		<-v.lock
-		if v.eng != nil {
-			err = errors.Join(err, v.eng.closeReplica())
-			v.eng = nil
-		}
+		v.eng = nil
+		n.endInstance(v)
 		v.lock <- struct{}{}
 	}
+	err = errors.Join(err, n.host.closeAll())
 	n.cfg.Mounter.Close()
 	for _, p := range n.cfg.Pools {
 		err = errors.Join(err, p.Close())

@@ -15,6 +15,7 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/block/blocktest"
 	"github.com/ballast-csi/ballast/pkg/mount"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -389,7 +390,11 @@ func TestPoint26_OnlineExpand(t *testing.T) {
 			_, err := h.node.Expand(t.Context(), q)
 			wantErr(t, "before the volume is expanded", err, volume.ErrOutOfRange)
 			for range 2 {
-				if err := h.node.ResizeReplica(t.Context(), nodeID, poolID, h.replica(vol1).ID, 640*mib); err != nil {
+				intent := replication.Change{ExpandIntent: &replication.ExpandIntent{Target: 640 * mib}}
+				if _, err := h.cluster.Commit(t.Context(), vol1, intent); err != nil {
+					t.Fatal(err)
+				}
+				if err := h.node.ExpandVolume(t.Context(), h.replica(vol1), vol1, 640*mib); err != nil {
 					t.Fatal(err)
 				}
 				if got, err := h.node.Expand(t.Context(), q); err != nil || got != 640*mib {

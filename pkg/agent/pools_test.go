@@ -2,8 +2,10 @@ package agent
 
 import (
 	"context"
+	"errors"
 
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/engine"
 	"github.com/ballast-csi/ballast/pkg/extentstore"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -19,12 +21,17 @@ func (p extentPool) CreateReplica(ctx context.Context, r control.ReplicaSpec) er
 }
 
 // OpenReplica implements Pool.
-func (p extentPool) OpenReplica(ctx context.Context, id volume.ReplicaID) (Replica, error) {
-	r, err := p.Pool.OpenReplica(ctx, id)
+func (p extentPool) OpenReplica(ctx context.Context, id volume.ReplicaID) (engine.Store, volume.ID, error) {
+	s, err := p.Pool.OpenReplica(ctx, id)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return r, nil
+	for _, r := range p.Pool.Replicas() {
+		if r.ID == id {
+			return s, r.Volume, nil
+		}
+	}
+	return nil, "", errors.Join(volume.ErrNotFound, s.Close())
 }
 
 // Usage implements Pool.

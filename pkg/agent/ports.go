@@ -5,6 +5,7 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/engine"
 	"github.com/ballast-csi/ballast/pkg/frontend"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -17,6 +18,7 @@ type Cluster interface {
 	SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error
 	RegisterNode(ctx context.Context, n volume.Node) error
 	ReportUsage(ctx context.Context, node volume.NodeID, u control.Usage) error
+	engine.Controllers
 }
 
 // Frontend makes the kernel's devices.
@@ -39,15 +41,15 @@ type Pool interface {
 	CreateReplica(ctx context.Context, r control.ReplicaSpec) error
 	DeleteReplica(ctx context.Context, id volume.ReplicaID) error
 	HasReplica(id volume.ReplicaID) bool
-	// OpenReplica opens a replica, which is open once at most.
-	OpenReplica(ctx context.Context, id volume.ReplicaID) (Replica, error)
+	// OpenReplica opens a replica, which is open once at most, and says of which volume it is.
+	OpenReplica(ctx context.Context, id volume.ReplicaID) (engine.Store, volume.ID, error)
 	// Resize grows a replica, open or not; an open one has the new size when it returns.
 	Resize(ctx context.Context, id volume.ReplicaID, size int64) error
 	// Cut seals the present state of a replica, open or not.
 	Cut(ctx context.Context, id volume.ReplicaID, s volume.SnapshotID) error
 	DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error
 	// OpenSnapshot opens a snapshot, which refuses writes, and cannot be deleted before it is closed.
-	OpenSnapshot(ctx context.Context, id volume.SnapshotID) (Replica, error)
+	OpenSnapshot(ctx context.Context, id volume.SnapshotID) (Snapshot, error)
 	Extents(ctx context.Context, s, base volume.SnapshotID, offset int64, fn func(offset, length int64) error) error
 	// Written tells whether any block of a replica has data, its own or that of a layer below.
 	Written(ctx context.Context, id volume.ReplicaID) (bool, error)
@@ -58,8 +60,8 @@ type Pool interface {
 	Close() error
 }
 
-// Replica is an open replica. Close waits for requests in flight; nothing is served after it.
-type Replica = interface {
+// Snapshot is an open snapshot. Close waits for requests in flight; nothing is served after it.
+type Snapshot = interface {
 	block.Device
 	Close() error
 }

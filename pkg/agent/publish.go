@@ -97,7 +97,7 @@ func (n *Node) Publish(ctx context.Context, q Publish) error {
 
 // show makes a recorded target live, and its staging path where that is not.
 func (n *Node) show(ctx context.Context, c Cluster, v *vol, cv volume.Volume, s stage, t target) error {
-	if err := n.attach(ctx, v, cv, t.Capability.Access); err != nil {
+	if err := n.attach(ctx, c, v, cv, t.Capability.Access); err != nil {
 		return err
 	}
 	if err := n.bringUp(ctx, c, v, cv, s); err != nil {

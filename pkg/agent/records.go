@@ -25,6 +25,8 @@ const (
 type record struct {
 	Version int       `json:"version"`
 	Volume  volume.ID `json:"volume"`
+	// Epoch is that of the newest engine that served the volume here while it was staged.
+	Epoch volume.Epoch `json:"epoch,omitempty"`
 	// Frozen is set while the filesystem is frozen, so that a start after a crash thaws it.
 	Frozen  bool     `json:"frozen,omitempty"`
 	Stages  []stage  `json:"stages,omitempty"`

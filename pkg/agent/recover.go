@@ -104,7 +104,7 @@ func (n *Node) restore(c Cluster, id volume.ID) error {
 		if s.Dead {
 			continue
 		}
-		if err := n.attach(ctx, v, cv, s.Capability.Access); err != nil {
+		if err := n.attach(ctx, c, v, cv, s.Capability.Access); err != nil {
 			return err
 		}
 		if err := n.bringUp(ctx, c, v, cv, s); err != nil {

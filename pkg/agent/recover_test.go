@@ -95,6 +95,7 @@ func TestKilled(t *testing.T) {
 			t.Errorf("%s: the dead target is uncovered: %v", k.id, err)
 		}
 		h.cluster.volumes[k.id] = h.volume(k.id, 320*mib, "")
+		h.cluster.change(k.id, func(v *volume.Volume) { v.Epoch, v.ConfigVersion = 2, 2 }) // as the child left it
 		if k.c.Access == volume.AccessMount {
 			h.cluster.change(k.id, func(v *volume.Volume) {
 				v.Filesystem = volume.Filesystem{Phase: volume.Formatted, Type: k.c.FSType}
@@ -272,7 +273,7 @@ func TestFreezeGivesUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	hung.Set(blocktest.Write, blocktest.Fault{Hang: true})
-	spec := control.SnapshotSpec{ID: snap1, Volume: vol1, Replica: h.replica(vol1).ID, Pool: poolID, Freeze: true}
+	spec := control.SnapshotSpec{ID: snap1, Volume: vol1, Replica: h.replica(vol1).ID, Pool: poolID, Freeze: true, Barrier: h.announce(vol1, snap1)}
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	_, err := h.node.CutSnapshot(ctx, nodeID, spec)
@@ -347,6 +348,7 @@ func TestConditions(t *testing.T) {
 		t.Errorf("conditions %q", got)
 	}
 	h.unstage(vol1, h.w("s")) // also while the device fails for good
+	bad.Set(blocktest.Write, blocktest.Fault{})
 	h.stage(vol1, h.w("s"), fsCap("ext4"))
 	write(t, h.w("s", "file"), "repaired")
 	if got := conditions(); got != "" {

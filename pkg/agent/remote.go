@@ -2,67 +2,159 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
 // ExpandVolume implements control.Agents.
 func (n *Node) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error {
-	return n.ResizeReplica(ctx, r.Node, r.Pool, r.ID, size)
+	v, i, err := n.engineOf(ctx, r.Node, id)
+	if err != nil {
+		return err
+	}
+	defer n.release(v)
+	if _, err := n.learn(ctx, v, i); err != nil {
+		return err
+	}
+	if err := i.grown(ctx, size); err != nil {
+		return fmt.Errorf("volume %s is not grown yet (%s): %w: %w", id, why(i.e.Status()), err, volume.ErrUnavailable)
+	}
+	if v.eng == nil {
+		return nil
+	}
+	return n.resizeDevice(ctx, v)
 }
 
-// Fence implements control.Agents. A replica is written by this node's own device only: there is nothing to refuse where
-// none uses it, and no lease.
-func (n *Node) Fence(_ context.Context, r volume.Replica, id volume.ID, _ volume.Epoch) (time.Duration, error) {
-	p, err := n.pool(r.Node, r.Pool)
+// growLook is how often it is looked whether an engine exposes a size.
+const growLook = 5 * time.Millisecond
+
+// grown waits until the engine exposes a size.
+func (i *instance) grown(ctx context.Context, size int64) error {
+	tick := time.NewTicker(growLook)
+	defer tick.Stop()
+	for i.e.Size() < size {
+		select {
+		case <-tick.C:
+		case <-i.e.Over():
+			return i.e.Live(ctx)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// Fence implements control.Agents.
+func (n *Node) Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (time.Duration, error) {
+	if _, err := n.pool(r.Node, r.Pool); err != nil {
+		return 0, err
+	}
+	answers := make(chan replication.Message, 1)
+	ended := make(chan error, 1)
+	c, err := n.Connect(ctx, id, r.ID, func(m *replication.Message) { answers <- *m }, func(err error) { ended <- err })
 	if err != nil {
 		return 0, err
 	}
-	if !p.HasReplica(r.ID) {
-		return 0, fmt.Errorf("pool %s has no replica %s: %w", r.Pool, r.ID, volume.ErrNotFound)
+	defer c.Close()
+	// A session that nobody has had: the same fence may be asked for again.
+	c.Send(&replication.Message{
+		Kind: replication.KindFence, Volume: id, Replica: r.ID, Epoch: epoch, Session: replication.Session(time.Now().UnixNano()), Op: 1,
+	})
+	select {
+	case a := <-answers:
+		switch {
+		case a.Status == replication.StatusOK && a.Fence != nil:
+			return time.Duration(a.Fence.LeaseLeft), nil
+		case a.Status == replication.StatusStaleEpoch:
+			// It refuses that already, and for how long its last engine is served is not said.
+			return time.Duration(n.cfg.Timing.Lease + n.cfg.Timing.LeaseMargin), nil
+		}
+		return 0, fmt.Errorf("replica %s cannot be fenced (%v): %w", r.ID, a.Status, volume.ErrUnavailable)
+	case err := <-ended:
+		return 0, err
+	case <-ctx.Done():
+		return 0, fmt.Errorf("replica %s has I/O under way that does not end: %w: %w", r.ID, ctx.Err(), volume.ErrUnavailable)
 	}
-	if n.user(r.ID) != nil {
-		return 0, fmt.Errorf("replica %s is in use by volume %s on node %s; detach that: %w", r.ID, id, n.cfg.ID, volume.ErrBusy)
-	}
-	return 0, nil
+}
+
+var roles = map[replication.Role]volume.ReplicaRole{
+	replication.RoleISR: volume.InSync, replication.RoleSTALE: volume.Stale, replication.RoleSYNC: volume.Filling, replication.RoleNEW: volume.Filling,
 }
 
 // Inspect implements control.Agents.
-func (n *Node) Inspect(_ context.Context, r volume.Replica, _ volume.ID) (control.ReplicaReport, error) {
-	p, err := n.pool(r.Node, r.Pool)
+func (n *Node) Inspect(ctx context.Context, r volume.Replica, _ volume.ID) (control.ReplicaReport, error) {
+	if _, err := n.pool(r.Node, r.Pool); err != nil {
+		return control.ReplicaReport{}, err
+	}
+	x, err := n.host.find(ctx, r.ID)
+	if errors.Is(err, volume.ErrNotFound) {
+		return control.ReplicaReport{}, nil
+	}
 	if err != nil {
 		return control.ReplicaReport{}, err
 	}
-	return control.ReplicaReport{Present: p.HasReplica(r.ID), Role: r.Role}, nil
-}
-
-// oneReplica is what this node answers where several replicas are to act together.
-func (n *Node) oneReplica(node volume.NodeID, id volume.ID) error {
-	if err := n.here(node); err != nil {
-		return err
+	defer x.unlock()
+	if err := n.host.open(ctx, x); err != nil {
+		return control.ReplicaReport{}, err
 	}
-	return fmt.Errorf("node %s runs volumes of one replica only, not %s: %w", node, id, volume.ErrUnavailable)
+	s, err := replication.ReadState(x.store.State())
+	return control.ReplicaReport{
+		Present: true, Role: roles[s.Role], Poisoned: s.Poisoned, Lineage: uint64(s.Lineage), Epoch: s.Epoch,
+		ConfigVersion: s.ConfigVersion, Size: x.store.Size(),
+	}, err
 }
 
 // OpenEngine implements control.Agents.
-func (n *Node) OpenEngine(_ context.Context, node volume.NodeID, id volume.ID, _ volume.Epoch) error {
-	return n.oneReplica(node, id)
+func (n *Node) OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, _ volume.Epoch) error {
+	v, i, err := n.engineOf(ctx, node, id)
+	if err != nil {
+		return err
+	}
+	defer n.release(v)
+	_, err = n.learn(ctx, v, i)
+	return err
 }
+
+// evictLook is how often it is looked whether a replica has left the in-sync set.
+const evictLook = 10 * time.Millisecond
 
 // Evict implements control.Agents.
-func (n *Node) Evict(_ context.Context, node volume.NodeID, id volume.ID, _ volume.ReplicaID) error {
-	return n.oneReplica(node, id)
-}
-
-// Drain implements control.Agents.
-func (n *Node) Drain(_ context.Context, node volume.NodeID, s control.SnapshotSpec) error {
-	return n.oneReplica(node, s.Volume)
-}
-
-// Release implements control.Agents.
-func (n *Node) Release(_ context.Context, node volume.NodeID, _ control.SnapshotSpec) error {
-	return n.here(node)
+func (n *Node) Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error {
+	v, i, err := n.engineOf(ctx, node, id)
+	if err != nil {
+		return err
+	}
+	defer n.release(v)
+	c, err := n.connected()
+	if err != nil {
+		return err
+	}
+	tick := time.NewTicker(evictLook)
+	defer tick.Stop()
+	for {
+		m, err := c.Membership(ctx, id)
+		if err != nil {
+			return err
+		}
+		a, there := m.Member(r)
+		switch {
+		case !there || a.Role != replication.RoleISR:
+			return nil
+		case len(m.ISR()) == 1:
+			return fmt.Errorf("replica %s is the only one of volume %s that is in sync: %w", r, id, volume.ErrInUse)
+		}
+		i.e.Evict(r)
+		select {
+		case <-tick.C:
+		case <-i.e.Over():
+			return i.e.Live(ctx)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }

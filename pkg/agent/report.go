@@ -48,7 +48,10 @@ func (n *Node) report(c Cluster) {
 	for {
 		if !registered {
 			now := time.Now()
-			err := c.RegisterNode(n.ctx, volume.Node{ID: n.cfg.ID, LastSeen: volume.Timestamp(now.UnixNano()), Pools: n.poolInfos()})
+			err := c.RegisterNode(n.ctx, volume.Node{
+				ID: n.cfg.ID, LastSeen: volume.Timestamp(now.UnixNano()), Address: n.cfg.Address, DataAddress: n.cfg.DataAddress,
+				Zone: n.cfg.Zone, Roles: n.cfg.Roles, BootID: uint64(n.host.boot), Pools: n.poolInfos(),
+			})
 			if err != nil && n.ctx.Err() == nil {
 				n.log.Warn("node is not registered yet", "err", err)
 			}

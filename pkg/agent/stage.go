@@ -74,7 +74,7 @@ func (n *Node) Stage(ctx context.Context, q Stage) error {
 		if !known.Capability.Equal(q.Capability) {
 			return fmt.Errorf("volume %s is staged at %s with another capability: %w", v.id, q.Path, volume.ErrExists)
 		}
-		if err := n.attach(ctx, v, cv, q.Capability.Access); err != nil {
+		if err := n.attach(ctx, c, v, cv, q.Capability.Access); err != nil {
 			return err
 		}
 		return n.bringUp(ctx, c, v, cv, *known)
@@ -97,7 +97,7 @@ func (n *Node) Stage(ctx context.Context, q Stage) error {
 	if err := n.save(v, rec); err != nil {
 		return err
 	}
-	if err = n.attach(ctx, v, cv, q.Capability.Access); err == nil {
+	if err = n.attach(ctx, c, v, cv, q.Capability.Access); err == nil {
 		err = n.bringUp(ctx, c, v, cv, s)
 	}
 	if err != nil {

@@ -51,24 +51,27 @@ func (e *Engine) Drain(ctx context.Context, b replication.Barrier) error {
 	}
 }
 
-// CutGroup seals what Drain holds; writes are still held.
-func (e *Engine) CutGroup(ctx context.Context, number uint64) error {
+// CutGroup seals what Drain holds, and returns who has it; writes are still held. The snapshot is good even if the barrier
+// ends by itself from then on: nothing was written between Drain and the cut.
+func (e *Engine) CutGroup(ctx context.Context, number uint64) ([]volume.ReplicaID, error) {
 	e.mu.Lock()
 	s := e.barriers[number]
 	e.mu.Unlock()
 	if s == nil {
-		return errBarrier
+		return nil, errBarrier
 	}
 	e.step(func() { e.m.Cut(now(), number) })
 	select {
 	case <-s.sealed:
-		return nil
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return s.holders, nil
 	case <-s.ended:
-		return errBarrier
+		return nil, errBarrier
 	case <-e.over:
-		return e.gone()
+		return nil, e.gone()
 	case <-ctx.Done():
-		return ctx.Err()
+		return nil, ctx.Err()
 	}
 }
 
@@ -116,6 +119,11 @@ func (e *Engine) barrierReached(f *replication.Effect) {
 	case replication.EffectDrained:
 		closeOnce(s.drained)
 	case replication.EffectSealed:
+		for _, m := range e.m.Status().Members {
+			if m.InSync {
+				s.holders = append(s.holders, m.ID)
+			}
+		}
 		closeOnce(s.sealed)
 	case replication.EffectBarrier:
 		s.ok, s.holders, s.version = f.Result == replication.ResultOK, f.Holders, f.Version

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -123,7 +124,7 @@ func (e *Engine) Reason() replication.Reason {
 
 // gone is called after the engine has ended.
 func (e *Engine) gone() error {
-	return fmt.Errorf("volume %s is not served by this engine any more (%s): %w", e.id, e.reason, block.ErrClosed)
+	return fmt.Errorf("volume %s is not served by this engine any more (%s): %w", e.id, cmp.Or(e.Reason(), "Detached"), block.ErrClosed)
 }
 
 // Detach ends the attachment: requests are refused from then on. Nil is that it is clean, all that was written being durable

@@ -241,8 +241,8 @@ func TestGroup(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	if err := e.CutGroup(t.Context(), m.Barrier.Number); err != nil {
-		t.Fatal(err)
+	if holders, err := e.CutGroup(t.Context(), m.Barrier.Number); err != nil || len(holders) != 2 {
+		t.Fatal(holders, err)
 	}
 	cut, err := e.Release(t.Context(), m.Barrier.Number)
 	if err != nil || len(cut.Holders) != 2 {
@@ -269,7 +269,7 @@ func TestGroup(t *testing.T) {
 	if err := e.WriteAt(t.Context(), make([]byte, 4096), 0); err != nil { // nobody lets it go
 		t.Fatal(err)
 	}
-	if err := e.CutGroup(t.Context(), m.Barrier.Number); !errors.Is(err, volume.ErrBusy) {
+	if _, err := e.CutGroup(t.Context(), m.Barrier.Number); !errors.Is(err, volume.ErrBusy) {
 		t.Errorf("cut after the time was over: %v", err)
 	}
 }

@@ -31,6 +31,8 @@ type Replica struct {
 	conns  map[uint64]*Conn
 	last   uint64 // connection number
 	closed bool
+	// poisoned: the machine answered so.
+	poisoned bool
 }
 
 // NewReplica serves a store. It is the store's only user until Close, which closes it.
@@ -64,6 +66,20 @@ func (r *Replica) Close() error {
 	r.cancel()
 	r.ops.Wait()
 	return r.store.Close()
+}
+
+// Conns is the number of connections.
+func (r *Replica) Conns() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.conns)
+}
+
+// Poisoned tells whether a sync has failed: nothing is served until it is closed, and opened as another life.
+func (r *Replica) Poisoned() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.poisoned
 }
 
 // Forget says that a snapshot's layer was deleted from the store.
@@ -153,6 +169,7 @@ func (r *Replica) take() *replicaEffects {
 		x := replicaEffect{ReplicaEffect: e}
 		if e.Answer {
 			x.conn = r.conns[e.Msg.Conn]
+			r.poisoned = r.poisoned || e.Msg.Status == replication.StatusPoisoned
 		}
 		l.list = append(l.list, x)
 	}
