@@ -26,11 +26,11 @@ func (v *vol) check() {
 	v.checkSnapshots()
 }
 
-// checkLost notes that the faults went too far: every disk of the in-sync set was replaced or had a sync fail. Then nothing
-// was promised, as long as nothing is served.
+// checkLost notes that the faults went too far: every disk of the in-sync set was replaced, or a sync failed on each of
+// several. Then nothing was promised, as long as nothing is served. (A single one whose sync failed holds what was flushed.)
 func (v *vol) checkLost(isr []*place) {
 	for _, p := range isr {
-		if !p.disk.syncFailed {
+		if !p.disk.syncFailed || len(v.m.ISR()) == 1 {
 			return
 		}
 	}

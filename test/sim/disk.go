@@ -156,9 +156,9 @@ func (d *disk) sync(seq uint64) {
 	d.commit()
 }
 
-func (d *disk) syncRange(first, count int, seq uint64) {
+func (d *disk) syncRange(first, count int) {
 	for i := first; i < first+count; i++ {
-		d.cells[i].sync(seq)
+		d.cells[i].sync(d.seq)
 	}
 }
 

@@ -31,7 +31,9 @@ type place struct {
 	fenced   volume.Epoch
 	session  replication.Session
 	seen     highest
-	poisoned bool // it said so, and nothing was copied to it since
+	poisoned bool // a sync failed in this life of the machine
+	// poisonedBefore: one failed in an earlier life, and nothing was copied to it since.
+	poisonedBefore bool
 	// asked are the versions of configurations that are not answered yet, by operation; version is the newest answered.
 	asked   map[uint64]volume.ConfigVersion
 	version volume.ConfigVersion
@@ -126,10 +128,13 @@ func (p *place) receive(m *replication.Message) {
 		return
 	}
 	p.w.count.Messages++
-	if m.Kind == replication.KindConfigure && m.Config != nil && m.Config.Reset && m.Epoch == p.fenced && m.Session == p.session {
-		p.poisoned = false
-	}
 	if m.Kind == replication.KindConfigure && m.Config != nil {
+		if c := m.Config; p.poisonedBefore && m.Epoch == p.fenced && m.Session == p.session {
+			if !c.Reset && c.Role == replication.RoleISR && len(c.ISR) > 1 {
+				p.w.fail("S11", "%s is made a member beside others although a sync failed on it", p.id)
+			}
+			p.poisonedBefore = false
+		}
 		p.asked[m.Op] = m.Config.ConfigVersion
 	}
 	p.machine.Receive(p.w.clockOf(p.node), m)
@@ -172,9 +177,7 @@ func (p *place) answered(m *replication.Message) {
 		p.w.fail("S12", "%s told %+v after %+v", p.id, h, s)
 	}
 	p.seen = h
-	if f.Poisoned && f.Lineage == p.v.m.Lineage { // a salvage takes even a poisoned one
-		p.poisoned = true
-	}
+	p.poisonedBefore = f.PoisonedBefore
 	if p.w.opt.Trace {
 		p.w.tracef("%s fenced by e%d session %d: role %v cfgver %d boot %x wil %v missed %v lease %dms", p.id, m.Epoch, m.Session,
 			f.Role, f.ConfigVersion, uint64(f.BootID), f.WIL, f.Missed, f.LeaseLeft/replication.Millisecond)
@@ -224,13 +227,6 @@ func (p *place) done(op *storeOp) {
 		p.running = slices.Delete(p.running, i, i+1)
 	} else {
 		return
-	}
-	if op.FUA && op.result.Status == replication.StatusOK {
-		n := op.Len
-		if op.Data != nil {
-			n = int64(len(op.Data))
-		}
-		p.disk.syncRange(int(op.Off/blockSize), int(n/blockSize), op.seq)
 	}
 	p.w.dirty = true
 	if failed := op.result.Status != replication.StatusOK; failed && (op.Kind == replication.StoreSync || op.Kind == replication.StoreSeal || op.FUA) {
@@ -372,7 +368,6 @@ func (p *place) executeWrite(op *storeOp) {
 			d.missed[string(t.Peer)] = a
 		}
 	}
-	op.seq = d.seq + uint64(count)
 	failing := d.failWrites > 0
 	if failing {
 		d.failWrites--
@@ -400,6 +395,9 @@ func (p *place) executeWrite(op *storeOp) {
 			v = binary.LittleEndian.Uint64(op.Data[i*blockSize:])
 		}
 		d.write(first+i, v)
+	}
+	if op.FUA && !failing {
+		d.syncRange(first, count)
 	}
 	if w.opt.Trace {
 		w.tracef("%s executes %s -> %d", p.id, describe(&op.StoreOp), op.result.Status)
