@@ -63,7 +63,7 @@ func (e *Engine) resyncStep(m *member) {
 		if e.underWayTo(m) && !e.cfg.Rules.WithoutTargetDrain {
 			return
 		}
-		rs.stage = stageFlush
+		rs.stage, rs.compared = stageFlush, false
 		if e.cfg.Rules.WithoutFlushBeforeAdd {
 			rs.stage = stageVerify
 			e.resyncStep(m)
@@ -76,13 +76,18 @@ func (e *Engine) resyncStep(m *member) {
 				return
 			}
 		}
-		if !rs.todo.Empty() {
+		switch {
+		case !rs.todo.Empty():
 			rs.stage = stageMirror
 			e.resyncStep(m)
-			return
+		case !m.u.Empty() && !e.cfg.Rules.WithoutFlushBeforeAdd:
+			// What was compared may have been written since the flush, over something else.
+			rs.stage, rs.compared = stageFlush, true
+			e.flushTarget(m)
+		default:
+			rs.stage = stageAdopt
+			e.adoptMissed(m)
 		}
-		rs.stage = stageAdopt
-		e.adoptMissed(m)
 	case stageAdopt:
 		if rs.asked == nil {
 			e.adoptMissed(m)
@@ -221,7 +226,12 @@ func (e *Engine) flushTarget(m *member) {
 		rs.wil.Succeed()
 		runs, _, _ := clear.Runs(0, clear.Len())
 		e.sendClear(m, upto, runs)
-		if rs.stage == stageFlush {
+		switch {
+		case rs.stage != stageFlush:
+		case rs.compared:
+			rs.stage = stageAdopt
+			e.adoptMissed(m)
+		default:
 			rs.stage = stageVerify
 		}
 	})

@@ -64,6 +64,7 @@ type resync struct {
 	ops        int // copies and comparisons under way
 	flushing   bool
 	resizing   bool
+	compared   bool // the flush under way is the one after the comparison
 	adopted    PeerSet
 	tried      PeerSet // asked for what it missed
 	// A question to a member is under way, whose answer the resync awaits; again asks it anew if that member is lost.
