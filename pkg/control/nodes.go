@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -30,6 +31,9 @@ func (s *Service) RegisterNode(ctx context.Context, n volume.Node) error {
 
 // ReportUsage takes what a node measured; it also says that the node is there. volume.ErrNotFound: it has not registered.
 func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) error {
+	if s.reportedLately(node, u) {
+		return s.propose(ctx, command.ReportUsage{Now: s.now(), Node: node, Pools: u.Pools})
+	}
 	known, err := s.measured(ctx, node)
 	if err != nil {
 		return err
@@ -52,7 +56,26 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 			return err
 		}
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reported[node] = report{u, s.o.Now()}
 	return nil
+}
+
+// report is what a node reported last, and when that was compared with the records.
+type report struct {
+	Usage
+	at time.Time
+}
+
+// lately is for how long a report that says the same as the one before is taken for a sign of life only.
+const lately = time.Minute
+
+func (s *Service) reportedLately(node volume.NodeID, u Usage) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	last, ok := s.reported[node]
+	return ok && len(s.suspects[node]) == 0 && s.o.Now().Sub(last.at) < lately && maps.Equal(last.Replicas, u.Replicas) && maps.Equal(last.Snapshots, u.Snapshots)
 }
 
 // usage is what the records know to be on a node, with the physical bytes they say.

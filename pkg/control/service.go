@@ -47,7 +47,8 @@ type Service struct {
 	// staleQoS are attached volumes whose node may not have their limits; nil until all of them have been looked at.
 	staleQoS map[volume.ID]bool
 	// offline are pools without their disk, since when that was seen.
-	offline map[volume.PoolID]time.Time
+	offline  map[volume.PoolID]time.Time
+	reported map[volume.NodeID]report
 	// strays by node; suspects were seen in one report only and may be on their way out.
 	strays, suspects map[volume.NodeID]map[string]Stray
 }
@@ -72,6 +73,7 @@ func New(store Store, agents Agents, o Options) *Service {
 	return &Service{
 		store: store, agents: agents, o: o, started: o.Now(), flights: flights{m: map[string]*flight{}},
 		strays: map[volume.NodeID]map[string]Stray{}, suspects: map[volume.NodeID]map[string]Stray{},
+		reported: map[volume.NodeID]report{},
 	}
 }
 

@@ -1,0 +1,50 @@
+package placement
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+func TestBlockers(t *testing.T) {
+	vol := func(minInSync int, replicas ...string) volume.Volume {
+		v := volume.Volume{ID: "v", State: volume.Ready, Parameters: volume.Parameters{MinInSync: minInSync}}
+		for _, r := range replicas {
+			node, role, _ := strings.Cut(r, ":")
+			v.Replicas = append(v.Replicas, volume.Replica{Node: volume.NodeID(node), Role: map[string]volume.ReplicaRole{"i": volume.InSync, "s": volume.Stale, "f": volume.Filling}[role]})
+		}
+		return v
+	}
+	deleting := vol(1, "n1:i")
+	deleting.State = volume.Deleting
+	for _, c := range []struct {
+		name string
+		v    volume.Volume
+		set  func(v *View)
+		says string // "" is no blocker
+	}{
+		{"a copy elsewhere", vol(1, "n1:i", "n2:i"), nil, ""},
+		{"not affected", vol(1, "n2:i"), nil, ""},
+		{"the only one", vol(1, "n1:i"), nil, "it has no other"},
+		{"the other is behind", vol(1, "n1:i", "n2:s"), nil, "still being brought up"},
+		{"the other is being filled", vol(1, "n1:i", "n2:f"), nil, "still being brought up"},
+		{"its own copy is behind", vol(1, "n1:s", "n2:i"), nil, ""},
+		{"the other is down", vol(1, "n1:i", "n2:i"), func(v *View) { v.Down = map[volume.NodeID]string{"n2": "it is silent"} }, "down or drained"},
+		{"the other is drained", vol(1, "n1:i", "n2:i"), func(v *View) { v.Nodes[1].State = volume.NodeDrained }, "down or drained"},
+		{"the other is being emptied", vol(1, "n1:i", "n2:i"), func(v *View) { v.Nodes[1].State = volume.NodeEmptying }, "down or drained"},
+		{"the other is unknown", vol(1, "n1:i", "n9:i"), nil, "down or drained"},
+		{"two are needed", vol(2, "n1:i", "n2:i"), nil, "1 of its replicas would be in sync, it needs 2"},
+		{"two are left", vol(2, "n1:i", "n2:i", "n3:i"), nil, ""},
+		{"being deleted", deleting, nil, ""},
+	} {
+		v := cluster(1, 1, 1)
+		if c.set != nil {
+			c.set(&v)
+		}
+		bs := Blockers(v, []volume.Volume{c.v}, "n1")
+		if (len(bs) > 0) != (c.says != "") || len(bs) > 0 && !strings.Contains(bs[0].Reason, c.says) {
+			t.Errorf("%s: %v, want %q", c.name, bs, c.says)
+		}
+	}
+}
