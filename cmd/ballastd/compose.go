@@ -55,25 +55,33 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 			parts = nil
 		}
 	}()
-	store, err := meta.Open(filepath.Join(d.cfg.dataDir, "meta"), meta.Options{Logger: d.log})
+	if d.cfg.cluster != nil {
+		return parts, d.openMember(ctx, &parts)
+	}
+	store, err := meta.Open(filepath.Join(d.cfg.dataDir, stateDir), meta.Options{Logger: d.log})
 	if err != nil {
 		return parts, err
 	}
 	parts.add(store.Close)
-
-	node, err := d.openNode(ctx)
+	node, err := d.openNode(ctx, agent.Config{})
 	if err != nil {
 		return parts, err
 	}
 	parts.add(node.Close)
-
-	service := control.New(store, node, control.Options{Logger: d.log, Audit: d.trail})
+	service := control.New(store, node, control.Options{Logger: d.log, Audit: d.trail, Engines: node})
 	node.Start(service)
 	loop := reconcile.Start(service, reconcile.Options{Logger: d.log})
 	parts.add(loop.Close)
+	return parts, d.serveControl(node, service)
+}
 
+// stateDir holds the state machine in the data directory.
+const stateDir = "meta"
+
+// serveControl opens the gate of a controller.
+func (d *daemon) serveControl(node *agent.Node, service *control.Service) error {
 	if err := d.metrics.Watch(func(ctx context.Context) (metrics.State, error) { return look(ctx, service) }); err != nil {
-		return parts, err
+		return err
 	}
 	d.cluster.Service, d.node.Node = service, node
 	d.gate.open(func(ctx context.Context) error {
@@ -82,11 +90,12 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 		}
 		return service.Ready(ctx)
 	})
-	return parts, nil
+	return nil
 }
 
 // openNode opens the pools, at once since each of them reads its map, and what makes devices and mounts of them.
-func (d *daemon) openNode(ctx context.Context) (*agent.Node, error) {
+// c has what is particular to a cluster.
+func (d *daemon) openNode(ctx context.Context, c agent.Config) (*agent.Node, error) {
 	d.gate.set("opening its pools")
 	pools := make([]agent.Pool, len(d.cfg.pools))
 	closePools := func() (err error) {
@@ -119,11 +128,10 @@ func (d *daemon) openNode(ctx context.Context) (*agent.Node, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("devices: %w", err), closePools())
 	}
+	c.ID, c.DataDir, c.RunDir, c.Logger = d.cfg.node, filepath.Join(d.cfg.dataDir, "node"), d.cfg.runDir, d.log
+	c.Pools, c.Frontend, c.Mounter = pools, front, mount.New(kmount.NewWithoutSystemd(""), d.log)
 	// The node closes what it is given, also where it cannot be opened.
-	return agent.Open(agent.Config{
-		ID: d.cfg.node, DataDir: filepath.Join(d.cfg.dataDir, "node"), RunDir: d.cfg.runDir,
-		Pools: pools, Frontend: front, Mounter: mount.New(kmount.NewWithoutSystemd(""), d.log), Logger: d.log,
-	})
+	return agent.Open(c)
 }
 
 // look reads what the metrics show.

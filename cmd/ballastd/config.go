@@ -27,10 +27,41 @@ type config struct {
 	// Socket paths; "" is not served. csi has every service.
 	csi, controller, nodeSocket, admin string
 	metrics                            string
-	pools                              []poolConfig
-	stopTimeout                        time.Duration
-	logLevel                           slog.Level
-	logFormat                          string
+	// cluster is where other nodes reach this one; nil on a lone node.
+	cluster     *clusterConfig
+	pools       []poolConfig
+	stopTimeout time.Duration
+	logLevel    slog.Level
+	logFormat   string
+}
+
+// clusterConfig is a node's place in a cluster.
+type clusterConfig struct {
+	listen, advertise endpoints
+	zone              string
+	// join is a token, "" where the node founds a cluster or has joined one; controllers are whom it asks.
+	join        string
+	controllers []string
+	// plaintext sends what is replicated in clear.
+	plaintext bool
+}
+
+// endpoints are the three addresses of a node, on adjacent ports: of the cluster API, of the controllers' log, and of
+// replicas.
+type endpoints struct{ host, api, raft, data string }
+
+// parseEndpoints reads HOST:PORT, of which PORT is the first.
+func parseEndpoints(address string) (endpoints, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return endpoints{}, err
+	}
+	first, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || first == 0 || first > 65533 {
+		return endpoints{}, fmt.Errorf("%q: the port is none of 1 to 65533; the two after it are used too", address)
+	}
+	at := func(n uint64) string { return net.JoinHostPort(host, strconv.FormatUint(first+n, 10)) }
+	return endpoints{host: host, api: at(0), raft: at(1), data: at(2)}, nil
 }
 
 // poolConfig is one pool.
@@ -61,6 +92,9 @@ func (p poolConfig) kind() volume.PoolKind {
 type settings struct {
 	file, dataDir, runDir, node                   string
 	csi, controller, nodeEndpoint, admin, metrics string
+	listen, advertise, zone, join                 string
+	controllers                                   []string
+	plaintext                                     bool
 	pools                                         []string
 	poolCapacity, reserve                         string
 	overProvision                                 float64
@@ -79,6 +113,12 @@ func addFlags(f *pflag.FlagSet) *settings {
 	f.StringVar(&s.nodeEndpoint, "node-endpoint", "", "`socket` of CSI's identity and node services")
 	f.StringVar(&s.admin, "admin-endpoint", "", "`socket` of the admin API (default: admin.sock in the run directory)")
 	f.StringVar(&s.metrics, "metrics-address", "", "`host:port` of /metrics, /healthz and /readyz over HTTP (default: not served)")
+	f.StringVar(&s.listen, "listen", "", "`host:port` at which other nodes reach this one; the two ports after it are used too (default: this node is alone). Without --join it begins a new cluster")
+	f.StringVar(&s.advertise, "advertise", "", "`host:port` that other nodes are told instead of --listen's")
+	f.StringVar(&s.join, "join", "", "`token` with which the node joins a cluster, from ballastctl cluster join-token; @FILE reads it from a file. A node that has joined passes over it")
+	f.StringSliceVar(&s.controllers, "controllers", nil, "`host:port,...` of controllers of the cluster to join, as their --listen or --advertise says")
+	f.StringVar(&s.zone, "zone", "", "`name` of what fails together with this node; replicas are spread over zones")
+	f.BoolVar(&s.plaintext, "plaintext-replication", false, "send volumes' data between nodes without TLS: faster, and readable and forgeable on the network. All nodes must agree")
 	f.StringArrayVar(&s.pools, "pool", nil, "a pool, `name=path[,option=value...]`; may be repeated. Options: capacity, reserve, over-provision; device=/dev/... makes it of a whole raw disk, mounted at path, and wipe=true lets it overwrite what the disk carries (default: default=DATA-DIR/pools/default)")
 	f.StringVar(&s.poolCapacity, "pool-capacity", "", "`size` of pools that do not say theirs (default: what their filesystem has)")
 	f.Float64Var(&s.overProvision, "over-provision", 10, "`ratio` of provisioned bytes to capacity that pools allow")
@@ -245,8 +285,66 @@ func (s *settings) check() (config, error) {
 		}
 		seen[*e.out] = e.name
 	}
+	if c.cluster, err = s.clusterConfig(); err != nil {
+		return c, err
+	}
 	c.pools, err = s.poolConfigs(c.dataDir)
 	return c, err
+}
+
+// maxToken bounds a file with a join token, in bytes.
+const maxToken = 4 << 10
+
+func (s *settings) clusterConfig() (*clusterConfig, error) {
+	if s.listen == "" {
+		for name, given := range map[string]bool{
+			"advertise": s.advertise != "", "join": s.join != "", "controllers": len(s.controllers) > 0, "zone": s.zone != "",
+			"plaintext-replication": s.plaintext,
+		} {
+			if given {
+				return nil, fmt.Errorf("%s: needs --listen, without which this node is alone", name)
+			}
+		}
+		return nil, nil
+	}
+	c := &clusterConfig{zone: s.zone, join: s.join, controllers: s.controllers, plaintext: s.plaintext}
+	var err error
+	if c.listen, err = parseEndpoints(s.listen); err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	c.advertise = c.listen
+	if s.advertise != "" {
+		if c.advertise, err = parseEndpoints(s.advertise); err != nil {
+			return nil, fmt.Errorf("advertise: %w", err)
+		}
+	}
+	if ip := net.ParseIP(c.advertise.host); c.advertise.host == "" || ip != nil && ip.IsUnspecified() {
+		return nil, fmt.Errorf("advertise: other nodes cannot reach %q; give the address that they are to use", c.advertise.api)
+	}
+	if len(c.zone) > 63 {
+		return nil, fmt.Errorf("zone: %q has %d bytes, the limit is 63", c.zone, len(c.zone))
+	}
+	for _, a := range c.controllers {
+		if _, err := parseEndpoints(a); err != nil {
+			return nil, fmt.Errorf("controllers: %w", err)
+		}
+	}
+	if file, ok := strings.CutPrefix(c.join, "@"); ok {
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, fmt.Errorf("join: %w", err)
+		}
+		defer f.Close()
+		b, err := io.ReadAll(io.LimitReader(f, maxToken))
+		if err != nil {
+			return nil, fmt.Errorf("join: %w", err)
+		}
+		c.join = strings.TrimSpace(string(b))
+	}
+	if c.join != "" && len(c.controllers) == 0 {
+		return nil, errors.New("join: needs --controllers, the addresses of the cluster's controllers")
+	}
+	return c, nil
 }
 
 // checkNode holds a node's name to what it must be as a topology value: in Kubernetes a label's.

@@ -21,6 +21,8 @@ type gate struct {
 	ready atomic.Pointer[func(context.Context) error]
 	// doing says what is waited for.
 	doing atomic.Pointer[string]
+	// nodeOnly: this process is no controller, and never lets through what is for one.
+	nodeOnly atomic.Bool
 }
 
 func newGate() *gate {
@@ -32,6 +34,12 @@ func newGate() *gate {
 func (g *gate) set(doing string) { g.doing.Store(&doing) }
 
 func (g *gate) open(ready func(context.Context) error) { g.ready.Store(&ready) }
+
+// openNode opens the gate of a node that is no controller.
+func (g *gate) openNode(ready func(context.Context) error) {
+	g.nodeOnly.Store(true)
+	g.open(ready)
+}
 
 // shut refuses calls from now on.
 func (g *gate) shut() {
@@ -51,6 +59,9 @@ func (g *gate) Ready(ctx context.Context) error {
 func (g *gate) alive(context.Context) error { return nil }
 
 func (g *gate) closed() error {
+	if g.nodeOnly.Load() && g.ready.Load() != nil {
+		return fmt.Errorf("this node is no controller of its cluster; ask on a node that is one: %w", volume.ErrUnavailable)
+	}
 	return fmt.Errorf("ballastd is %s: %w", *g.doing.Load(), volume.ErrUnavailable)
 }
 
@@ -59,7 +70,10 @@ func (g *gate) admits(method string) bool {
 	case adminpb.Admin_Version_FullMethodName, adminpb.Admin_Health_FullMethodName:
 		return true
 	}
-	return strings.HasPrefix(method, "/csi.v1.Identity/") || g.ready.Load() != nil
+	if strings.HasPrefix(method, "/csi.v1.Identity/") {
+		return true
+	}
+	return g.ready.Load() != nil && (!g.nodeOnly.Load() || strings.HasPrefix(method, "/csi.v1.Node/"))
 }
 
 // unary puts the gate behind an interceptor. What orchestrators ask for is recorded as theirs; callers of the admin API

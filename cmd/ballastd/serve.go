@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -24,6 +25,11 @@ import (
 
 // serve runs the daemon until ctx ends or something fails for good.
 func serve(ctx context.Context, cfg config, log *slog.Logger) (err error) {
+	if os.Getenv("GOMAXPROCS") == "" {
+		// Goroutines that compute (hashes, TLS) would keep the runtime from looking at the network as soon as there is one for
+		// each processor; with more threads than processors the kernel shares them out.
+		runtime.GOMAXPROCS(max(4, 2*runtime.NumCPU()))
+	}
 	if os.Getenv("GOGC") == "" {
 		// The heap is small and mostly idle: a larger one would be resident for nothing.
 		debug.SetGCPercent(50)
@@ -65,6 +71,7 @@ type daemon struct {
 
 	cluster lateCluster
 	node    lateNode
+	member  clusterAdmin
 	admin   *admin.Service
 	servers []*driver.Server
 	grpc    *grpc.Server
@@ -173,9 +180,13 @@ func (d *daemon) serveAll(group *errgroup.Group, ls listeners) error {
 		starts = append(starts, func() error { return s.Serve(l) })
 	}
 
-	d.admin = admin.New(admin.Options{
+	options := admin.Options{
 		Control: lateAdmin{&d.cluster, d.gate}, Exporter: &d.node, Audit: d.trail, Node: d.cfg.node, Version: version, Unary: unary, Stream: stream,
-	})
+	}
+	if d.cfg.cluster != nil {
+		options.Cluster = &d.member
+	}
+	d.admin = admin.New(options)
 	d.grpc = d.admin.Server()
 	starts = append(starts, func() error { return d.grpc.Serve(ls[listenAdmin]) })
 

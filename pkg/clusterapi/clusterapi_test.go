@@ -20,7 +20,7 @@ import (
 
 // recorder notes what arrives, and answers with an error when it has one.
 type recorder struct {
-	control.Agents
+	Node
 	Controller
 	got []any
 	err error
@@ -131,6 +131,9 @@ func (r *recorder) Detach(_ context.Context, n volume.NodeID, id volume.ID) (boo
 func (r *recorder) SetQoS(_ context.Context, n volume.NodeID, id volume.ID, q volume.QoS) error {
 	return r.note(n, id, q)
 }
+func (r *recorder) Engine(_ context.Context, n volume.NodeID, id volume.ID) (volume.EngineReport, error) {
+	return volume.EngineReport{Phase: "live", Epoch: 9, Resyncs: []volume.Resync{{Replica: "r", Left: 1 << 40}}}, r.note(n, id)
+}
 func (r *recorder) Conditions(_ context.Context, n volume.NodeID, at volume.Replica, id volume.ID) ([]volume.Condition, error) {
 	return []volume.Condition{{Severity: volume.Degraded, Reason: "X", Message: "y"}}, r.note(n, at, id)
 }
@@ -143,12 +146,12 @@ func (r *recorder) Extents(_ context.Context, h volume.Replica, s, base volume.S
 	return r.note(h, s, base, off)
 }
 
-// TestAgents calls every method of control.Agents: what the node gets, and what the caller gets back, is what was given.
+// TestAgents calls every method of Node: what the node gets, and what the caller gets back, is what was given.
 func TestAgents(t *testing.T) {
 	r := &recorder{}
 	cc, _ := pair(t, Services{Node: r}, pki.RoleController)
 	client := reflect.ValueOf(NewAgents(dialed{cc}))
-	port := reflect.TypeFor[control.Agents]()
+	port := reflect.TypeFor[Node]()
 	for i := range port.NumMethod() {
 		m := port.Method(i)
 		t.Run(m.Name, func(t *testing.T) {

@@ -71,7 +71,13 @@ type (
 // batchExtents bounds the extents in one message.
 const batchExtents = 4096
 
-// nodeMethods of the service, whose server is a control.Agents for one node.
+// Node is what a node answers to controllers.
+type Node interface {
+	control.Agents
+	control.Engines
+}
+
+// nodeMethods of the service, whose server is a Node.
 var nodeMethods = []grpc.MethodDesc{
 	unary(nodeService, "CreateReplica", func(a control.Agents, ctx context.Context, r *createReplica) (none, error) {
 		return none{}, a.CreateReplica(ctx, r.Node, r.Spec)
@@ -118,13 +124,16 @@ var nodeMethods = []grpc.MethodDesc{
 	unary(nodeService, "SetQoS", func(a control.Agents, ctx context.Context, r *setQoS) (none, error) {
 		return none{}, a.SetQoS(ctx, r.Node, r.Volume, r.QoS)
 	}),
+	unary(nodeService, "Engine", func(n Node, ctx context.Context, r *onVolume) (volume.EngineReport, error) {
+		return n.Engine(ctx, r.Node, r.Volume)
+	}),
 	unary(nodeService, "Conditions", func(a control.Agents, ctx context.Context, r *ofVolume) ([]volume.Condition, error) {
 		return a.Conditions(ctx, r.Node, r.Replica, r.Volume)
 	}),
 }
 
 var nodeDesc = grpc.ServiceDesc{
-	ServiceName: nodeService, HandlerType: (*control.Agents)(nil), Methods: nodeMethods,
+	ServiceName: nodeService, HandlerType: (*Node)(nil), Methods: nodeMethods,
 	Streams: []grpc.StreamDesc{{StreamName: "Extents", ServerStreams: true, Handler: serveExtents}},
 }
 
@@ -157,7 +166,7 @@ func serveExtents(srv any, s grpc.ServerStream) error {
 	return nil
 }
 
-// Agents is control.Agents by calls to the nodes.
+// Agents is control.Agents and control.Engines by calls to the nodes.
 type Agents struct{ dial Dialer }
 
 // Dialer finds the way to a node; volume.ErrUnavailable where none is known.
@@ -165,7 +174,7 @@ type Dialer interface {
 	Node(ctx context.Context, id volume.NodeID) (grpc.ClientConnInterface, error)
 }
 
-var _ control.Agents = (*Agents)(nil)
+var _ Node = (*Agents)(nil)
 
 // NewAgents returns the nodes that d finds.
 func NewAgents(d Dialer) *Agents { return &Agents{dial: d} }
@@ -248,6 +257,10 @@ func (a *Agents) SetQoS(ctx context.Context, n volume.NodeID, id volume.ID, q vo
 
 func (a *Agents) Conditions(ctx context.Context, n volume.NodeID, r volume.Replica, id volume.ID) ([]volume.Condition, error) {
 	return node[[]volume.Condition](ctx, a, n, "Conditions", &ofVolume{Node: n, Replica: r, Volume: id})
+}
+
+func (a *Agents) Engine(ctx context.Context, n volume.NodeID, id volume.ID) (volume.EngineReport, error) {
+	return node[volume.EngineReport](ctx, a, n, "Engine", &onVolume{Node: n, Volume: id})
 }
 
 func (a *Agents) Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {

@@ -15,7 +15,6 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
-	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -28,7 +27,7 @@ const (
 
 // Services of a server; what is nil is not served.
 type Services struct {
-	Node       control.Agents
+	Node       Node
 	Controller Controller
 }
 

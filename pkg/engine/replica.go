@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -361,6 +362,12 @@ func (r *Replica) hash(ctx context.Context, op *replication.StoreOp) ([]byte, er
 		return nil, err
 	}
 	defer end()
+	select {
+	case hashing <- struct{}{}:
+		defer func() { <-hashing }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	h := sha256.New()
 	b := getBuffer(int(min(op.Len, replication.MaxData)))
 	defer b.release()
@@ -374,6 +381,9 @@ func (r *Replica) hash(ctx context.Context, op *replication.StoreOp) ([]byte, er
 	}
 	return h.Sum(nil), nil
 }
+
+// hashing bounds how many hashes are computed at once: with one for each processor nothing else would run.
+var hashing = make(chan struct{}, max(1, runtime.NumCPU()/4))
 
 func isZero(p []byte) bool {
 	for len(p) > 0 {

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/ballast-csi/ballast/pkg/clusterapi"
+	"github.com/ballast-csi/ballast/pkg/pki"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+const (
+	// refreshEvery is how often the directory asks for the members, refreshSoon the least between two requests.
+	refreshEvery = 10 * time.Second
+	refreshSoon  = 500 * time.Millisecond
+)
+
+// directory knows where the nodes of the cluster are, and keeps connections to them.
+type directory struct {
+	self        volume.Node // its ID and Address
+	credentials *pki.Credentials
+	log         *slog.Logger
+	// list asks for the members.
+	list func(ctx context.Context) ([]volume.Node, error)
+	// learned is told the addresses of the other controllers when they change.
+	learned func(addresses []string)
+	// drop ends the connections of nodes that have been removed; nil before there is anything to end.
+	drop func(removed func(volume.NodeID) bool)
+
+	mu      sync.Mutex
+	nodes   map[volume.NodeID]volume.Node
+	asked   time.Time
+	removed map[volume.NodeID]bool // were members once
+	conns   map[connTo]*grpc.ClientConn
+	others  []string // addresses of other controllers
+	closing bool
+}
+
+type connTo struct {
+	node    volume.NodeID // "": any controller
+	address string
+}
+
+func newDirectory(self volume.Node, c *pki.Credentials, log *slog.Logger) *directory {
+	return &directory{self: self, credentials: c, log: log, nodes: map[volume.NodeID]volume.Node{}, removed: map[volume.NodeID]bool{}, conns: map[connTo]*grpc.ClientConn{}}
+}
+
+// dropBy says what ends the connections of nodes that were removed.
+func (d *directory) dropBy(drop func(removed func(volume.NodeID) bool)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.drop = drop
+}
+
+// run keeps the directory up to date until ctx ends.
+func (d *directory) run(ctx context.Context) {
+	for {
+		one, cancel := context.WithTimeout(ctx, refreshEvery)
+		if err := d.refresh(one); err != nil && ctx.Err() == nil {
+			d.log.Debug("the members of the cluster cannot be listed", "error", err)
+		}
+		cancel()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(refreshEvery):
+		}
+	}
+}
+
+func (d *directory) refresh(ctx context.Context) error {
+	d.mu.Lock()
+	d.asked = time.Now()
+	d.mu.Unlock()
+	nodes, err := d.list(ctx)
+	if err != nil {
+		return err
+	}
+	var others []string
+	d.mu.Lock()
+	for id := range d.nodes {
+		d.removed[id] = true
+	}
+	clear(d.nodes)
+	used := map[connTo]bool{}
+	for _, n := range nodes {
+		d.nodes[n.ID] = n
+		delete(d.removed, n.ID)
+		if n.ID != d.self.ID && n.Address != "" && slices.Contains(n.Roles, volume.RoleController) {
+			others = append(others, n.Address)
+		}
+		used[connTo{n.ID, n.Address}] = true
+	}
+	used[connTo{d.self.ID, d.self.Address}] = true
+	slices.Sort(others)
+	changed := len(others) > 0 && !slices.Equal(others, d.others)
+	if changed {
+		d.others = others
+	}
+	for to, c := range d.conns {
+		if to.node != "" && !used[to] {
+			_ = c.Close() // of a node that has moved or gone
+			delete(d.conns, to)
+		}
+	}
+	drop, removed := d.drop, maps.Clone(d.removed)
+	d.mu.Unlock()
+	if changed {
+		d.learned(others)
+	}
+	if drop != nil && len(removed) > 0 {
+		drop(func(id volume.NodeID) bool { return removed[id] })
+	}
+	return nil
+}
+
+// node returns the record of a node. One that is not known is asked for, not too often.
+func (d *directory) node(ctx context.Context, id volume.NodeID) (volume.Node, error) {
+	if id == d.self.ID {
+		return d.self, nil
+	}
+	for range 2 {
+		d.mu.Lock()
+		n, ok := d.nodes[id]
+		recent := time.Since(d.asked) < refreshSoon
+		d.mu.Unlock()
+		if ok && n.Address != "" {
+			return n, nil
+		}
+		if recent {
+			break
+		}
+		if err := d.refresh(ctx); err != nil {
+			return volume.Node{}, fmt.Errorf("where node %s is: %w: %w", id, err, volume.ErrUnavailable)
+		}
+	}
+	return volume.Node{}, fmt.Errorf("node %s has not said where it can be reached: %w", id, volume.ErrUnavailable)
+}
+
+// Node implements clusterapi.Dialer.
+func (d *directory) Node(ctx context.Context, id volume.NodeID) (grpc.ClientConnInterface, error) {
+	n, err := d.node(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return d.connect(connTo{id, n.Address}, pki.IsNode(id))
+}
+
+// controllers are connections to the controllers that are known: those that were learned, or else those that were given.
+func (d *directory) controllers(given []string) []grpc.ClientConnInterface {
+	d.mu.Lock()
+	addresses := d.others
+	d.mu.Unlock()
+	if len(addresses) == 0 {
+		addresses = given
+	}
+	var ccs []grpc.ClientConnInterface
+	for _, a := range addresses {
+		c, err := d.connect(connTo{"", a}, pki.HasRole(pki.RoleController))
+		if err != nil {
+			d.log.Warn("controller", "address", a, "error", err)
+			continue
+		}
+		ccs = append(ccs, c)
+	}
+	return ccs
+}
+
+// otherControllers are the controllers that are known.
+func (d *directory) otherControllers() []volume.Node {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var out []volume.Node
+	for _, n := range d.nodes {
+		if n.ID != d.self.ID && slices.Contains(n.Roles, volume.RoleController) {
+			out = append(out, n)
+		}
+	}
+	slices.SortFunc(out, func(a, b volume.Node) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return out
+}
+
+func (d *directory) connect(to connTo, verify pki.Verify) (grpc.ClientConnInterface, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closing {
+		return nil, fmt.Errorf("ballastd is stopping: %w", volume.ErrUnavailable)
+	}
+	if c := d.conns[to]; c != nil {
+		return c, nil
+	}
+	c, err := clusterapi.Connect(to.address, d.credentials.Client(verify))
+	if err != nil {
+		return nil, fmt.Errorf("address %q: %w: %w", to.address, err, volume.ErrUnavailable)
+	}
+	d.conns[to] = c
+	return c, nil
+}
+
+func (d *directory) close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.closing = true
+	for _, c := range d.conns {
+		_ = c.Close() // nothing is lost with it
+	}
+	return nil
+}
