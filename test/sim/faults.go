@@ -185,7 +185,7 @@ func (w *world) powerOff(n *node) {
 	w.tracef("%s loses power", n.id)
 	w.down(n, true, false)
 	life := n.life
-	w.after(w.wide(10*millisecond, 3*second), func() { w.bootAgain(n, life) })
+	w.after(w.wide(10*millisecond, w.prof.outage), func() { w.bootAgain(n, life) })
 }
 
 func (w *world) bootAgain(n *node, life uint64) {

@@ -5,7 +5,7 @@ package sim
 type Focus string
 
 // focusNames are those that any seed may draw.
-var focusNames = []Focus{"outage", "kept", "lease", "commit", "resync", "target", "corrupt", "snapshot", "alone"}
+var focusNames = []Focus{"outage", "kept", "lease", "commit", "resync", "target", "laggard", "corrupt", "snapshot", "alone"}
 
 // focuses are the kinds of worlds.
 var focuses = map[Focus]func(*schedule, *profile){
@@ -16,7 +16,9 @@ var focuses = map[Focus]func(*schedule, *profile){
 		p.onlyOperations(opFailover, 1)
 		p.faultEvery = 300 * millisecond
 		p.think, p.depth, p.reads, p.flushes, p.fua = 4*millisecond, 8, 0.5, 0.01, 0
-		p.hotBlocks, p.flushEvery = 6, 500*millisecond
+		p.outage = 100 * millisecond
+		p.regions, p.maxActive, p.hotBlocks, p.opBlocks = 10, 16, 0, 6
+		p.flushEvery, p.flushBytes, p.clearAfter = 500*millisecond, 10000*blockSize, second
 		p.storeMax = oneOf(s, 5*millisecond, 30*millisecond)
 	},
 	// Processes are killed under devices that live on, while replicas elsewhere lose power.
@@ -68,9 +70,22 @@ var focuses = map[Focus]func(*schedule, *profile){
 		p.maxReplicas, p.regions = 3, max(p.regions, 5)
 		p.onlyFaults(faultPowerTarget, 4, faultPower, 1)
 		p.onlyOperations(opAdd, 2, opRemove, 1)
-		p.faultEvery, p.operateEvery = 40*millisecond, 200*millisecond
+		p.faultEvery, p.operateEvery = 80*millisecond, 200*millisecond
 		p.think, p.depth, p.reads, p.opBlocks, p.hotBlocks = 4*millisecond, 8, 0.1, 3, 0
 		p.netMax, p.tail, p.window = oneOf(s, 5*millisecond, 20*millisecond), oneOf(s, 0, 0.01), 2*extentSize
+		p.outage = 50 * millisecond
+		p.mirrorBelow, p.flushes, p.fua = 64*extentSize, 0.01, 0
+		p.flushEvery, p.flushBytes = 500*millisecond, 10000*blockSize
+	},
+	// Messages take long, some of them very long, while replicas are added to a volume that is written to.
+	"laggard": func(s *schedule, p *profile) {
+		p.atLeast(3, 1)
+		p.maxReplicas, p.laneOrder = 3, false
+		p.onlyFaults(faultBreak, 1)
+		p.onlyOperations(opAdd, 3, opRemove, 2)
+		p.faultEvery, p.operateEvery = 300*millisecond, 80*millisecond
+		p.think, p.depth, p.reads, p.opBlocks, p.hotBlocks = 4*millisecond, 8, 0.1, 1, 0
+		p.netMax, p.tail, p.drop, p.mirrorBelow = 5*millisecond, oneOf(s, 0.02, 0.05), 0, 64*extentSize
 	},
 	// Copies go wrong on their way to the disk, silently: nothing else does, for what is copied but not compared yet when its
 	// resync is cut short is only as good as the disk.

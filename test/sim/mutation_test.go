@@ -39,7 +39,7 @@ var focusOf = map[string]Focus{
 	"WithoutCopyLock":             "resync",
 	"WithoutCopyReadLock":         "resync",
 	"WithoutTargetUnflushed":      "target",
-	"WithoutTargetDrain":          "target",
+	"WithoutTargetDrain":          "laggard",
 	"WithoutOwnWIL":               "resync",
 	"WithoutAdoptMissed":          "resync",
 	"WithoutHigherVersionRefusal": "rollback",

@@ -112,6 +112,7 @@ type profile struct {
 	operations   weights
 	keepDevice   float64
 	rollback     float64
+	outage       int64 // the longest that a node is without power
 }
 
 // oneOf draws one of the values.
@@ -152,6 +153,7 @@ func drawProfile(s *schedule, f Focus) profile {
 		operations:   make(weights, operations),
 		keepDevice:   oneOf(s, 0, 0.5, 1),
 		rollback:     0.15,
+		outage:       3 * second,
 	}
 	p.replicas = 1 + s.pick(min(3, p.nodes))
 	if s.chance(0.15) {
