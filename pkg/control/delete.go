@@ -65,6 +65,10 @@ func (s *Service) freeReplicas(ctx context.Context, v volume.Volume, rs []volume
 	if err != nil {
 		return err
 	}
+	xs, err := s.store.Snapshots(ctx, v.ID, "", 0)
+	if err != nil {
+		return err
+	}
 	errs := make([]error, len(rs))
 	var wg sync.WaitGroup
 	for i, r := range rs {
@@ -73,6 +77,8 @@ func (s *Service) freeReplicas(ctx context.Context, v volume.Volume, rs []volume
 				errs[i] = fmt.Errorf("replica %s on node %s: %s: %w", r.ID, r.Node, why, volume.ErrUnavailable)
 			} else if err := s.agents.DeleteReplica(ctx, r.Node, r.Pool, r.ID); err != nil {
 				errs[i] = fmt.Errorf("free replica %s on node %s: %w", r.ID, r.Node, err)
+			} else if err := s.freeFilledIn(ctx, xs, r); err != nil {
+				errs[i] = err
 			} else if v.State != volume.Deleting || len(rs) > 1 { // the last of a volume goes with it
 				errs[i] = s.propose(ctx, command.FreeReplica{Volume: v.ID, Replica: r.ID})
 			}
@@ -80,4 +86,18 @@ func (s *Service) freeReplicas(ctx context.Context, v volume.Volume, rs []volume
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+// freeFilledIn has a pool let go of snapshots that were filled in with a replica that leaves and that no record has there:
+// the replica left before they were counted.
+func (s *Service) freeFilledIn(ctx context.Context, xs []volume.Snapshot, r volume.Replica) error {
+	for _, x := range xs {
+		if x.State == volume.Creating || slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
+			continue
+		}
+		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, x.ID); err != nil {
+			return fmt.Errorf("free snapshot %s, filled in on node %s: %w", x.ID, r.Node, err)
+		}
+	}
+	return nil
 }

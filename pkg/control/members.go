@@ -107,6 +107,13 @@ func (s *Service) RemoveNode(ctx context.Context, id volume.NodeID) error {
 	if err == nil {
 		err = s.propose(ctx, command.RemoveNode{Node: id})
 	}
+	if err == nil {
+		s.mu.Lock()
+		delete(s.strays, id)
+		delete(s.suspects, id)
+		delete(s.reported, id)
+		s.mu.Unlock()
+	}
 	s.record(ctx, "node.remove", string(id), "", err)
 	return err
 }

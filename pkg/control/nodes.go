@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -36,6 +37,9 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 	}
 	known, err := s.measured(ctx, node)
 	if err != nil {
+		return err
+	}
+	if err := s.countFilledIn(ctx, u, known); err != nil {
 		return err
 	}
 	s.watchStrays(node, u, known)
@@ -78,14 +82,31 @@ func (s *Service) reportedLately(node volume.NodeID, u Usage) bool {
 	return ok && len(s.suspects[node]) == 0 && s.o.Now().Sub(last.at) < lately && maps.Equal(last.Replicas, u.Replicas) && maps.Equal(last.Snapshots, u.Snapshots)
 }
 
+// countFilledIn records as holders the replicas into which snapshots were filled in: one that is in sync has them whole.
+func (s *Service) countFilledIn(ctx context.Context, u Usage, known usage) error {
+	for id := range u.Snapshots {
+		r, ok := known.filled[id]
+		if !ok || r.Role != volume.InSync {
+			continue
+		}
+		if err := s.propose(ctx, command.AddHolder{Snapshot: id, Replica: r.ID}); err != nil && !errors.Is(err, volume.ErrNotFound) {
+			return err
+		}
+		known.snapshots[id] = 0
+	}
+	return nil
+}
+
 // usage is what the records know to be on a node, with the physical bytes they say.
 type usage struct {
 	replicas  map[volume.ReplicaID]int64
 	snapshots map[volume.SnapshotID]int64
+	// filled are the replicas there of volumes whose snapshots the node does not hold by the records: they may be filled in.
+	filled map[volume.SnapshotID]volume.Replica
 }
 
 func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, error) {
-	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}}
+	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}, map[volume.SnapshotID]volume.Replica{}}
 	vs, err := s.store.Volumes(ctx, "", 0)
 	if err != nil {
 		return u, err
@@ -94,18 +115,20 @@ func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, erro
 	if err != nil {
 		return u, err
 	}
+	here := map[volume.ID]volume.Replica{}
 	for _, v := range vs {
 		for _, r := range slices.Concat(v.Replicas, v.Leaving) {
 			if r.Node == node {
 				u.replicas[r.ID] = r.PhysicalBytes
+				here[v.ID] = r
 			}
 		}
 	}
 	for _, x := range ss {
-		for _, h := range x.Holders {
-			if h.Node == node {
-				u.snapshots[x.ID] = h.PhysicalBytes
-			}
+		if i := slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Node == node }); i >= 0 {
+			u.snapshots[x.ID] = x.Holders[i].PhysicalBytes
+		} else if r, ok := here[x.Volume]; ok && x.State == volume.Ready {
+			u.filled[x.ID] = r
 		}
 	}
 	return u, nil
@@ -139,7 +162,8 @@ func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) {
 		}
 	}
 	for id, n := range u.Snapshots {
-		if _, ok := known.snapshots[id]; !ok && len(found) < maxStrays {
+		_, ok := known.snapshots[id]
+		if _, filled := known.filled[id]; !ok && !filled && len(found) < maxStrays {
 			found[string(id)] = Stray{Node: node, Snapshot: id, PhysicalBytes: n}
 		}
 	}
@@ -155,12 +179,16 @@ func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) {
 }
 
 // Strays lists what nodes hold and no record knows, in order. Nothing deletes it by itself.
-func (s *Service) Strays(context.Context) ([]Stray, error) {
+func (s *Service) Strays(ctx context.Context) ([]Stray, error) {
+	nodes, err := s.store.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var all []Stray
-	for _, m := range s.strays {
-		all = append(all, slices.Collect(maps.Values(m))...)
+	for _, n := range nodes {
+		all = append(all, slices.Collect(maps.Values(s.strays[n.ID]))...)
 	}
 	slices.SortFunc(all, func(a, b Stray) int {
 		return strings.Compare(string(a.Node)+"/"+string(a.Replica)+string(a.Snapshot), string(b.Node)+"/"+string(b.Replica)+string(b.Snapshot))

@@ -586,6 +586,60 @@ func TestASnapshotIsDeletedWhereItMayHaveBeenFilledIn(t *testing.T) {
 	w.check()
 }
 
+func TestAReplicaThatLeavesTakesAlongWhatWasFilledIn(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustAttach(w.mustCreate(replicated("v", 1)).ID, "n1")
+	x := w.mustSnapshot("s", v.ID)
+	two, one := 2, 1
+	_, err := w.ModifyVolume(ctx, v.ID, control.Modify{Replicas: &two})
+	wantErr(t, err, nil)
+	w.repair()
+	r := w.get(v.ID).Replicas[1]
+	w.agents.mu.Lock() // its engine filled the snapshot in, and did not get to say so
+	w.agents.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", x.ID, r.Pool))] = fakeReplica{pool: r.Pool}
+	w.agents.mu.Unlock()
+	_, err = w.ModifyVolume(ctx, v.ID, control.Modify{Replicas: &one})
+	wantErr(t, err, nil)
+	w.repair()
+	w.reconcile()
+	w.check()
+}
+
+func TestASnapshotThatWasFilledInIsHeld(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustAttach(w.mustCreate(replicated("v", 1)).ID, "n1")
+	x := w.mustSnapshot("s", v.ID)
+	two := 2
+	_, err := w.ModifyVolume(ctx, v.ID, control.Modify{Replicas: &two})
+	wantErr(t, err, nil)
+	st, err := w.State(ctx)
+	wantErr(t, err, nil)
+	add := reconcile.Repairs(st, reconcile.Limits{})[0]
+	wantErr(t, w.AddReplica(ctx, v.ID, add.Pool), nil)
+	r := w.get(v.ID).Replicas[1]
+	w.agents.mu.Lock()
+	w.agents.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", x.ID, r.Pool))] = fakeReplica{pool: r.Pool}
+	w.agents.mu.Unlock()
+	for i, want := range []int{1, 1, 2, 2} { // while it is being filled, and then
+		if i == 2 {
+			w.engine(v.ID)
+		}
+		w.now = w.now.Add(time.Minute)
+		u := control.Usage{Snapshots: map[volume.SnapshotID]int64{x.ID: 7}}
+		wantErr(t, w.ReportUsage(ctx, r.Node, u), nil)
+		got, err := w.Snapshot(ctx, x.ID)
+		if err != nil || len(got.Holders) != want || (want == 2) != (got.PhysicalBytes == 7) {
+			t.Errorf("%d: %+v %v", i, got, err)
+		}
+		if strays, err := w.Strays(ctx); err != nil || len(strays) != 0 {
+			t.Errorf("%+v %v", strays, err)
+		}
+	}
+	w.check()
+}
+
 func TestSalvage(t *testing.T) {
 	ctx := context.Background()
 	w := newCluster(t)
