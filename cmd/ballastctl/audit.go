@@ -34,6 +34,7 @@ func auditCommand(c *cli) *cobra.Command {
 		Use:   "audit",
 		Short: "Show who changed what, and what became of it",
 		Long: `Show the newest entries of the audit log: who asked for which change, when, and what became of it.
+In a cluster each controller has the log of what was asked of it.
 
 With -o json each entry is one line.`,
 		Example: "  ballastctl audit --last 50\n  ballastctl audit --follow -o json",

@@ -283,6 +283,7 @@ func TestAdminsOverTheNetwork(t *testing.T) {
 		return name
 	}
 	issue(other, "stranger", pki.Admin("mallory", pki.RoleAdmin))
+	issue(c.CA, "withdrawn", pki.Admin(admintest.Withdrawn, pki.RoleAdmin))
 	issue(c.CA, "node", pki.Node("node-1", pki.RoleController))
 	for _, x := range []struct {
 		cert, args string
@@ -296,7 +297,8 @@ func TestAdminsOverTheNetwork(t *testing.T) {
 		{"operator", "cluster join-token create", exitRefused, "it takes the role admin"},
 		{"operator", "salvage archive --replica rep-c2 --accept-data-loss --yes", exitRefused, "it takes the role admin"},
 		{"admin", "cluster join-token create", exitOK, ""},
-		{"stranger", "volume list", exitUnreachable, ""},
+		{"stranger", "volume list", exitUnreachable, "is no controller of the cluster that made"},
+		{"withdrawn", "volume list", exitUnreachable, "refuses the certificate"},
 		{"node", "volume list", exitUsage, "certificate of node"},
 		{"nothing", "volume list", exitUsage, "no file"},
 	} {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -71,14 +72,36 @@ func (c *cli) credentials(ctx context.Context) (credentials.TransportCredentials
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", c.server)
+	config := own.Client(pki.HasRole(pki.RoleController))
+	if err := c.probeServer(ctx, config); err != nil {
+		return nil, unreachableError{err}
+	}
+	return credentials.NewTLS(config), nil
+}
+
+// probeServer says in plain words why a server cannot be reached, or does not let this caller in.
+func (c *cli) probeServer(ctx context.Context, config *tls.Config) error {
+	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", c.server)
 	if err != nil {
-		return nil, unreachableError{fmt.Errorf("cannot connect to %s: %w; see that ballastd runs there and serves its admin API on that address", c.server, err)}
+		return fmt.Errorf("cannot connect to %s: %w; see that ballastd runs there and serves its admin API on that address", c.server, err)
 	}
-	if err := conn.Close(); err != nil {
-		return nil, err
+	config = config.Clone()
+	config.NextProtos = []string{"h2"}
+	conn := tls.Client(raw, config)
+	defer conn.Close()
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return fmt.Errorf("%s is no controller of the cluster that made %s: %w", c.server, c.cert, err)
 	}
-	return credentials.NewTLS(own.Client(pki.HasRole(pki.RoleController))), nil
+	// A server that lets the caller in speaks first; a refusal comes in the same place.
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := conn.SetReadDeadline(deadline); err != nil {
+			return err
+		}
+	}
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("%s refuses the certificate in %s: %w", c.server, c.cert, err)
+	}
+	return nil
 }
 
 // elsewhere makes an error of a node that is no controller one that says who is.

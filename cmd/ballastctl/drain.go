@@ -81,7 +81,7 @@ func drainAdvice(bs []*adminpb.DrainBlocker, node string) string {
 	if len(bs[0].Resyncs) > 0 {
 		return fmt.Sprintf("wait for its resync: ballastctl node drain %s --wait", node)
 	}
-	return fmt.Sprintf("bring its other replicas back, or give it more (ballastctl volume set %s --replicas N), and wait: ballastctl node drain %s --wait", bs[0].VolumeName, node)
+	return fmt.Sprintf("bring the nodes of its other replicas back or undrain them, or give it more (ballastctl volume set %s --replicas N), and wait: ballastctl node drain %s --wait", bs[0].VolumeName, node)
 }
 
 func nodeDrain(c *cli, r resource[nodeView]) *cobra.Command {
@@ -157,7 +157,8 @@ func nodeEmpty(c *cli, r resource[nodeView]) *cobra.Command {
 		Use:   "empty NODE",
 		Short: "Move all copies from a node to others, before it is removed",
 		Long: `Move all copies from a node to others, in the background, and place nothing new on it. A copy leaves the node when there
-is another in its place. Volumes that are attached there stay attached: their orchestrator must move the workloads.
+is another in its place; where no other node has room for one it stays, until one has or the volume is to have fewer
+(` + "`volume set --replicas`" + `). Volumes that are attached there stay attached: their orchestrator must move the workloads.
 
 With --wait the command waits until the node holds nothing. ` + "`node undrain`" + ` takes it back.`,
 		Example: "  ballastctl node empty node-4 --wait && ballastctl node remove node-4",

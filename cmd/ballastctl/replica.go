@@ -39,9 +39,17 @@ func inSyncCell(v volumeView) cell {
 	return cell{fmt.Sprintf("%d/%d", n, v.ReplicasWanted), s}
 }
 
+// poolOf is the pool's name, or its id where nobody knows the name.
+func poolOf(r replicaView) string {
+	if r.PoolName != "" {
+		return r.PoolName
+	}
+	return r.Pool
+}
+
 func replicaCell(r replicaView) cell {
 	role := roleCell(r.Role)
-	text := fmt.Sprintf("%s: %s on %s, pool %s, %s", r.ID, role.text, r.Node, r.Pool, sizeText(r.PhysicalBytes))
+	text := fmt.Sprintf("%s: %s on %s, pool %s, %s", r.ID, role.text, r.Node, poolOf(r), sizeText(r.PhysicalBytes))
 	if r.NodeSilent {
 		return cell{text + ", its node is silent", styleBad}
 	}
@@ -159,7 +167,7 @@ func replicaList(c *cli) *cobra.Command {
 					t.head = append(t.head, "ID", "LEFT SYNC AT")
 				}
 				for _, x := range rs {
-					row := []cell{plain(x.VolumeName), roleCell(x.Role), plain(x.Node), plain(x.Pool), sizeCell(x.PhysicalBytes), behindCell(x)}
+					row := []cell{plain(x.VolumeName), roleCell(x.Role), plain(x.Node), plain(poolOf(x)), sizeCell(x.PhysicalBytes), behindCell(x)}
 					if wide {
 						left := ""
 						if x.RemovedAt > 0 {

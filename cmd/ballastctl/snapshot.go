@@ -79,7 +79,7 @@ func snapshots(of *string) resource[snapshotView] {
 				{"Filesystem", orDash(s.Filesystem)},
 			}
 			for _, h := range s.Holders {
-				fs = append(fs, field{"Held by", plain(h.Node + ", pool " + h.Pool)})
+				fs = append(fs, field{"Held by", plain(h.Node + ", pool " + poolOf(h))})
 			}
 			return fs
 		},

@@ -29,6 +29,7 @@ type replicaView struct {
 	Node          string      `json:"node"`
 	NodeSilent    bool        `json:"nodeSilent,omitempty"`
 	Pool          string      `json:"pool"`
+	PoolName      string      `json:"poolName,omitempty"`
 	Role          string      `json:"role,omitempty"`
 	PhysicalBytes int64       `json:"physicalBytes"`
 	RemovedAt     uint64      `json:"removedAt,omitempty"`
@@ -199,7 +200,7 @@ func viewCapability(c *adminpb.Capability) capabilityView {
 
 func viewReplica(r *adminpb.Replica) replicaView {
 	v := replicaView{
-		ID: r.Id, Volume: r.Volume, VolumeName: r.VolumeName, Node: r.Node, NodeSilent: r.NodeSilent, Pool: r.Pool, Role: r.Role,
+		ID: r.Id, Volume: r.Volume, VolumeName: r.VolumeName, Node: r.Node, NodeSilent: r.NodeSilent, Pool: r.Pool, PoolName: r.PoolName, Role: r.Role,
 		PhysicalBytes: r.PhysicalBytes, RemovedAt: r.RemovedAt,
 	}
 	if x := r.Resync; x != nil {

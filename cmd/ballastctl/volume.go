@@ -57,7 +57,7 @@ func attachedCell(v volumeView) cell {
 func replicaPools(rs []replicaView) string {
 	var out []string
 	for _, r := range rs {
-		out = append(out, r.Node+"/"+r.Pool)
+		out = append(out, r.Node+"/"+poolOf(r))
 	}
 	return strings.Join(out, ",")
 }

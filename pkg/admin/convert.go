@@ -29,11 +29,12 @@ func capabilityToProto(c volume.Capability) *adminpb.Capability {
 	return &adminpb.Capability{Access: string(c.Access), Mode: string(c.Mode), FsType: c.FSType}
 }
 
-func replicasToProto(rs []volume.Replica) []*adminpb.Replica {
+func replicasToProto(rs []volume.Replica, at places) []*adminpb.Replica {
 	var out []*adminpb.Replica
 	for _, r := range rs {
 		out = append(out, &adminpb.Replica{
 			Id: string(r.ID), Node: string(r.Node), Pool: string(r.Pool), Role: string(r.Role), PhysicalBytes: r.PhysicalBytes, RemovedAt: uint64(r.RemovedAt),
+			NodeSilent: at.silent[r.Node], PoolName: at.pools[r.Pool],
 		})
 	}
 	return out
@@ -57,7 +58,7 @@ func volumeToProto(v volume.Volume, conditions []volume.Condition) *adminpb.Volu
 		BlockSize:       int32(v.Parameters.BlockSize),
 		IopsLimit:       v.QoS.IOPS,
 		BandwidthLimit:  v.QoS.Bandwidth,
-		Replicas:        replicasToProto(v.Replicas),
+		Replicas:        replicasToProto(v.Replicas, places{}),
 		FilesystemPhase: string(v.Filesystem.Phase),
 		FilesystemType:  v.Filesystem.Type,
 		Epoch:           uint64(v.Epoch),
@@ -89,9 +90,9 @@ func volumeToProto(v volume.Volume, conditions []volume.Condition) *adminpb.Volu
 }
 
 // volumeInFull adds what its engine tells.
-func volumeInFull(v volume.Volume, conditions []volume.Condition, e *volume.EngineReport, silent map[volume.NodeID]bool) *adminpb.Volume {
+func volumeInFull(v volume.Volume, conditions []volume.Condition, e *volume.EngineReport, at places) *adminpb.Volume {
 	p := volumeToProto(v, conditions)
-	p.Replicas = replicasOf(v, e, silent)
+	p.Replicas = replicasOf(v, e, at)
 	if e != nil {
 		p.Engine = &adminpb.Engine{Phase: e.Phase, Epoch: uint64(e.Epoch), Waiting: int64(e.Waiting), DirtyBytes: e.Dirty}
 	}
@@ -104,7 +105,7 @@ func resyncToProto(r volume.Resync) *adminpb.Resync {
 	}
 }
 
-func snapshotToProto(s volume.Snapshot, volumeName string) *adminpb.Snapshot {
+func snapshotToProto(s volume.Snapshot, volumeName string, at places) *adminpb.Snapshot {
 	return &adminpb.Snapshot{
 		Id:             string(s.ID),
 		Name:           s.Name,
@@ -115,7 +116,7 @@ func snapshotToProto(s volume.Snapshot, volumeName string) *adminpb.Snapshot {
 		SizeBytes:      s.Size,
 		PhysicalBytes:  s.PhysicalBytes,
 		CreatedAt:      timeToProto(s.CreatedAt),
-		Holders:        replicasToProto(s.Holders),
+		Holders:        replicasToProto(s.Holders, at),
 		FilesystemType: s.Filesystem.Type,
 	}
 }

@@ -9,10 +9,10 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-func groupToProto(g control.Group, names map[volume.ID]string) *adminpb.Group {
+func groupToProto(g control.Group, names map[volume.ID]string, at places) *adminpb.Group {
 	out := &adminpb.Group{Id: string(g.ID), Name: g.Name, State: string(g.State), CreatedAt: timeToProto(g.CreatedAt)}
 	for _, x := range g.Members {
-		out.Snapshots = append(out.Snapshots, snapshotToProto(x, names[x.Volume]))
+		out.Snapshots = append(out.Snapshots, snapshotToProto(x, names[x.Volume], at))
 	}
 	return out
 }
@@ -27,9 +27,13 @@ func (s *Service) ListGroups(ctx context.Context, _ *adminpb.ListGroupsRequest) 
 	if err != nil {
 		return nil, err
 	}
+	at, err := s.places(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &adminpb.ListGroupsReply{}
 	for _, g := range gs {
-		out.Groups = append(out.Groups, groupToProto(g, names))
+		out.Groups = append(out.Groups, groupToProto(g, names, at))
 	}
 	return out, nil
 }
@@ -68,7 +72,11 @@ func (s *Service) GetGroup(ctx context.Context, r *adminpb.GetRequest) (*adminpb
 	if err != nil {
 		return nil, err
 	}
-	return groupToProto(g, names), nil
+	at, err := s.places(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return groupToProto(g, names, at), nil
 }
 
 // CreateGroup implements adminpb.AdminServer.
@@ -90,7 +98,7 @@ func (s *Service) CreateGroup(ctx context.Context, r *adminpb.CreateGroupRequest
 	if err != nil {
 		return nil, err
 	}
-	return groupToProto(g, names), nil
+	return groupToProto(g, names, places{}), nil
 }
 
 // DeleteGroup implements adminpb.AdminServer.

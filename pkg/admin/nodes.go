@@ -134,7 +134,7 @@ func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) 
 	if err != nil {
 		return nil, err
 	}
-	silent, err := s.silentNodes(ctx)
+	at, err := s.places(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +149,7 @@ func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) 
 			return nil, err
 		}
 		p.VolumeName = v.Name
-		for _, x := range replicasOf(v, s.engine(ctx, v, false), silent) {
+		for _, x := range replicasOf(v, s.engine(ctx, v, false), at) {
 			if x.Resync != nil {
 				p.Resyncs = append(p.Resyncs, x)
 			}

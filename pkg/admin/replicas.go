@@ -34,14 +34,13 @@ func (s *Service) engine(ctx context.Context, v volume.Volume, always bool) *vol
 const leaving = "leaving"
 
 // replicasOf lists the replicas of a volume, those that leave included.
-func replicasOf(v volume.Volume, e *volume.EngineReport, silent map[volume.NodeID]bool) []*adminpb.Replica {
-	out := replicasToProto(v.Replicas)
-	for _, r := range replicasToProto(v.Leaving) {
+func replicasOf(v volume.Volume, e *volume.EngineReport, at places) []*adminpb.Replica {
+	out := replicasToProto(v.Replicas, at)
+	for _, r := range replicasToProto(v.Leaving, at) {
 		r.Role = leaving
 		out = append(out, r)
 	}
 	for _, r := range out {
-		r.NodeSilent = silent[volume.NodeID(r.Node)]
 		if e == nil {
 			continue
 		}
@@ -52,19 +51,27 @@ func replicasOf(v volume.Volume, e *volume.EngineReport, silent map[volume.NodeI
 	return out
 }
 
-// silentNodes are those that have not reported lately.
-func (s *Service) silentNodes(ctx context.Context) (map[volume.NodeID]bool, error) {
+// places are what is said of a replica's node and pool.
+type places struct {
+	silent map[volume.NodeID]bool
+	pools  map[volume.PoolID]string
+}
+
+func (s *Service) places(ctx context.Context) (places, error) {
 	ns, err := s.o.Control.Nodes(ctx)
-	m := map[volume.NodeID]bool{}
+	at := places{map[volume.NodeID]bool{}, map[volume.PoolID]string{}}
 	for _, n := range ns {
-		m[n.ID] = s.silent(n)
+		at.silent[n.ID] = s.silent(n)
+		for _, p := range n.Pools {
+			at.pools[p.ID] = p.Name
+		}
 	}
-	return m, err
+	return at, err
 }
 
 // ListReplicas implements adminpb.AdminServer.
 func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasRequest) (*adminpb.ListReplicasReply, error) {
-	silent, err := s.silentNodes(ctx)
+	at, err := s.places(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +86,7 @@ func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasReque
 		if !slices.ContainsFunc(v.Replicas, on) && !slices.ContainsFunc(v.Leaving, on) {
 			return true
 		}
-		for _, p := range replicasOf(v, s.engine(ctx, v, false), silent) {
+		for _, p := range replicasOf(v, s.engine(ctx, v, false), at) {
 			if r.Node == "" || p.Node == r.Node {
 				p.Volume, p.VolumeName = string(v.ID), v.Name
 				out.Replicas = append(out.Replicas, p)
@@ -137,9 +144,13 @@ func (s *Service) ListCandidates(ctx context.Context, r *adminpb.GetRequest) (*a
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return nil, err
 	}
+	at, err := s.places(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &adminpb.ListCandidatesReply{Volume: volumeToProto(v, h.Conditions)}
 	for _, c := range cs {
-		p := &adminpb.Candidate{Replica: replicasToProto([]volume.Replica{c.Replica})[0], Against: c.Against}
+		p := &adminpb.Candidate{Replica: replicasToProto([]volume.Replica{c.Replica}, at)[0], Against: c.Against}
 		if x := c.Report; x != nil {
 			p.Answers, p.Role, p.Poisoned = true, string(x.Role), x.Poisoned
 			p.ConfigVersion, p.Epoch, p.Lineage = uint64(x.ConfigVersion), uint64(x.Epoch), x.Lineage

@@ -43,7 +43,7 @@ func (s *Service) ListVolumes(ctx context.Context, r *adminpb.ListVolumesRequest
 	if err != nil {
 		return nil, err
 	}
-	silent, err := s.silentNodes(ctx)
+	at, err := s.places(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +56,7 @@ func (s *Service) ListVolumes(ctx context.Context, r *adminpb.ListVolumesRequest
 		if r.WithHealth {
 			e = s.engine(ctx, v, false)
 		}
-		out.Volumes = append(out.Volumes, volumeInFull(v, conditions[v.ID], e, silent))
+		out.Volumes = append(out.Volumes, volumeInFull(v, conditions[v.ID], e, at))
 	}
 	return out, nil
 }
@@ -71,11 +71,11 @@ func (s *Service) GetVolume(ctx context.Context, r *adminpb.GetRequest) (*adminp
 	if err != nil && !errors.Is(err, volume.ErrNotFound) { // one that is being deleted has no health
 		return nil, err
 	}
-	silent, err := s.silentNodes(ctx)
+	at, err := s.places(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return volumeInFull(v, h.Conditions, s.engine(ctx, v, true), silent), nil
+	return volumeInFull(v, h.Conditions, s.engine(ctx, v, true), at), nil
 }
 
 // CreateVolume implements adminpb.AdminServer.
@@ -221,9 +221,13 @@ func (s *Service) ListSnapshots(ctx context.Context, r *adminpb.ListSnapshotsReq
 	if err != nil {
 		return nil, err
 	}
+	at, err := s.places(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &adminpb.ListSnapshotsReply{NextPageToken: next}
 	for _, sn := range ss {
-		out.Snapshots = append(out.Snapshots, snapshotToProto(sn, names[sn.Volume]))
+		out.Snapshots = append(out.Snapshots, snapshotToProto(sn, names[sn.Volume], at))
 	}
 	return out, nil
 }
@@ -238,7 +242,11 @@ func (s *Service) GetSnapshot(ctx context.Context, r *adminpb.GetRequest) (*admi
 	if err != nil {
 		return nil, err
 	}
-	return snapshotToProto(sn, name), nil
+	at, err := s.places(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return snapshotToProto(sn, name, at), nil
 }
 
 // CreateSnapshot implements adminpb.AdminServer.
@@ -251,7 +259,7 @@ func (s *Service) CreateSnapshot(ctx context.Context, r *adminpb.CreateSnapshotR
 	if err != nil {
 		return nil, err
 	}
-	return snapshotToProto(sn, v.Name), nil
+	return snapshotToProto(sn, v.Name, places{}), nil
 }
 
 // DeleteSnapshot implements adminpb.AdminServer.

@@ -62,12 +62,12 @@ func (s *Service) look(ctx context.Context, kind adminpb.Kind, ref string) ([]*a
 		if err != nil {
 			return nil, err
 		}
-		silent, err := s.silentNodes(ctx)
+		at, err := s.places(ctx)
 		if err != nil {
 			return nil, err
 		}
 		err = s.everyVolume(ctx, func(v volume.Volume) bool {
-			p := volumeInFull(v, conditions[v.ID], s.engine(ctx, v, false), silent)
+			p := volumeInFull(v, conditions[v.ID], s.engine(ctx, v, false), at)
 			out = append(out, &adminpb.Event{Object: &adminpb.Event_Volume{Volume: p}})
 			return true
 		})
@@ -81,8 +81,12 @@ func (s *Service) look(ctx context.Context, kind adminpb.Kind, ref string) ([]*a
 		if err != nil {
 			return nil, err
 		}
+		at, err := s.places(ctx)
+		if err != nil {
+			return nil, err
+		}
 		err = s.everySnapshot(ctx, control.SnapshotFilter{}, func(sn volume.Snapshot) bool {
-			out = append(out, &adminpb.Event{Object: &adminpb.Event_Snapshot{Snapshot: snapshotToProto(sn, names[sn.Volume])}})
+			out = append(out, &adminpb.Event{Object: &adminpb.Event_Snapshot{Snapshot: snapshotToProto(sn, names[sn.Volume], at)}})
 			return true
 		})
 		return out, err

@@ -115,6 +115,16 @@ func Serve(t testing.TB, c *Cluster) string {
 	return socket
 }
 
+// Withdrawn is the name of an admin whom ServeTLS does not let in.
+const Withdrawn = "withdrawn"
+
+func notWithdrawn(p pki.Peer) error {
+	if p.Name == Withdrawn {
+		return pki.ErrRefused
+	}
+	return nil
+}
+
 // ServeTLS serves it, which has a CA, over mTLS and returns the address.
 func ServeTLS(t testing.TB, c *Cluster) string {
 	t.Helper()
@@ -138,7 +148,9 @@ func ServeTLS(t testing.TB, c *Cluster) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serve(t, c, l, func(s *admin.Service) *grpc.Server { return s.TLSServer(creds.Server(admin.IsAdmin)) })
+	serve(t, c, l, func(s *admin.Service) *grpc.Server {
+		return s.TLSServer(creds.Server(pki.All(admin.IsAdmin, notWithdrawn)))
+	})
 	return l.Addr().String()
 }
 

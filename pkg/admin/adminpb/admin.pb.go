@@ -1083,7 +1083,9 @@ type Replica struct {
 	Volume     string `protobuf:"bytes,8,opt,name=volume,proto3" json:"volume,omitempty"`
 	VolumeName string `protobuf:"bytes,9,opt,name=volume_name,json=volumeName,proto3" json:"volume_name,omitempty"`
 	// node_silent: its node has not reported lately.
-	NodeSilent    bool `protobuf:"varint,10,opt,name=node_silent,json=nodeSilent,proto3" json:"node_silent,omitempty"`
+	NodeSilent bool `protobuf:"varint,10,opt,name=node_silent,json=nodeSilent,proto3" json:"node_silent,omitempty"`
+	// pool_name is empty where the pool is not known.
+	PoolName      string `protobuf:"bytes,11,opt,name=pool_name,json=poolName,proto3" json:"pool_name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1186,6 +1188,13 @@ func (x *Replica) GetNodeSilent() bool {
 		return x.NodeSilent
 	}
 	return false
+}
+
+func (x *Replica) GetPoolName() string {
+	if x != nil {
+		return x.PoolName
+	}
+	return ""
 }
 
 type Resync struct {
@@ -5108,7 +5117,7 @@ const file_admin_proto_rawDesc = "" +
 	"Capability\x12\x16\n" +
 	"\x06access\x18\x01 \x01(\tR\x06access\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x17\n" +
-	"\afs_type\x18\x03 \x01(\tR\x06fsType\"\xa7\x02\n" +
+	"\afs_type\x18\x03 \x01(\tR\x06fsType\"\xc4\x02\n" +
 	"\aReplica\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
@@ -5123,7 +5132,8 @@ const file_admin_proto_rawDesc = "" +
 	"volumeName\x12\x1f\n" +
 	"\vnode_silent\x18\n" +
 	" \x01(\bR\n" +
-	"nodeSilent\"\xdd\x01\n" +
+	"nodeSilent\x12\x1b\n" +
+	"\tpool_name\x18\v \x01(\tR\bpoolName\"\xdd\x01\n" +
 	"\x06Resync\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x12\n" +
 	"\x04full\x18\x02 \x01(\bR\x04full\x12\x1d\n" +
