@@ -17,7 +17,7 @@ demo: deps build ## Show one node at work: create, attach, write, snapshot, rest
 	$(GO) run ./test/demo --bin $(BIN) --nodes $(NODES)
 
 .PHONY: test
-test: deps build lint unit sim mutation sanity e2e vm ## Run everything, csi-sanity included (root; installs what it needs)
+test: deps build lint unit sim mutation sanity e2e cluster vm ## Run everything, csi-sanity included (root; installs what it needs)
 
 ## -- Building ----------------------------------------------------------------------------------------------------------
 
@@ -62,6 +62,10 @@ sim: ## Simulate replication: SEEDS seeds from FIRST on, each a cluster with fau
 .PHONY: mutation
 mutation: ## Switch each rule of the replication protocol off: the simulator must find a violation; prints the table
 	$(GO) test -count=1 -timeout 60m -v -run 'TestMutation' ./test/sim
+
+.PHONY: cluster
+cluster: ## Three daemons in networks of their own, under random faults; what clients saw is checked (root)
+	$(GO) test -count=1 -timeout 60m ./test/cluster
 
 .PHONY: vm
 vm: ## What needs a whole machine, in a QEMU guest: power cuts, online growth of ext4 (root)
