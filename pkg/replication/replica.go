@@ -42,6 +42,8 @@ type Replica struct {
 	persist persister
 	size    int64
 	snaps   []SealedSnapshot
+	sealing bool
+	seals   []Message // orders that wait for one that runs
 	missed  []MissedTag
 
 	// session is the newest one, of the epoch in st. It serves once open, and data once configured.
@@ -286,14 +288,36 @@ func (r *Replica) seal(m *Message) {
 		r.answer(m, StatusRefused)
 		return
 	}
+	if r.sealing && !r.cfg.Rules.WithoutSealOrder {
+		// One given up by the engine may still run, and must not come after this one.
+		r.seals = append(r.seals, *m)
+		return
+	}
 	at := slices.IndexFunc(r.snaps, func(l SealedSnapshot) bool { return l.ID == s.Snapshot })
 	switch {
+	case at >= 0 && r.snaps[at].Number > s.Number && !r.cfg.Rules.WithoutSealOrder:
+		r.answer(m, StatusRefused) // it was cut anew since
 	case at >= 0 && (r.snaps[at].Number == s.Number || r.cfg.Rules.WithoutSealNumber):
 		r.answer(m, StatusOK)
 	case at < 0 && len(r.snaps) >= MaxSnapshots:
 		r.answer(m, StatusRefused)
 	default:
+		r.sealing = true
 		r.store(m, StoreOp{Kind: StoreSeal, Snapshot: s.Snapshot, Number: s.Number, Sync: !r.cfg.Rules.WithoutSealFlush})
+	}
+}
+
+// nextSeal goes on with the orders that waited for one to end.
+func (r *Replica) nextSeal() {
+	r.sealing = false
+	for len(r.seals) > 0 && !r.sealing {
+		m := r.seals[0]
+		r.seals = r.seals[1:]
+		if r.serves(&m) && m.Epoch == r.st.Epoch && !r.poisoned {
+			r.seal(&m)
+		} else {
+			r.answer(&m, StatusStaleSession)
+		}
 	}
 }
 

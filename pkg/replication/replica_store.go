@@ -129,6 +129,9 @@ func (r *Replica) ended(c *call, res StoreResult) {
 		st = StatusPoisoned
 	}
 	r.answer(m, st)
+	if c.op.Kind == StoreSeal {
+		defer r.nextSeal()
+	}
 	if st == StatusOK {
 		a := &r.out[len(r.out)-1].Msg
 		a.Data, a.Hole, a.Set = res.Data, res.Hole, res.Set

@@ -24,6 +24,7 @@ type Rules struct {
 	WithoutRebootLease      bool // a rebooted replica reports no lease
 	WithoutDurableSYNC      bool // role SYNC is not made durable before it is answered
 	WithoutSealFlush        bool // a seal does not make what it seals durable
+	WithoutSealOrder        bool // an order to seal that was given up may come after a newer one
 	WithoutSealNumber       bool // a layer left by an earlier attempt is taken for this one
 	WithoutDurableMissed    bool // what a removed member missed is not made durable before it is answered
 	WithoutFlushMissed      bool // a flush does not make missed durable

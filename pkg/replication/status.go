@@ -35,6 +35,8 @@ type MemberStatus struct {
 	Failed bool
 	// Resync is its return, nil where none is under way.
 	Resync *ResyncStatus
+	// Snapshots are those that it has sealed, as far as it was asked.
+	Snapshots []volume.SnapshotID
 }
 
 // ResyncStatus is how far the return of a replica has got. Bytes.
@@ -75,6 +77,11 @@ func (e *Engine) Status() EngineStatus {
 			continue
 		}
 		ms := MemberStatus{ID: m.id, Node: m.rec.Node, InSync: e.isr.Has(m.slot), Connected: m.open, Failed: e.failed.Has(m.slot)}
+		if m.fence != nil {
+			for _, x := range m.fence.Snapshots {
+				ms.Snapshots = append(ms.Snapshots, x.ID)
+			}
+		}
 		if rs := m.rs; rs != nil {
 			ms.Resync = &ResyncStatus{Stage: rs.stage.String(), Full: rs.full, Done: rs.done, Snapshots: len(rs.fills),
 				Left: int64(rs.todo.Len()+rs.since.Len()) * e.g.Extent}
