@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,6 +27,8 @@ type clusterView struct {
 	Unsettled    int64            `json:"unsettledVolumes"`
 	Resyncing    int64            `json:"replicasNotInSync"`
 	Attention    []string         `json:"attention"`
+	// Unreadable says why there are controllers and attention only.
+	Unreadable string `json:"unreadable,omitempty"`
 }
 
 type controllerView struct {
@@ -77,7 +80,7 @@ func clusterStatusCommand(c *cli) *cobra.Command {
 		Long: `Show controllers, nodes and volumes, and what needs attention, the worst first, each with the next step.
 
 A controller with a vote counts for the majority without which nothing can be changed. LOG is how far it has got: equal
-numbers are up to date.`,
+numbers are up to date. Where there is no majority only the controllers are shown, and the exit code is 4.`,
 		Args: arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
@@ -88,11 +91,16 @@ numbers are up to date.`,
 				v := clusterView{
 					Alone: r.Alone, Controllers: views(r.Controllers, viewController), Nodes: views(r.Nodes, viewNode), Healthy: r.Healthy, Degraded: r.Degraded,
 					Inaccessible: r.Inaccessible, DataLoss: r.DataLoss, Unsettled: r.Unsettled, Resyncing: r.Resyncing, Attention: append([]string{}, r.Attention...),
+					Unreadable: r.Unreadable,
+				}
+				var unreadable error
+				if v.Unreadable != "" {
+					unreadable = unreachableError{fmt.Errorf("the cluster's state cannot be read: %s", v.Unreadable)}
 				}
 				if !c.forPeople() {
-					return c.data(v)
+					return errors.Join(c.data(v), unreadable)
 				}
-				return c.showCluster(v)
+				return errors.Join(c.showCluster(v), unreadable)
 			})
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -128,6 +136,9 @@ func (c *cli) showCluster(v clusterView) error {
 			return err
 		}
 	}
+	if v.Unreadable != "" {
+		return c.describe(attentionFields(v))
+	}
 	if err := nodes().printList(c, v.Nodes); err != nil {
 		return err
 	}
@@ -136,20 +147,23 @@ func (c *cli) showCluster(v clusterView) error {
 	if v.Resyncing > 0 {
 		fs = append(fs, field{"Replicas", cell{fmt.Sprintf("%d not in sync; see ballastctl replica list", v.Resyncing), styleWarn}})
 	}
-	for i, text := range v.Attention {
-		name := ""
-		if i == 0 {
-			name = "Attention"
-		}
-		fs = append(fs, field{name, cell{text, styleBad}})
-	}
-	if len(v.Attention) == 0 {
-		fs = append(fs, field{"Attention", cell{"nothing needs it", styleGood}})
-	}
 	if err := c.say(""); err != nil {
 		return err
 	}
-	return c.describe(fs)
+	return c.describe(append(fs, attentionFields(v)...))
+}
+
+func attentionFields(v clusterView) []field {
+	var fs []field
+	name := "Attention"
+	for _, text := range v.Attention {
+		fs = append(fs, field{name, cell{text, styleBad}})
+		name = ""
+	}
+	if len(fs) == 0 && v.Unreadable == "" {
+		fs = append(fs, field{name, cell{"nothing needs it", styleGood}})
+	}
+	return fs
 }
 
 // clusterPort is what the command for a new node suggests where no controller says another.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -53,6 +54,24 @@ func TestNothingNeedsAttention(t *testing.T) {
 	c.Sick = nil
 	if r := ctl(admintest.Serve(t, c), "cluster", "status"); r.code != exitOK || !strings.Contains(r.out, "nothing needs it") {
 		t.Errorf("exit %d: %s%s", r.code, r.out, r.err)
+	}
+}
+
+func TestWithoutAMajority(t *testing.T) {
+	c := admintest.Several(t)
+	c.Refuse = fmt.Errorf("no controller leads: %w", volume.ErrUnavailable)
+	for i := range c.ControllerList {
+		c.ControllerList[i].Leader, c.ControllerList[i].Answers = false, i == 0
+	}
+	socket := admintest.Serve(t, c)
+	r := ctl(socket, "cluster", "status")
+	if r.code != exitUnreachable || !strings.Contains(r.err, "cannot be read: no controller leads") || strings.Contains(r.out, "Volumes:") {
+		t.Errorf("exit %d: %s", r.code, r.err)
+	}
+	golden(t, "cluster/no_majority", r.out)
+	var v clusterView
+	if r := ctl(socket, "cluster", "status", "-o", "json"); json.Unmarshal([]byte(r.out), &v) != nil || len(v.Controllers) != 3 || v.Unreadable == "" {
+		t.Errorf("exit %d: %s", r.code, r.out)
 	}
 }
 

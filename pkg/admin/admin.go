@@ -159,10 +159,15 @@ func (s *Service) Version(context.Context, *adminpb.VersionRequest) (*adminpb.Ve
 	return r, nil
 }
 
+// readyWait bounds how long is waited for readiness: without a majority of the controllers no read is answered.
+const readyWait = 5 * time.Second
+
 // Health implements adminpb.AdminServer.
 func (s *Service) Health(ctx context.Context, _ *adminpb.HealthRequest) (*adminpb.HealthReply, error) {
-	if err := s.o.Control.Ready(ctx); err != nil {
-		return &adminpb.HealthReply{Message: err.Error()}, nil
+	brief, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	if err := s.o.Control.Ready(brief); err != nil {
+		return &adminpb.HealthReply{Message: err.Error()}, ctx.Err()
 	}
 	r := &adminpb.HealthReply{Ready: true}
 	for token := ""; ; {

@@ -64,14 +64,33 @@ func (s *Service) Cluster(ctx context.Context, _ *adminpb.ClusterRequest) (*admi
 		}
 		attention.controllers(cs)
 	}
-	nodes, err := s.nodes(ctx)
+	// Without a majority nothing is answered for as long as a read waits, and that is when this is asked.
+	brief, cancel := context.WithTimeout(ctx, stateWait)
+	defer cancel()
+	err := s.kept(brief, out, &attention)
+	if err != nil && ctx.Err() == nil && !out.Alone && (errors.Is(err, volume.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded)) {
+		return &adminpb.ClusterReply{Controllers: out.Controllers, Unreadable: err.Error(), Attention: attention.lines()}, nil
+	}
 	if err != nil {
 		return nil, err
+	}
+	out.Attention = attention.lines()
+	return out, nil
+}
+
+// stateWait bounds how long a look at the cluster waits for its state.
+const stateWait = 20 * time.Second
+
+// kept reads what the cluster's state says of nodes and volumes.
+func (s *Service) kept(ctx context.Context, out *adminpb.ClusterReply, attention *attention) error {
+	nodes, err := s.nodes(ctx)
+	if err != nil {
+		return err
 	}
 	out.Nodes = nodes
 	conditions, err := s.conditions(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	err = s.everyVolume(ctx, func(v volume.Volume) bool {
 		if v.State != volume.Ready {
@@ -99,16 +118,12 @@ func (s *Service) Cluster(ctx context.Context, _ *adminpb.ClusterRequest) (*admi
 		return true
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	strays, err := s.o.Control.Strays(ctx)
-	if err != nil {
-		return nil, err
-	}
 	attention.nodes(nodes)
 	attention.strays = len(strays)
-	out.Attention = attention.lines()
-	return out, nil
+	return err
 }
 
 func worstOf(cs []volume.Condition) volume.Severity {

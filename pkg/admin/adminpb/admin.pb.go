@@ -3953,7 +3953,10 @@ type ClusterReply struct {
 	// resyncing is the number of replicas that are not in sync.
 	Resyncing int64 `protobuf:"varint,9,opt,name=resyncing,proto3" json:"resyncing,omitempty"`
 	// attention says what needs somebody, the worst first, each with the next step.
-	Attention     []string `protobuf:"bytes,10,rep,name=attention,proto3" json:"attention,omitempty"`
+	Attention []string `protobuf:"bytes,10,rep,name=attention,proto3" json:"attention,omitempty"`
+	// unreadable says why the cluster's state cannot be read: no majority of the controllers, for instance. Only the
+	// controllers and attention are set then.
+	Unreadable    string `protobuf:"bytes,11,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4056,6 +4059,13 @@ func (x *ClusterReply) GetAttention() []string {
 		return x.Attention
 	}
 	return nil
+}
+
+func (x *ClusterReply) GetUnreadable() string {
+	if x != nil {
+		return x.Unreadable
+	}
+	return ""
 }
 
 type Controller struct {
@@ -5366,7 +5376,7 @@ const file_admin_proto_rawDesc = "" +
 	"\b_volumesB\f\n" +
 	"\n" +
 	"_snapshots\"\x10\n" +
-	"\x0eClusterRequest\"\xe3\x02\n" +
+	"\x0eClusterRequest\"\x83\x03\n" +
 	"\fClusterReply\x12\x14\n" +
 	"\x05alone\x18\x01 \x01(\bR\x05alone\x12>\n" +
 	"\vcontrollers\x18\x02 \x03(\v2\x1c.ballast.admin.v1.ControllerR\vcontrollers\x12,\n" +
@@ -5378,7 +5388,10 @@ const file_admin_proto_rawDesc = "" +
 	"\tunsettled\x18\b \x01(\x03R\tunsettled\x12\x1c\n" +
 	"\tresyncing\x18\t \x01(\x03R\tresyncing\x12\x1c\n" +
 	"\tattention\x18\n" +
-	" \x03(\tR\tattention\"\x9f\x01\n" +
+	" \x03(\tR\tattention\x12\x1e\n" +
+	"\n" +
+	"unreadable\x18\v \x01(\tR\n" +
+	"unreadable\"\x9f\x01\n" +
 	"\n" +
 	"Controller\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
