@@ -19,7 +19,7 @@ type Counters struct {
 	CommitDone, CommitRefused, CommitUnknown, CtlLost, CtlReplyLost, CtlLate, CtlTwice int
 	ISRChanges, ISRAdded, ISRRemoved, MinInSync                                        int
 	// Network.
-	Connected, Broken, Dropped, Delayed, Duplicated, Held, Late, Partitions, Isolated, OneWay, CtlCuts, CtlDowns int
+	Connected, Broken, Unnoticed, Dropped, Delayed, Duplicated, Held, Late, Partitions, Isolated, OneWay, CtlCuts, CtlDowns int
 	// Nodes and disks.
 	Kills, KeptKills, PowerLosses, SitePowerLosses, TargetsLost, Boots, Pauses, Swaps, Hangs, Full, Slow          int
 	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened, Corrupted, Rollbacks, RolledBack, Rogues int
@@ -27,7 +27,7 @@ type Counters struct {
 	CleanDetaches, Detached, ForcedDetaches, ForcedAttaches, Deletes, Salvages      int
 	Prepared, Sealed, Ready, Aborted, Unsnapped, LayersDeleted, Groups, GroupsReady int
 	Expands, Resized, Added, Evicted, Removed, Drains                               int
-	HealedLives, Rejoined, HealedSnapshots, HealedExpands, HungEvicted              int
+	HealedLives, Rejoined, HealedSnapshots, HealedExpands, HungEvicted, HealedMoves int
 }
 
 func (c *Counters) outcome(o replication.CommitOutcome) {

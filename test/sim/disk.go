@@ -47,6 +47,7 @@ type disk struct {
 	missedOnIt  map[string]absent
 	syncFailed  bool // something that was promised may be missing
 	cacheLies   bool // the cache shows what a failed sync lost, until the disk is opened again
+	untold      int  // syncs that failed and were not answered yet: until then all others fail too
 
 	// Faults.
 	hungUntil  int64 // nothing executes
@@ -78,6 +79,17 @@ func (d *disk) hungFor(kind replication.StoreKind, now int64) int64 {
 		until = max(until, d.fullUntil)
 	}
 	return max(0, until-now)
+}
+
+// failSync tells whether a sync that executes now fails.
+func (d *disk) failSync(s *schedule) bool {
+	if d.failSyncs > 0 {
+		d.failSyncs--
+	} else if d.untold == 0 {
+		return false
+	}
+	d.loseSync(s)
+	return true
 }
 
 func (d *disk) failMeta() bool {
@@ -199,6 +211,7 @@ func (d *disk) peers() []string {
 // the cache still shows it.
 func (d *disk) loseSync(s *schedule) {
 	d.syncFailed, d.cacheLies = true, true
+	d.untold++
 	for i := range d.cells {
 		c := &d.cells[i]
 		if n := len(c.unsynced); n > 0 && s.chance(0.5) {
@@ -216,6 +229,7 @@ func (d *disk) kill(s *schedule) {
 		}
 	}
 	d.wilDurable = d.wil
+	d.untold = 0
 	if d.cacheLies {
 		d.cacheLies = false
 		// What the failed sync left in the cache is dropped with the file's last user: a new one reads the platter.

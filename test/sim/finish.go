@@ -32,6 +32,13 @@ func (w *world) heal() {
 			d.hungUntil, d.fullUntil, d.slow = 0, 0, 1
 			d.failSyncs, d.failWrites, d.failReads, d.failMetas = 0, 0, 0, 0
 		}
+		for _, g := range v.engines {
+			for _, c := range g.conns {
+				if c != nil && c.broken {
+					c.hangUp(w.between(0, 400*millisecond))
+				}
+			}
+		}
 		if v.m.MinInSync > len(v.m.Members) {
 			_, _ = v.apply(replication.Change{SetMinInSync: &replication.SetMinInSync{MinInSync: len(v.m.Members)}})
 		}
@@ -44,6 +51,9 @@ func (w *world) heal() {
 		return
 	}
 	w.count.HealedLives++
+	if w.chance(0.5) {
+		w.cutAndGrow() // while replicas come back
+	}
 	w.rejoins()
 	if w.failure != nil {
 		return
@@ -175,9 +185,8 @@ func (v *vol) engineNames() string {
 	return s
 }
 
-// exercise has a snapshot, an expand and a flush happen together, once all is well: L3 and L4. Then a member's disk hangs,
-// and I/O must go on without it: L5.
-func (w *world) exercise() {
+// cutAndGrow asks each volume for a snapshot and for more space.
+func (w *world) cutAndGrow() {
 	for _, v := range w.vols {
 		if !w.expected(v) {
 			continue
@@ -187,6 +196,28 @@ func (w *world) exercise() {
 			v.snapshot(false)
 		}
 	}
+}
+
+// moves has volumes detached in good order and attached elsewhere: no lease is waited for then.
+func (w *world) moves() {
+	moving := map[*vol]bool{}
+	for _, v := range w.vols {
+		if g := v.current(); w.expected(v) && g != nil && g.live && !g.detaching && w.chance(0.3) {
+			moving[v] = true
+			v.moveClean(w.pick(len(w.nodes)))
+		}
+	}
+	began := w.now
+	w.await("L1", "a clean move took too long", int64(w.timing.Lease)*3/4, func(v *vol) bool {
+		return !moving[v] || v.client != nil && !v.client.dead && v.client.began > began
+	})
+	w.count.HealedMoves += len(moving)
+}
+
+// exercise has a snapshot, an expand and a flush happen together, once all is well: L3 and L4. Then a member's disk hangs,
+// and I/O must go on without it: L5.
+func (w *world) exercise() {
+	w.cutAndGrow()
 	w.await("L4", "a snapshot or an expand did not end", 4*second, func(v *vol) bool { return v.pend == nil && v.m.Target == 0 })
 	if w.failure != nil {
 		return
@@ -198,6 +229,9 @@ func (w *world) exercise() {
 	w.loop(func() bool { return w.now > end })
 	if w.failure == nil {
 		w.rejoins()
+	}
+	if w.failure == nil {
+		w.moves()
 	}
 	if w.failure != nil {
 		return

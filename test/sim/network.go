@@ -94,8 +94,15 @@ func (c *conn) breaks() {
 	w := c.engine.w
 	w.count.Broken++
 	delay := w.between(0, 2*millisecond)
-	if w.chance(0.5) {
+	switch w.pick(10) {
+	case 0, 1, 2, 3:
 		delay = w.between(20*millisecond, 400*millisecond)
+	case 4:
+		// The carrier does not notice: the engine's own patience ends first.
+		if !w.calm {
+			w.count.Unnoticed++
+			delay = w.between(second, 4*second)
+		}
 	}
 	c.hangUp(delay)
 }

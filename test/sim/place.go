@@ -95,6 +95,7 @@ func (p *place) on(life uint64, do func()) {
 func (p *place) reopen() {
 	p.on(p.life, func() {
 		p.w.count.Reopened++
+		p.w.tracef("%s is opened again", p.id)
 		p.close(false)
 		for _, g := range p.v.engines {
 			if c := g.conns[p.index]; c != nil {
@@ -231,6 +232,7 @@ func (p *place) done(op *storeOp) {
 	p.w.dirty = true
 	if failed := op.result.Status != replication.StatusOK; failed && (op.Kind == replication.StoreSync || op.Kind == replication.StoreSeal || op.FUA) {
 		p.poisoned = true
+		p.disk.untold--
 		life := p.life
 		p.w.after(p.w.wide(10*millisecond, second), func() {
 			if p.life == life {
@@ -270,9 +272,7 @@ func (p *place) execute(op *storeOp) {
 	case replication.StoreWrite, replication.StoreZero:
 		p.executeWrite(op)
 	case replication.StoreSync:
-		if d.failSyncs > 0 {
-			d.failSyncs--
-			d.loseSync(&w.schedule)
+		if d.failSync(&w.schedule) {
 			ok.Status = replication.StatusIO
 			w.count.FailedSyncs++
 			w.tracef("%s sync fails", p.id)
@@ -368,9 +368,9 @@ func (p *place) executeWrite(op *storeOp) {
 			d.missed[string(t.Peer)] = a
 		}
 	}
-	failing := d.failWrites > 0
+	failing := d.failWrites > 0 || op.FUA && d.untold > 0
 	if failing {
-		d.failWrites--
+		d.failWrites = max(0, d.failWrites-1)
 		w.count.FailedWrites++
 		op.result.Status = replication.StatusIO
 		if op.FUA {
@@ -450,9 +450,7 @@ func (p *place) executeSeal(op *storeOp) {
 		}
 		d.dropLayer(op.Snapshot)
 	}
-	if d.failSyncs > 0 {
-		d.failSyncs--
-		d.loseSync(&w.schedule)
+	if d.failSync(&w.schedule) {
 		op.result.Status = replication.StatusIO
 		w.count.FailedSyncs++
 		return
