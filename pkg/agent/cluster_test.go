@@ -438,6 +438,12 @@ func TestEngineWithoutDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantErr(t, "delete of a replica in use", n.DeleteReplica(t.Context(), "n1", c.pool("n1"), c.replica(1).ID), volume.ErrInUse)
+	s := c.snapshot("n1", "snap-1", false)
+	holders, err := n.CutSnapshot(t.Context(), "n1", s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.complete(s, holders)
 	r := c.replica(3)
 	if err := c.nodes["n3"].CreateReplica(t.Context(), "n3", control.ReplicaSpec{ID: r.ID, Volume: vol1, Pool: r.Pool, Size: 16 * mib}); err != nil {
 		t.Fatal(err)
@@ -449,6 +455,17 @@ func TestEngineWithoutDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.waitInSync(3)
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		c.cluster.mu.Lock()
+		filled := fmt.Sprint(c.cluster.filled)
+		c.cluster.mu.Unlock()
+		if filled == "[snap-1 on rep-n3]" {
+			break
+		}
+		if time.Since(start) > 20*time.Second {
+			t.Fatalf("the controllers were told of %s", filled)
+		}
+	}
 	if rep, err := n.Engine(t.Context(), "n1", vol1); err != nil || rep.Phase != "live" {
 		t.Errorf("%+v, %v", rep, err)
 	}
@@ -464,6 +481,6 @@ func TestEngineWithoutDevice(t *testing.T) {
 	if err := n.DeleteReplica(t.Context(), "n1", c.pool("n1"), c.replica(1).ID); err != nil {
 		t.Error(err)
 	}
-	_, err := n.Engine(t.Context(), "n1", vol1)
+	_, err = n.Engine(t.Context(), "n1", vol1)
 	wantErr(t, "no engine", err, volume.ErrNotFound)
 }

@@ -41,6 +41,7 @@ type fakeCluster struct {
 	mu       sync.Mutex
 	volumes  map[volume.ID]volume.Volume
 	phases   []volume.Filesystem
+	filled   []string
 	down     error
 	reports  int
 	register int
@@ -106,6 +107,13 @@ func (c *fakeCluster) Commit(_ context.Context, id volume.ID, change replication
 	}
 	c.volumes[id] = n
 	return command.Membership(n), nil
+}
+
+func (c *fakeCluster) AddHolder(_ context.Context, id volume.SnapshotID, r volume.ReplicaID) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.filled = append(c.filled, fmt.Sprintf("%s on %s", id, r))
+	return nil
 }
 
 // Membership implements engine.Controllers.

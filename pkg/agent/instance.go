@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/engine"
@@ -27,6 +29,12 @@ type instance struct {
 	local    volume.Replica
 	pool     Pool
 	progress progress
+	// syncing: replicas are being brought up.
+	syncing atomic.Bool
+
+	mu sync.Mutex
+	// behind are replicas that were not in sync when it was looked last.
+	behind map[volume.ReplicaID]bool
 	// ended is closed before the node itself ends the engine.
 	ended chan struct{}
 }
@@ -97,7 +105,7 @@ func (i *instance) over() bool {
 
 // newInstance begins an epoch and an engine for it.
 func (n *Node) newInstance(ctx context.Context, c Cluster, v *vol, cv volume.Volume) (*instance, error) {
-	i := &instance{ended: make(chan struct{})}
+	i := &instance{ended: make(chan struct{}), behind: map[volume.ReplicaID]bool{}}
 	for _, r := range cv.Replicas {
 		if r.Node == n.cfg.ID && r.Role == volume.InSync {
 			i.local, i.pool = r, n.pools[r.Pool]
@@ -123,8 +131,10 @@ func (n *Node) newInstance(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 		return nil, fmt.Errorf("begin an epoch of volume %s: %w", v.id, err)
 	}
 	i.epoch = m.Epoch
+	i.read(m)
 	i.e, err = engine.Open(engine.Config{
 		Node: n.cfg.ID, Controllers: c, Peers: n, Logger: n.log, Geometry: replication.DefaultGeometry(), Timing: n.cfg.Timing,
+		Meter: &n.meter,
 	}, m, false)
 	return i, err
 }
@@ -132,12 +142,23 @@ func (n *Node) newInstance(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 // watch waits for the end of an engine. Where that was not the node's own doing the device must fail for good: what its
 // page cache still has reaches nobody.
 func (n *Node) watch(v *vol, i *instance) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for !i.over() {
+		select {
+		case <-n.ctx.Done():
+			return
+		case <-i.ended:
+			return
+		case <-i.e.Over():
+		case <-tick.C:
+			n.look(v, i)
+		}
+	}
 	select {
-	case <-n.ctx.Done():
+	case <-i.ended: // the node itself closed it
 		return
-	case <-i.ended:
-		return
-	case <-i.e.Over():
+	default:
 	}
 	reason := i.e.Reason()
 	n.log.Error("engine of a volume ended", "volume", v.id, "epoch", i.epoch, "reason", reason)
@@ -230,6 +251,7 @@ func (n *Node) learn(ctx context.Context, v *vol, i *instance) (replication.Memb
 	}
 	m, err := c.Membership(ctx, v.id)
 	if err == nil {
+		i.read(m)
 		i.e.Learn(m)
 	}
 	return m, err

@@ -61,7 +61,8 @@ type Node struct {
 	past   map[volume.ID]past
 	closed bool
 
-	host replicaHost
+	host  replicaHost
+	meter engine.Meter // of the engines' reads and writes
 
 	exports exports
 }
@@ -184,6 +185,7 @@ func (n *Node) Start(c Cluster) {
 	n.wg.Go(func() { n.report(c) })
 	n.wg.Go(func() { n.restoreAll(c) })
 	n.wg.Go(func() { n.host.sweep(n.ctx) })
+	n.wg.Go(n.pace)
 }
 
 // Ready returns nil once Start was called and the restoring of what was in use before has been attempted; what could not

@@ -18,6 +18,8 @@ type Cluster interface {
 	SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error
 	RegisterNode(ctx context.Context, n volume.Node) error
 	ReportUsage(ctx context.Context, node volume.NodeID, u control.Usage) error
+	// AddHolder records that a replica has filled in a snapshot; volume.ErrNotFound where there is none, any more.
+	AddHolder(ctx context.Context, id volume.SnapshotID, r volume.ReplicaID) error
 	engine.Controllers
 }
 

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/replication"
@@ -101,6 +102,9 @@ func (e *Engine) Flush(ctx context.Context) error {
 // error is nil and it is not kept; after an error it must be left to the garbage collector, for replicas may still be sent
 // what is in it, or read to it.
 func (e *Engine) do(ctx context.Context, buf *buffer, reads bool, begin func(now replication.Now, tag uint64)) (result, error) {
+	if e.cfg.Meter != nil && buf != nil {
+		defer func(start time.Time) { e.cfg.Meter.record(time.Since(start)) }(time.Now())
+	}
 	q := requestPool.Get().(*request)
 	e.mu.Lock()
 	if e.closed {

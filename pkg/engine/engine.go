@@ -23,6 +23,8 @@ type Config struct {
 	Logger      *slog.Logger
 	Geometry    replication.Geometry
 	Timing      replication.Timing
+	// Meter, where it is not nil, is told how long reads and writes take.
+	Meter *Meter
 }
 
 // commitTimeout bounds one attempt to commit; its outcome is then unknown and it is made again.
