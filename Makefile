@@ -11,9 +11,9 @@ SHELL       := /bin/bash
 
 ## -- The two commands of the README ------------------------------------------------------------------------------------
 
-NODES ?= 1
+NODES ?= 3
 .PHONY: demo
-demo: deps build ## Show one node at work: create, attach, write, snapshot, restore, expand (root; about half a minute)
+demo: deps build ## Show three nodes, one of which dies, and what becomes of its volume (NODES=1: one node from end to end; root)
 	$(GO) run ./test/demo --bin $(BIN) --nodes $(NODES)
 
 .PHONY: test
