@@ -232,11 +232,15 @@ func (e *Engine) removed(m *member) {
 	}
 }
 
-// unflushed is what a member may lack, in extents: all that was sent to any or to it since the last flush, which includes
+// unflushed is what a member may lack, in extents: all that is not reconciled, or was sent since the last flush, which includes
 // what is under way.
 func (e *Engine) unflushed(m *member) *region.Set {
 	set := new(region.Set)
 	e.u.Into(set)
+	per := uint32(e.g.Region / e.g.Extent)
+	for i, ok := e.dirty.Next(0); ok; i, ok = e.dirty.Next(i + 1) {
+		set.AddRange(i*per, (i+1)*per)
+	}
 	if m != nil {
 		m.u.Into(set)
 	}
