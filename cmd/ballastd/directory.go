@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/singleflight"
 	"google.golang.org/grpc"
 
 	"github.com/ballast-csi/ballast/pkg/clusterapi"
@@ -34,6 +35,8 @@ type directory struct {
 	learned func(addresses []string)
 	// drop ends the connections of nodes that have been removed; nil before there is anything to end.
 	drop func(removed func(volume.NodeID) bool)
+
+	asking singleflight.Group // who asks while another does gets that one's answer
 
 	mu      sync.Mutex
 	nodes   map[volume.NodeID]volume.Node
@@ -77,15 +80,18 @@ func (d *directory) run(ctx context.Context) {
 }
 
 func (d *directory) refresh(ctx context.Context) error {
-	d.mu.Lock()
-	d.asked = time.Now()
-	d.mu.Unlock()
+	_, err, _ := d.asking.Do("", func() (any, error) { return nil, d.look(ctx) })
+	return err
+}
+
+func (d *directory) look(ctx context.Context) error {
 	nodes, err := d.list(ctx)
 	if err != nil {
 		return err
 	}
 	var others []string
 	d.mu.Lock()
+	d.asked = time.Now()
 	for id := range d.nodes {
 		d.removed[id] = true
 	}
