@@ -109,9 +109,9 @@ func TestAttention(t *testing.T) {
 		{"nothing", func(a *attention) { a.controllers([]Controller{leads, up, up}) }, nil},
 		{"one", func(a *attention) { a.controllers([]Controller{leads}) }, nil},
 		{"two", func(a *attention) { a.controllers([]Controller{leads, up}) }, []string{"2 controllers do not survive"}},
-		{"one of five is away", func(a *attention) { a.controllers([]Controller{leads, up, up, up, down}) }, []string{"1 controller not answering: 1 more may fail"}},
-		{"one of three is away", func(a *attention) { a.controllers([]Controller{leads, up, down}) }, []string{"1 controller not answering: if one more"}},
-		{"no majority", func(a *attention) { a.controllers([]Controller{up, down, down}) }, []string{"2 controllers not answering: without a majority", "the controllers have no leader"}},
+		{"one of five is away", func(a *attention) { a.controllers([]Controller{leads, up, up, up, down}) }, []string{"1 controller not answering (b): 1 more may fail"}},
+		{"one of three is away", func(a *attention) { a.controllers([]Controller{leads, up, down}) }, []string{"1 controller not answering (b): if one more"}},
+		{"no majority", func(a *attention) { a.controllers([]Controller{up, down, down}) }, []string{"2 controllers not answering (b, b): without a majority", "the controllers have no leader"}},
 		{"one joins", func(a *attention) { a.controllers([]Controller{leads, up, up, joins}) }, []string{"1 controller without a vote yet"}},
 		{"nodes", func(a *attention) {
 			full := &adminpb.Pool{Name: "p", CapacityBytes: 10, UsedBytes: 10}

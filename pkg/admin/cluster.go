@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,6 +58,7 @@ func (s *Service) Cluster(ctx context.Context, _ *adminpb.ClusterRequest) (*admi
 		if err != nil {
 			return nil, err
 		}
+		slices.SortFunc(cs, func(a, b Controller) int { return strings.Compare(string(a.ID), string(b.ID)) })
 		for _, c := range cs {
 			out.Controllers = append(out.Controllers, &adminpb.Controller{
 				Node: string(c.ID), Address: c.Address, Voter: c.Voter, Leader: c.Leader, Answers: c.Answers, LogIndex: c.Last,
@@ -165,15 +167,16 @@ func (a *attention) controllers(cs []Controller) {
 	}
 	if len(silent) > 0 {
 		spare := answers - (voters/2 + 1)
+		const see = "See that the host is up and ballastd runs there"
 		what := fmt.Sprintf("%d more may fail", spare)
+		next := see + "; for one that is gone for good: ballastctl cluster remove-controller " + silent[0]
 		switch {
 		case spare < 0:
-			what = "without a majority nothing can be changed, and replicas that fail make I/O wait"
+			what, next = "without a majority nothing can be changed, and replicas that fail make I/O wait", see+", with the disk that it had"
 		case spare == 0:
 			what = "if one more fails nothing can be changed"
 		}
-		a.quorum = append(a.quorum, fmt.Sprintf("%s not answering: %s. See that the host is up and ballastd runs there; for one that is gone for good: ballastctl cluster remove-controller NODE",
-			countOf("controller", silent), what))
+		a.quorum = append(a.quorum, fmt.Sprintf("%s not answering (%s): %s. %s", countOf("controller", silent), firstOf(silent), what, next))
 	}
 	if !leader {
 		a.quorum = append(a.quorum, "the controllers have no leader: changes wait until a majority of them answers")
