@@ -333,3 +333,44 @@ func TestAdminsOverTheNetwork(t *testing.T) {
 		t.Errorf("exit %d: %s", r.code, r.err)
 	}
 }
+
+func TestClusterCompletion(t *testing.T) {
+	socket := admintest.Serve(t, admintest.Several(t))
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"node", "drain", ""}, "node-1"},
+		{[]string{"node", "remove", "node-4", ""}, ":4"},
+		{[]string{"salvage", "arch"}, "archive\t"},
+		{[]string{"salvage", "archive", "--replica", ""}, "rep-c2\tstale on node-2"},
+		{[]string{"cluster", "join-token", "revoke", ""}, "0123456789abcdef\tcontroller, storage"},
+		{[]string{"cluster", "join-token", "create", "--role", ""}, "controller,storage"},
+		{[]string{"cluster", "remove-controller", ""}, "node-3"},
+		{[]string{"cluster", "admin-cert", "x", "--role", ""}, "operator"},
+		{[]string{"snapshot", "group", "get", ""}, "nightly\t2 snapshots"},
+		{[]string{"snapshot", "group", "create", "x", "db", ""}, "queue\t"},
+		{[]string{"replica", "list", "--node", ""}, "node-2"},
+		{[]string{"volume", "set", "db", "--data-locality", ""}, "required"},
+	} {
+		r := ctl(socket, append([]string{"__complete"}, c.args...)...)
+		if r.code != exitOK || !strings.Contains(r.out, c.want) {
+			t.Errorf("%v: exit %d: %q is not in %q", c.args, r.code, c.want, r.out)
+		}
+	}
+}
+
+func TestChangesOfAClusterAreData(t *testing.T) {
+	socket := admintest.Serve(t, admintest.Several(t))
+	for _, args := range []string{
+		"node drain node-4", "node undrain node-4", "node empty node-4", "node remove node-4 --yes", "cluster remove-controller node-3 --yes",
+		"cluster join-token create", "cluster join-token revoke 0123456789abcdef", "cluster admin-cert eve --out " + filepath.Join(t.TempDir(), "eve.pem"),
+		"volume set db --replicas 2", "salvage archive --replica rep-c2 --accept-data-loss --yes", "snapshot group create weekly db", "snapshot group delete weekly --yes",
+	} {
+		r := ctl(socket, append(strings.Fields(args), "-o", "json")...)
+		var v map[string]any
+		if err := json.Unmarshal([]byte(r.out), &v); r.code != exitOK || err != nil || len(v) == 0 {
+			t.Errorf("%s: exit %d, %v: %q %s", args, r.code, err, r.out, r.err)
+		}
+	}
+}
