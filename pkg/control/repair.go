@@ -19,7 +19,8 @@ type State struct {
 	View      placement.View
 	Volumes   []volume.Volume
 	Snapshots []volume.Snapshot
-	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. Pools that can be reached
+	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. It is no longer than this
+	// process has been looking: after a time without controllers all nodes seem to have been silent. Pools that can be reached
 	// are not in it.
 	Away map[volume.PoolID]time.Duration
 }
@@ -40,18 +41,24 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	st.Away = map[volume.PoolID]time.Duration{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	now := s.o.Now()
+	if now.Sub(s.looked) > s.o.NodeTimeout {
+		s.lookingSince = now
+	}
+	s.looked = now
+	looking := now.Sub(s.lookingSince)
 	offline := map[volume.PoolID]time.Time{}
 	for _, n := range c.nodes {
 		for _, p := range n.Pools {
 			if p.Capacity == 0 { // nobody records since when
-				offline[p.ID] = s.o.Now()
+				offline[p.ID] = now
 				if since, ok := s.offline[p.ID]; ok {
 					offline[p.ID] = since
 				}
-				st.Away[p.ID] = s.o.Now().Sub(offline[p.ID])
+				st.Away[p.ID] = min(looking, now.Sub(offline[p.ID]))
 			}
 			if c.silent[n.ID] != "" {
-				st.Away[p.ID] = s.silence(n)
+				st.Away[p.ID] = min(looking, s.silence(n))
 			}
 		}
 	}

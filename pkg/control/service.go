@@ -46,6 +46,8 @@ type Service struct {
 	mu sync.Mutex
 	// staleQoS are attached volumes whose node may not have their limits; nil until all of them have been looked at.
 	staleQoS map[volume.ID]bool
+	// looked is when State was last asked for, lookingSince since when without a long pause.
+	looked, lookingSince time.Time
 	// offline are pools without their disk, since when that was seen.
 	offline  map[volume.PoolID]time.Time
 	reported map[volume.NodeID]report

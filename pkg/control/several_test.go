@@ -52,15 +52,20 @@ func (w *world) get(id volume.ID) volume.Volume {
 	return v
 }
 
-// silence lets a node be down, for long enough to be noticed; the others go on reporting.
+// silence lets a node be down, for long enough to be noticed; the others go on reporting, and somebody goes on looking.
 func (w *world) silence(node volume.NodeID, d time.Duration) {
 	w.t.Helper()
 	w.agents.setDown(node, true)
-	w.now = w.now.Add(d)
-	for i := 1; i <= 4; i++ {
-		n := volume.NodeID(fmt.Sprint("n", i))
-		if n != node {
-			w.register(n, pool(volume.PoolID(fmt.Sprint("p", i)), n, 100*gib))
+	for ; d > 0; d -= time.Minute {
+		w.now = w.now.Add(min(d, time.Minute))
+		for i := 1; i <= 4; i++ {
+			n := volume.NodeID(fmt.Sprint("n", i))
+			if n != node {
+				w.register(n, pool(volume.PoolID(fmt.Sprint("p", i)), n, 100*gib))
+			}
+		}
+		if _, err := w.State(context.Background()); err != nil {
+			w.t.Fatal(err)
 		}
 	}
 }
@@ -271,6 +276,22 @@ func TestAReplicaThatStaysAway(t *testing.T) {
 			w.deleteAll()
 			w.check()
 		})
+	}
+}
+
+func TestNobodyIsAwayBecauseNobodyLooked(t *testing.T) {
+	w := newCluster(t)
+	w.mustCreate(replicated("v", 3))
+	if _, err := w.State(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	w.now = w.now.Add(time.Hour) // no controller was there to report to
+	st, err := w.State(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if as := reconcile.Repairs(st, reconcile.Limits{}); len(as) != 0 || len(st.Away) != 4 {
+		t.Errorf("%v, away %v", as, st.Away)
 	}
 }
 
