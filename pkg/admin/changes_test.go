@@ -81,6 +81,7 @@ func TestWhy(t *testing.T) {
 		{whyEngine(volume.Volume{Protocol: volume.Protocol{Owner: "n"}}, &volume.EngineReport{Phase: "marking", Dirty: 1 << 20}), "1.0 MiB that were being written"},
 		{whyEngine(volume.Volume{}, &volume.EngineReport{Phase: "live", Resyncs: []volume.Resync{{Replica: "r", Done: 1 << 30, Left: 1 << 30, Rate: 1 << 20, Snapshots: 2}}}),
 			"Replica r is being brought up: 1.0 GiB are done, 1.0 GiB are left, at 1.0 MiB/s about 17m4s more, and 2 snapshots."},
+		{whyEngine(volume.Volume{}, &volume.EngineReport{Phase: "live", Resyncs: []volume.Resync{{Replica: "r", Left: volume.MaxSize, Rate: 1}}}), "64 TiB are left, at 1 B/s."},
 		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Creating}}), "is being cut"},
 		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Deleting}}), "is being deleted"},
 		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Ready}}), "is ready"},

@@ -101,7 +101,10 @@ func whyEngine(v volume.Volume, e *volume.EngineReport) string {
 	for _, r := range e.Resyncs {
 		text := fmt.Sprintf("Replica %s is being brought up: %s are done, %s are left", r.Replica, bytesText(r.Done), bytesText(r.Left))
 		if r.Rate > 0 {
-			text += fmt.Sprintf(", at %s/s about %s more", bytesText(r.Rate), (time.Duration(r.Left/r.Rate) * time.Second))
+			text += fmt.Sprintf(", at %s/s", bytesText(r.Rate))
+			if seconds := r.Left / r.Rate; seconds < 1e6 { // more is no forecast
+				text += fmt.Sprintf(" about %s more", time.Duration(seconds)*time.Second)
+			}
 		}
 		if r.Snapshots > 0 {
 			text += fmt.Sprintf(", and %d snapshots", r.Snapshots)
