@@ -46,13 +46,14 @@ var focuses = map[Focus]func(*schedule, *profile){
 		p.rollback = 1
 	},
 	// Members fail, while the controllers answer late, or not.
-	"commit": func(_ *schedule, p *profile) {
+	"commit": func(s *schedule, p *profile) {
 		p.atLeast(2, 2)
 		p.onlyFaults(faultBreak, 2, faultHang, 1, faultPartition, 1, faultCtlDown, 1, faultOneWay, 2, faultWrite, 1)
 		p.onlyOperations(opFailover, 1)
 		p.eio = 1
 		p.faultEvery, p.think = 100*millisecond, 4*millisecond
-		p.ctlMax, p.ctlLost = 60*millisecond, 0.3
+		p.ctlMax, p.ctlLost = oneOf(s, 60*millisecond, 300*millisecond), 0.3
+		p.depth, p.reads = 8, 0.15
 	},
 	// Replicas come and go all the time, over slow networks and disks, under sustained writes.
 	"resync": func(s *schedule, p *profile) {
@@ -85,7 +86,9 @@ var focuses = map[Focus]func(*schedule, *profile){
 		p.onlyOperations(opAdd, 3, opRemove, 2)
 		p.faultEvery, p.operateEvery = 300*millisecond, 80*millisecond
 		p.think, p.depth, p.reads, p.opBlocks, p.hotBlocks = 4*millisecond, 8, 0.1, 1, 0
-		p.netMax, p.tail, p.drop, p.mirrorBelow = 5*millisecond, oneOf(s, 0.02, 0.05), 0, 64*extentSize
+		p.netMax, p.tail, p.drop = 5*millisecond, oneOf(s, 0.02, 0.05), 0
+		p.mirrorBelow, p.window, p.copyExtents = oneOf[int64](s, 2, 6, 64)*extentSize, 8*extentSize, 1
+		p.replicas = oneOf(s, 1, 2)
 	},
 	// Copies go wrong on their way to the disk, silently: nothing else does, for what is copied but not compared yet when its
 	// resync is cut short is only as good as the disk.

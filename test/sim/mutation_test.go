@@ -35,7 +35,7 @@ var focusOf = map[string]Focus{
 	"WithoutMaxISR":               "commit",
 	"WithoutUnknownKeeps":         "commit",
 	"WithoutErrorReconcile":       "commit",
-	"WithoutCopyDrain":            "resync",
+	"WithoutCopyDrain":            "laggard",
 	"WithoutCopyLock":             "resync",
 	"WithoutCopyReadLock":         "resync",
 	"WithoutTargetUnflushed":      "target",
