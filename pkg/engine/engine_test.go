@@ -151,6 +151,8 @@ func TestRebuild(t *testing.T) {
 	check(t, e, loads)
 	w.detach(e)
 	w.equal("r1", "r2", "r3")
+	w.equalSnapshots("s1", "r1", "r2", "r3")
+	w.equalSnapshots("s2", "r1", "r2", "r3")
 }
 
 func (w *world) snapshot(e *Engine, id volume.SnapshotID) Cut {

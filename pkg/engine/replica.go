@@ -203,9 +203,14 @@ func (r *Replica) begin(op replication.StoreOp) {
 	select {
 	case r.work <- op:
 	default:
-		r.ops.Go(func() { r.worker(op) })
+		r.hire(op)
 	}
 }
+
+// hire begins another worker. It is apart from begin so that only here an operation is allocated.
+//
+//go:noinline
+func (r *Replica) hire(op replication.StoreOp) { r.ops.Go(func() { r.worker(op) }) }
 
 func (r *Replica) worker(op replication.StoreOp) {
 	for {
