@@ -46,9 +46,9 @@ type clusterConfig struct {
 	plaintext bool
 }
 
-// endpoints are the three addresses of a node, on adjacent ports: of the cluster API, of the controllers' log, and of
-// replicas.
-type endpoints struct{ host, api, raft, data string }
+// endpoints are the four addresses of a node, on adjacent ports: of the cluster API, of the controllers' log, of replicas,
+// and of the admin API.
+type endpoints struct{ host, api, raft, data, admin string }
 
 // parseEndpoints reads HOST:PORT, of which PORT is the first.
 func parseEndpoints(address string) (endpoints, error) {
@@ -57,11 +57,11 @@ func parseEndpoints(address string) (endpoints, error) {
 		return endpoints{}, err
 	}
 	first, err := strconv.ParseUint(port, 10, 16)
-	if err != nil || first == 0 || first > 65533 {
-		return endpoints{}, fmt.Errorf("%q: the port is none of 1 to 65533; the two after it are used too", address)
+	if err != nil || first == 0 || first > 65532 {
+		return endpoints{}, fmt.Errorf("%q: the port is none of 1 to 65532; the three after it are used too", address)
 	}
 	at := func(n uint64) string { return net.JoinHostPort(host, strconv.FormatUint(first+n, 10)) }
-	return endpoints{host: host, api: at(0), raft: at(1), data: at(2)}, nil
+	return endpoints{host: host, api: at(0), raft: at(1), data: at(2), admin: at(3)}, nil
 }
 
 // poolConfig is one pool.
@@ -113,7 +113,7 @@ func addFlags(f *pflag.FlagSet) *settings {
 	f.StringVar(&s.nodeEndpoint, "node-endpoint", "", "`socket` of CSI's identity and node services")
 	f.StringVar(&s.admin, "admin-endpoint", "", "`socket` of the admin API (default: admin.sock in the run directory)")
 	f.StringVar(&s.metrics, "metrics-address", "", "`host:port` of /metrics, /healthz and /readyz over HTTP (default: not served)")
-	f.StringVar(&s.listen, "listen", "", "`host:port` at which other nodes reach this one; the two ports after it are used too (default: this node is alone). Without --join it begins a new cluster")
+	f.StringVar(&s.listen, "listen", "", "`host:port` at which other nodes reach this one; the three ports after it are used too (default: this node is alone). Without --join it begins a new cluster")
 	f.StringVar(&s.advertise, "advertise", "", "`host:port` that other nodes are told instead of --listen's")
 	f.StringVar(&s.join, "join", "", "`token` with which the node joins a cluster, from ballastctl cluster join-token; @FILE reads it from a file. A node that has joined passes over it")
 	f.StringSliceVar(&s.controllers, "controllers", nil, "`host:port,...` of controllers of the cluster to join, as their --listen or --advertise says")

@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/ballast-csi/ballast/pkg/admin"
 	"github.com/ballast-csi/ballast/pkg/agent"
 	"github.com/ballast-csi/ballast/pkg/clusterapi"
 	"github.com/ballast-csi/ballast/pkg/control"
@@ -202,6 +203,12 @@ func (d *daemon) listenForMembers(s clusterapi.Services, c *pki.Credentials, clu
 	api := clusterapi.NewServer(s, tlsConfig)
 	if err := serve("the cluster API", d.cfg.cluster.listen.api, api.Serve, api.Stop); err != nil {
 		return err
+	}
+	if s.Controller != nil {
+		people := d.admin.TLSServer(c.Server(admin.IsAdmin))
+		if err := serve("the admin API", d.cfg.cluster.listen.admin, people.Serve, people.Stop); err != nil {
+			return err
+		}
 	}
 	config := replicanet.ServerConfig{Cluster: cluster, Node: d.cfg.node, Insecure: d.cfg.cluster.plaintext, Acceptor: replicas{node}, Log: d.log}
 	if !config.Insecure {

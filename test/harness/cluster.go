@@ -12,8 +12,8 @@ import (
 	"github.com/ballast-csi/ballast/test/netlab"
 )
 
-// clusterPort is the first of the three that each node uses, on an address of its own.
-const clusterPort = 7800
+// clusterPort is the first of those that each node uses, on an address of its own.
+const clusterPort = 9820
 
 // ClusterOptions of a cluster.
 type ClusterOptions struct {
