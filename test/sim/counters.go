@@ -60,7 +60,7 @@ func (c *Counters) Add(o *Counters) {
 	}
 }
 
-// Zeros names what never happened.
+// Never names what did not happen.
 func (c *Counters) Never() []string {
 	var names []string
 	v := reflect.ValueOf(c).Elem()

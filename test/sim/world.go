@@ -68,12 +68,12 @@ type node struct {
 	cut     bool // from the controllers
 }
 
-// now is the node's own clock.
+// clockOf is the time of a node's own clock.
 func (w *world) clockOf(n *node) replication.Now {
 	return replication.Now(n.offset + int64(float64(w.now)*n.rate))
 }
 
-// delay turns a time of the node's clock into a delay from now.
+// until turns a time of the node's clock into a delay from now.
 func (w *world) until(n *node, t replication.Now) int64 {
 	return int64(float64(int64(t-w.clockOf(n)))/n.rate) + 1
 }
@@ -220,7 +220,7 @@ func (w *world) on(n *node, life uint64, do func()) {
 	do()
 }
 
-// open tells whether a message can pass.
+// passes tells whether a message can pass a link.
 func (w *world) passes(from, to int) bool { return from == to || !w.blocked[from][to] }
 
 // shuffled returns 0..n-1 in an order drawn from the seed.
