@@ -97,7 +97,7 @@ func explain(err error) (string, int) {
 	case codes.Canceled:
 		return context.Canceled.Error(), exitInterrupted
 	case codes.Unimplemented:
-		return "this daemon is older than ballastctl and does not know the call; compare `ballastctl version`", exitFailed
+		return "this daemon does not know the call: it is older than ballastctl (compare `ballastctl version`), or --server names another of its ports (the admin API has the third after that of --listen)", exitFailed
 	}
 	return s.Message(), exitFailed
 }

@@ -388,9 +388,10 @@ func (s *Service) IssueCertificate(ctx context.Context, r *adminpb.IssueCertific
 		life = pki.AdminLifetime
 	}
 	chain, err := c.Issue(r.CertificateRequest, id, life)
-	s.o.Audit.Record(ctx, "certificate.issue", r.Name, fmt.Sprintf("role %s, for %s", r.Role, life), err)
+	expires := s.o.Now().Add(life)
+	s.o.Audit.Record(ctx, "certificate.issue", r.Name, fmt.Sprintf("role %s, until %s", r.Role, expires.UTC().Format(time.RFC3339)), err)
 	if err != nil {
 		return nil, err
 	}
-	return &adminpb.IssueCertificateReply{Chain: chain, ExpiresAt: timeToProto(volume.Timestamp(s.o.Now().Add(life).UnixNano()))}, nil
+	return &adminpb.IssueCertificateReply{Chain: chain, ExpiresAt: timeToProto(volume.Timestamp(expires.UnixNano()))}, nil
 }
