@@ -2,9 +2,11 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -20,7 +22,7 @@ func (s *Service) Health(ctx context.Context, id volume.ID) (Health, error) {
 	if err != nil {
 		return Health{}, err
 	}
-	return Health{Volume: id, Conditions: s.conditions(ctx, v, nodes)}, nil
+	return Health{Volume: id, Conditions: s.asking().conditions(ctx, v, nodes)}, nil
 }
 
 // Unhealthy lists the volumes with conditions in order of id, and the token of the next page or "".
@@ -33,24 +35,24 @@ func (s *Service) Unhealthy(ctx context.Context, p Page) ([]Health, string, erro
 		return nil, "", err
 	}
 	out := []Health{}
-	const batch = 1000
+	const batch = 256
+	asker := s.asking()
 	for {
 		vs, next, err := s.Volumes(ctx, Page{Max: batch, Token: p.Token, All: p.All})
 		if err != nil {
 			return nil, "", err
 		}
-		for _, v := range vs {
-			if err := ctx.Err(); err != nil {
-				return nil, "", err
-			}
-			cs := s.conditions(ctx, v, nodes)
+		for i, cs := range asker.all(ctx, vs, nodes) {
 			if len(cs) == 0 {
 				continue
 			}
 			if p.Max > 0 && len(out) == p.Max {
 				return out, string(out[len(out)-1].Volume), nil
 			}
-			out = append(out, Health{Volume: v.ID, Conditions: cs})
+			out = append(out, Health{Volume: vs[i].ID, Conditions: cs})
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, "", err
 		}
 		if next == "" {
 			return out, "", nil
@@ -59,8 +61,53 @@ func (s *Service) Unhealthy(ctx context.Context, p Page) ([]Health, string, erro
 	}
 }
 
+// asker asks nodes how volumes are. One that does not answer is not asked again.
+type asker struct {
+	*Service
+	mu   sync.Mutex
+	down map[volume.NodeID]error
+}
+
+func (s *Service) asking() *asker { return &asker{Service: s, down: map[volume.NodeID]error{}} }
+
+func (s *asker) ask(ctx context.Context, r volume.Replica, id volume.ID) ([]volume.Condition, error) {
+	s.mu.Lock()
+	err := s.down[r.Node]
+	s.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	defer cancel()
+	cs, err := s.agents.Conditions(limit, r.Node, r, id)
+	if err != nil && (limit.Err() != nil || errors.Is(err, volume.ErrUnavailable)) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.down[r.Node] = err
+	}
+	return cs, err
+}
+
+// all asks of many volumes, of some at once.
+func (s *asker) all(ctx context.Context, vs []volume.Volume, nodes []volume.Node) [][]volume.Condition {
+	out := make([][]volume.Condition, len(vs))
+	room := make(chan struct{}, 16)
+	var wg sync.WaitGroup
+	for i, v := range vs {
+		room <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-room }()
+			if ctx.Err() == nil {
+				out[i] = s.conditions(ctx, v, nodes)
+			}
+		})
+	}
+	wg.Wait()
+	return out
+}
+
 // conditions asks the nodes of a Ready volume and adds what only the controllers see.
-func (s *Service) conditions(ctx context.Context, v volume.Volume, nodes []volume.Node) []volume.Condition {
+func (s *asker) conditions(ctx context.Context, v volume.Volume, nodes []volume.Node) []volume.Condition {
 	if v.State != volume.Ready {
 		return nil
 	}
@@ -80,7 +127,7 @@ func (s *Service) conditions(ctx context.Context, v volume.Volume, nodes []volum
 	for _, r := range v.Replicas {
 		why, safe := s.unreachable(r, nodes)
 		if why == "" {
-			cs, err := s.agents.Conditions(ctx, r.Node, r, v.ID)
+			cs, err := s.ask(ctx, r, v.ID)
 			if asked = asked || err == nil && r.Node == v.Owner; r.Node == v.Owner {
 				for _, c := range cs {
 					add(c)
@@ -112,7 +159,7 @@ func (s *Service) conditions(ctx context.Context, v volume.Volume, nodes []volum
 	if v.Owner != "" && !asked {
 		if why := s.silentOwner(v, nodes); why != "" {
 			add(volume.Condition{Severity: volume.Inaccessible, Reason: "OwnerNotReporting", Message: why})
-		} else if cs, err := s.agents.Conditions(ctx, v.Owner, volume.Replica{Node: v.Owner}, v.ID); err == nil {
+		} else if cs, err := s.ask(ctx, volume.Replica{Node: v.Owner}, v.ID); err == nil {
 			for _, c := range cs {
 				add(c)
 			}
@@ -231,7 +278,7 @@ func (s *Service) Why(ctx context.Context, id volume.ID) (string, error) {
 }
 
 func (s *Service) whyReady(ctx context.Context, v volume.Volume, nodes []volume.Node, add func(string, ...any)) {
-	cs := s.conditions(ctx, v, nodes)
+	cs := s.asking().conditions(ctx, v, nodes)
 	for _, c := range cs {
 		add("Volume %s (%q) is %s (%s): %s.", v.ID, v.Name, strings.ToLower(string(c.Severity)), c.Reason, strings.TrimSuffix(c.Message, "."))
 	}
