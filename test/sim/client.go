@@ -127,7 +127,7 @@ func (c *client) begin(o *op) {
 		if o.fua {
 			w.count.FUAs++
 		}
-		if c.superseded {
+		if c.superseded && !v.between {
 			o.id = v.oracle.ghost(o.kind == opZero)
 		} else {
 			o.id = v.oracle.begin(o.first, o.count, o.kind == opZero)

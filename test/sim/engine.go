@@ -142,6 +142,7 @@ func (g *engine) effects() {
 			w.tracef("e%d of %s has fenced", g.epoch, g.v.id)
 			w.count.FencedOnly++
 			g.v.supersede(g.epoch)
+			g.v.between = true
 			g.v.fencedBy(g)
 			g.stop()
 			return
@@ -241,6 +242,7 @@ func (g *engine) wentLive() {
 	}
 	v.rolled = false // the record that it went live with is the truth now
 	v.supersede(g.epoch)
+	v.between = false
 	if p := v.salvaging; p != nil {
 		v.oracle.restart(p.disk.cells)
 		v.salvaging, v.lost = nil, false

@@ -20,6 +20,8 @@ type vol struct {
 	log    []replication.Change
 	past   []replication.Membership // the records before m, oldest first
 	rolled bool                     // m is an old one, until an engine goes live with it
+	// misled are the epochs that began while it was.
+	misled map[volume.Epoch]bool
 	first  replication.Membership
 	oracle *oracle
 	places []*place
@@ -35,6 +37,9 @@ type vol struct {
 	want      int // the node that the volume is to be attached to, -1 for none
 	attaching int64
 	fencing   bool // a forced detach waits for its fence
+	// between: a fence ended the last client, and no engine is live yet. Nothing of the old one is acknowledged any more, but
+	// its writes may still land on members that the fence did not reach.
+	between   bool
 	tags      uint64
 	newPlaces int
 	pend      *pending
@@ -58,7 +63,8 @@ type snapshot struct {
 
 func (w *world) newVol(index int) *vol {
 	p := &w.prof
-	v := &vol{w: w, index: index, id: volume.ID(fmt.Sprintf("v%d", index)), conns: map[uint64]*conn{}, foreignAt: map[volume.Epoch]uint64{}, barriers: map[uint64]replication.Barrier{}, want: -1}
+	v := &vol{w: w, index: index, id: volume.ID(fmt.Sprintf("v%d", index)), conns: map[uint64]*conn{}, foreignAt: map[volume.Epoch]uint64{}, barriers: map[uint64]replication.Barrier{},
+		misled: map[volume.Epoch]bool{}, want: -1}
 	v.oracle = newOracle(p.regions * blocksPerRegion)
 	var members []replication.Member
 	for _, n := range shuffled(w.rng, len(w.nodes))[:p.replicas] {
@@ -260,6 +266,7 @@ func (v *vol) apply(c replication.Change) (replication.Membership, error) {
 			v.foreign++
 		}
 		v.foreignAt[m.Epoch] = v.foreign
+		v.misled[m.Epoch] = v.rolled
 	case c.Detach != nil || c.Tombstone != nil || c.Salvage != nil:
 		v.foreign++
 	}
@@ -353,7 +360,7 @@ func (v *vol) attach(n *node, force bool) {
 // engineFailed is a node's reaction to an engine that is over: the device fails, the controllers attach again.
 func (v *vol) engineFailed(g *engine, why replication.Reason) {
 	v.attaching = v.w.now + v.w.between(millisecond, 50*millisecond)
-	if why == replication.ReasonRolledBack && !v.rolled {
+	if why == replication.ReasonRolledBack && !v.misled[g.epoch] {
 		v.w.fail("S12", "e%d found the controllers rolled back", g.epoch)
 	}
 }
