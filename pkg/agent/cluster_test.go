@@ -430,7 +430,7 @@ func TestEngineWithoutDevice(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wantErr(t, "an engine on a node that it is not given to", c.nodes["n2"].OpenEngine(t.Context(), "n2", vol1, 1), volume.ErrInUse)
+	wantErr(t, "an engine on a node that it is not given to", c.nodes["n2"].OpenEngine(t.Context(), "n2", vol1, 1), volume.ErrBusy)
 	if _, err := c.cluster.Commit(t.Context(), vol1, replication.Change{ExpandIntent: &replication.ExpandIntent{Target: 32 * mib}}); err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,8 @@ const (
 	liveLimit = 30 * time.Second
 	// endLimit bounds how long an engine's end waits for its replicas to have everything durably.
 	endLimit = 5 * time.Second
+	// maxPast bounds the volumes whose last engine is remembered.
+	maxPast = 4096
 )
 
 // instance is one run of a volume's engine, with an epoch of its own.
@@ -74,6 +76,12 @@ func (n *Node) instance(ctx context.Context, c Cluster, v *vol, cv volume.Volume
 		return nil, fmt.Errorf("volume %s is not served yet (%s): %w: %w", v.id, why(i.e.Status()), err, volume.ErrUnavailable)
 	}
 	n.mu.Lock()
+	for id := range n.past {
+		if len(n.past) < maxPast || id == v.id {
+			break
+		}
+		delete(n.past, id) // it costs its next attachment the wait for a lease
+	}
 	n.past[v.id] = past{epoch: i.epoch}
 	n.mu.Unlock()
 	if v.rec.live() && v.rec.Epoch != i.epoch {
@@ -127,6 +135,10 @@ func (n *Node) newInstance(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 	}
 	n.mu.Unlock()
 	m, err := c.Commit(ctx, v.id, replication.Change{Attach: &attach})
+	if errors.Is(err, replication.ErrAttached) {
+		// It was given to another node since it was asked for.
+		return nil, fmt.Errorf("begin an epoch of volume %s: %v: %w", v.id, err, volume.ErrBusy)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("begin an epoch of volume %s: %w", v.id, err)
 	}
@@ -222,7 +234,8 @@ func (n *Node) wasClean(ctx context.Context, id volume.ID) bool {
 	return m.Clean || p.clean && p.epoch == m.Epoch
 }
 
-// engineOf returns a volume, locked, with its engine, which runs already or is run for this. Done unlocks it.
+// engineOf returns a volume, locked, with its engine, which runs already or is run for this. volume.ErrBusy: another node is
+// to run it, as the controllers have it now.
 func (n *Node) engineOf(ctx context.Context, node volume.NodeID, id volume.ID) (*vol, *instance, error) {
 	if err := n.here(node); err != nil {
 		return nil, nil, err
@@ -233,7 +246,7 @@ func (n *Node) engineOf(ctx context.Context, node volume.NodeID, id volume.ID) (
 	}
 	if cv.Owner != n.cfg.ID {
 		n.release(v)
-		return nil, nil, fmt.Errorf("the engine of volume %s is node %q's, not this node's: %w", id, cv.Owner, volume.ErrInUse)
+		return nil, nil, fmt.Errorf("the engine of volume %s is node %q's, not this node's: %w", id, cv.Owner, volume.ErrBusy)
 	}
 	i, err := n.instance(ctx, c, v, cv)
 	if err != nil {

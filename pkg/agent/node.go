@@ -405,12 +405,16 @@ func (n *Node) Close() error {
 	// Whatever still waits for a device fails now.
 	err := n.cfg.Frontend.Close()
 	n.wg.Wait()
+	var ends sync.WaitGroup // each may wait for replicas on other nodes
 	for _, v := range n.all() {
-		<-v.lock
-		v.eng = nil
-		n.endInstance(v)
-		v.lock <- struct{}{}
+		ends.Go(func() {
+			<-v.lock
+			v.eng = nil
+			n.endInstance(v)
+			v.lock <- struct{}{}
+		})
 	}
+	ends.Wait()
 	err = errors.Join(err, n.host.closeAll())
 	n.cfg.Mounter.Close()
 	for _, p := range n.cfg.Pools {
