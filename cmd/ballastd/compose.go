@@ -31,8 +31,13 @@ type (
 	}
 )
 
-// Ready is answered while the gate is still closed.
-func (l lateAdmin) Ready(ctx context.Context) error { return l.gate.Ready(ctx) }
+// Ready is answered while the gate is still closed, and where it never opens for the admin API.
+func (l lateAdmin) Ready(ctx context.Context) error {
+	if l.gate.nodeOnly.Load() {
+		return l.gate.closed()
+	}
+	return l.gate.Ready(ctx)
+}
 
 // closers are closed in reverse order.
 type closers []func() error
