@@ -1,6 +1,10 @@
-// Package agent is a node's composition root: it owns the node's pools, and for each volume attached here its replica,
-// its kernel device and its mounts. It implements control.Agents for its own node, and the node's use cases for the CSI
-// driver: stage, publish, expand, measure.
+// Package agent is a node's composition root: it owns the node's pools and serves their replicas to engines, those of this
+// node and of others; for each volume attached here it owns the engine, the kernel device and the mounts. It implements
+// control.Agents for its own node, and the node's use cases for the CSI driver: stage, publish, expand, measure.
+//
+// Every run of an engine begins an epoch of its own. A call waits for it within its deadline; it goes on in the background,
+// and the next call joins it. When an engine ends otherwise than by the node's doing, because its volume was taken away or
+// its last replica lost writes, the device fails for good: what the page cache still holds must not reach a later attachment.
 //
 // A volume's filesystem is mounted once, at a private anchor in the run directory; staging paths are bind mounts of the
 // anchor, targets bind mounts of staging paths. So a volume can have several staging paths, and after a crash the slow
