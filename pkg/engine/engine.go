@@ -48,6 +48,7 @@ type Engine struct {
 	m        *replication.Engine
 	epoch    volume.Epoch
 	peers    map[volume.ReplicaID]*peer
+	met      uint64 // revision of the record that peers are of
 	requests requests
 	barriers map[uint64]*barrier
 	alarm    replication.Now // when the timer goes off
@@ -249,6 +250,9 @@ func (e *Engine) commit(number uint64, c replication.Change) {
 	case errors.Is(err, volume.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		outcome = replication.CommitUnknown
 		e.log.Warn("the controllers do not answer", "error", err)
+	case m.Volume != e.id:
+		outcome = replication.CommitUnknown // whoever refuses shows the record that it goes by
+		e.log.Warn("the controllers' answer says nothing of the change", "error", err)
 	default:
 		outcome = replication.CommitRefused
 		e.log.Info("the controllers refused a change", "error", err)

@@ -49,13 +49,19 @@ func (p *peer) reconnect() {
 	}
 }
 
-// meet begins connections to members that are new, and ends those to members that are no more; the mutex is held.
+// meet begins connections to members that are new, and ends those to members that are no more; the mutex is held. Records may
+// come late: one that is older than the last is passed over.
 func (e *Engine) meet(m replication.Membership) {
+	if m.Revision < e.met {
+		return
+	}
+	e.met = m.Revision
 	for _, a := range m.Members {
 		if p := e.peers[a.ID]; p != nil && p.node == a.Node || e.closed {
 			continue
 		} else if p != nil {
 			p.stop()
+			e.m.Disconnected(now(), a.ID)
 		}
 		ctx, cancel := context.WithCancel(e.ctx)
 		p := &peer{id: a.ID, node: a.Node, stop: cancel}
@@ -104,6 +110,10 @@ func (e *Engine) connect(ctx context.Context, p *peer) bool {
 		return false
 	}
 	e.step(func() {
+		if e.peers[p.id] != p {
+			closeOnce(broken) // it has moved meanwhile, and another goroutine connects to it
+			return
+		}
 		p.transport, p.broken, p.lent = t, broken, map[uint64]*buffer{}
 		e.m.Connected(now(), p.id)
 	})
@@ -114,7 +124,9 @@ func (e *Engine) connect(ctx context.Context, p *peer) bool {
 	// What was lent to the transport and not answered is left to the garbage collector.
 	e.step(func() {
 		p.transport, p.lent = nil, nil
-		e.m.Disconnected(now(), p.id)
+		if e.peers[p.id] == p {
+			e.m.Disconnected(now(), p.id)
+		}
 	})
 	t.Close()
 	return true

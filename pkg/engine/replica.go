@@ -235,7 +235,7 @@ func (r *Replica) perform(op *replication.StoreOp) *replicaEffects {
 		if r.ctx.Err() != nil {
 			return nil // being closed is no failure of the store, and nobody waits for the answer
 		}
-		if res.Status = status(err); res.Status == replication.StatusIO {
+		if res.Status = status(op.Kind, err); res.Status == replication.StatusIO {
 			r.log.Error("store", "operation", op.Kind, "offset", op.Off, "length", op.Len, "error", err)
 		}
 	}
@@ -245,8 +245,13 @@ func (r *Replica) perform(op *replication.StoreOp) *replicaEffects {
 	return r.take()
 }
 
-func status(err error) replication.Status {
+// status is what an engine is told of an operation that failed. A seal that was refused has lost nothing, unless the store
+// itself has failed (volume.ErrUnavailable): it must not be taken for a failed sync.
+func status(op replication.StoreKind, err error) replication.Status {
+	refused := errors.Is(err, volume.ErrBusy) || errors.Is(err, volume.ErrNoSpace) || errors.Is(err, volume.ErrExists)
 	switch {
+	case op == replication.StoreSeal && refused && !errors.Is(err, volume.ErrUnavailable):
+		return replication.StatusRefused
 	case errors.Is(err, block.ErrRange):
 		return replication.StatusRange
 	case errors.Is(err, volume.ErrNotFound):
