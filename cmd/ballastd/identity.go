@@ -59,18 +59,34 @@ func openIdentity(ctx context.Context, cfg config, log *slog.Logger) (*identity,
 		if self := i.credentials.Self(); self.Name != string(cfg.node) {
 			return nil, fmt.Errorf("%s is node %s of its cluster, not %s; give it that --node-id, or another --data-dir", i.dir, self.Name, cfg.node)
 		}
-		i.founded = i.ca != nil && !i.joined()
-		return i, nil
+		joined, err := i.joined()
+		i.founded = i.ca != nil && !joined
+		return i, err
 	case !errors.Is(err, volume.ErrNotFound):
 		return nil, err
 	case cfg.cluster.join != "":
 		return i, i.join(ctx, cfg, log)
 	}
+	// A node of another cluster that has lost what it knew of it must not become a cluster of its own.
+	switch joined, err := i.joined(); {
+	case err != nil:
+		return nil, err
+	case joined:
+		return nil, fmt.Errorf("%s is of a node whose join was cut off, or which lost its certificate: join with --join, or begin a new cluster with another --data-dir", i.dir)
+	case len(cfg.cluster.controllers) > 0:
+		return nil, fmt.Errorf("--controllers names a cluster, and %s has no certificate of it: join with --join, or leave --controllers out to begin a new cluster", i.dir)
+	}
 	return i, i.found(cfg, log)
 }
 
-// joined tells whether other controllers were known once.
-func (i *identity) joined() bool { return len(i.controllers()) > 0 }
+// joined tells whether other controllers were known once. Who knew any makes no cluster: there is one.
+func (i *identity) joined() (bool, error) {
+	_, err := os.Lstat(filepath.Join(i.dir, peersFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return true, err
+}
 
 // found makes a cluster of this node. Cut off anywhere, it goes on.
 func (i *identity) found(cfg config, log *slog.Logger) error {
@@ -195,13 +211,28 @@ func (i *identity) controllers() []string {
 	return strings.Fields(string(data))
 }
 
-// setControllers keeps them for the next start. It need not be durable: --controllers will do as well.
+// setControllers keeps them for the next start, durably: see joined.
 func (i *identity) setControllers(addresses []string) error {
 	file := filepath.Join(i.dir, peersFile)
-	if err := os.WriteFile(file+".new", []byte(strings.Join(addresses, "\n")+"\n"), 0o600); err != nil {
+	f, err := os.OpenFile(file+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
 		return err
 	}
-	return os.Rename(file+".new", file)
+	_, err = f.WriteString(strings.Join(addresses, "\n") + "\n")
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		return err
+	}
+	d, err := os.Open(i.dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // connectAll prepares connections to addresses.
