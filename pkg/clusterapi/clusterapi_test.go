@@ -228,6 +228,9 @@ func TestWhoMayAsk(t *testing.T) {
 		if err := c.RegisterNode(t.Context(), volume.Node{ID: "n3"}); !errors.Is(err, volume.ErrInvalid) {
 			t.Errorf("registers another: %v", err)
 		}
+		if err := c.RegisterNode(t.Context(), volume.Node{ID: "n2", Roles: []volume.NodeRole{volume.RoleStorage, volume.RoleController}}); !errors.Is(err, volume.ErrInvalid) {
+			t.Errorf("makes itself a controller: %v", err)
+		}
 		if _, err := c.Commit(t.Context(), "v", replication.Change{Attach: &replication.Attach{Node: "n3"}}); !errors.Is(err, volume.ErrInvalid) {
 			t.Errorf("attaches to another: %v", err)
 		}

@@ -94,6 +94,9 @@ var controllerDesc = grpc.ServiceDesc{
 			if err := isCaller(ctx, r.ID); err != nil {
 				return none{}, err
 			}
+			if err := mayBe(ctx, r.Roles); err != nil {
+				return none{}, err
+			}
 			return none{}, c.RegisterNode(ctx, *r)
 		}),
 		unary(controllerService, "ReportUsage", func(c Controller, ctx context.Context, r *reportUsage) (none, error) {

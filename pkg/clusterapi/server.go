@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -116,6 +117,19 @@ func isCaller(ctx context.Context, node volume.NodeID) error {
 	}
 	if p.Name != string(node) {
 		return fmt.Errorf("%s may not speak for node %s: %w", p.Identity, node, volume.ErrInvalid)
+	}
+	return nil
+}
+
+// mayBe returns volume.ErrInvalid where the caller calls itself a controller and its certificate does not: it would get the
+// role with its next certificate.
+func mayBe(ctx context.Context, roles []volume.NodeRole) error {
+	p, err := caller(ctx)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, volume.ErrInvalid)
+	}
+	if slices.Contains(roles, volume.RoleController) && !p.Has(pki.RoleController) {
+		return fmt.Errorf("%s is no controller; give it a join token of that role: %w", p.Identity, volume.ErrInvalid)
 	}
 	return nil
 }
