@@ -391,6 +391,8 @@ func TestSnapshotsOfReplicas(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(at, "file"), "four")
+	_, err = n.CutSnapshot(t.Context(), "n1", s)
+	wantErr(t, "a cut after the writes went on", err, volume.ErrBusy)
 	c.unstage("n1")
 	for _, id := range []volume.SnapshotID{"snap-1", "snap-2"} {
 		var first string

@@ -31,6 +31,9 @@ type instance struct {
 	local    volume.Replica
 	pool     Pool
 	progress progress
+	// drained is the newest snapshot of several volumes that its writes were held for, by number; 0 is none. The volume's
+	// lock guards it.
+	drained uint64
 	// syncing: replicas are being brought up.
 	syncing atomic.Bool
 

@@ -43,6 +43,10 @@ func (n *Node) CutSnapshot(ctx context.Context, node volume.NodeID, s control.Sn
 	if h := v.held; h != nil && h.number == s.Barrier.Number {
 		return i.e.CutGroup(ctx, h.number)
 	}
+	if i.drained == s.Barrier.Number {
+		// Cut now it would be of another instant than the others of its group.
+		return nil, fmt.Errorf("volume %s was held for snapshot %s, and its writes have gone on: %w", v.id, s.ID, volume.ErrBusy)
+	}
 	if _, err := n.learn(ctx, v, i); err != nil {
 		return nil, err
 	}
@@ -106,6 +110,7 @@ func (n *Node) Drain(ctx context.Context, node volume.NodeID, s control.Snapshot
 	if err != nil {
 		return err
 	}
+	i.drained = s.Barrier.Number
 	if err := i.e.Drain(ctx, barrierOf(s)); err != nil {
 		if thaw != nil {
 			err = errors.Join(err, thaw())
