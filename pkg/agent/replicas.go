@@ -267,8 +267,11 @@ func (h *replicaHost) all() []*hosted {
 // forget tells the open replicas of a pool that a snapshot is deleted.
 func (h *replicaHost) forget(p Pool, s volume.SnapshotID) {
 	for _, x := range h.all() {
+		if x.pool != p {
+			continue // one whose disk hangs keeps its lock
+		}
 		<-x.lock
-		if x.r != nil && x.pool == p {
+		if x.r != nil {
 			x.r.Forget(s)
 		}
 		x.unlock()
