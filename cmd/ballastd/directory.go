@@ -128,25 +128,31 @@ func (d *directory) look(ctx context.Context) error {
 	return nil
 }
 
-// node returns the record of a node. One that is not known is asked for, not too often.
+// node returns the record of a node. One that is not known may have come just now: it is asked for, not too often.
 func (d *directory) node(ctx context.Context, id volume.NodeID) (volume.Node, error) {
 	if id == d.self.ID {
 		return d.self, nil
 	}
-	for range 2 {
+	known := func() (n volume.Node, ok bool, age time.Duration) {
 		d.mu.Lock()
-		n, ok := d.nodes[id]
-		recent := time.Since(d.asked) < refreshSoon
-		d.mu.Unlock()
-		if ok && n.Address != "" {
-			return n, nil
-		}
-		if recent {
-			break
-		}
-		if err := d.refresh(ctx); err != nil {
-			return volume.Node{}, fmt.Errorf("where node %s is: %w: %w", id, err, volume.ErrUnavailable)
-		}
+		defer d.mu.Unlock()
+		n, ok = d.nodes[id]
+		return n, ok && n.Address != "", time.Since(d.asked)
+	}
+	n, ok, age := known()
+	if ok {
+		return n, nil
+	}
+	select {
+	case <-time.After(refreshSoon - age): // at once where that has passed
+	case <-ctx.Done():
+		return volume.Node{}, fmt.Errorf("where node %s is: %w: %w", id, ctx.Err(), volume.ErrUnavailable)
+	}
+	if err := d.refresh(ctx); err != nil {
+		return volume.Node{}, fmt.Errorf("where node %s is: %w: %w", id, err, volume.ErrUnavailable)
+	}
+	if n, ok, _ = known(); ok {
+		return n, nil
 	}
 	return volume.Node{}, fmt.Errorf("node %s has not said where it can be reached: %w", id, volume.ErrUnavailable)
 }
