@@ -68,20 +68,24 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 
 	services := clusterapi.Services{Node: node}
 	var removed func(volume.NodeID) bool
+	// known are the controllers to ask until the directory has learned them.
+	known := append(id.controllers(), cc.controllers...)
+	var renew func(ctx context.Context, node volume.NodeID, csr []byte) ([]byte, error)
 	if id.controller() {
-		service, isRemoved, err := d.openController(id, dir, parts)
+		service, isRemoved, err := d.openController(id, dir, known, parts)
 		if err != nil {
 			return err
 		}
 		services.Controller, removed = admission{Service: service, ca: id.ca}, isRemoved
+		renew = services.Controller.Renew
 		dir.list = service.Nodes
 		node.Start(service)
 		if err := d.serveControl(node, service); err != nil {
 			return err
 		}
 	} else {
-		asked := clusterapi.NewCluster(func() []grpc.ClientConnInterface { return dir.controllers(append(id.controllers(), cc.controllers...)) })
-		dir.list = asked.Nodes
+		asked := clusterapi.NewCluster(func() []grpc.ClientConnInterface { return dir.controllers(known) })
+		dir.list, renew = asked.Nodes, asked.Renew
 		node.Start(asked)
 		d.node.Node = node
 		d.gate.openNode(node.Ready)
@@ -100,26 +104,21 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 	}
 	renewer := pki.OpenRenewer(pki.Renewal{
 		Credentials: credentials, Save: id.save, Log: d.log,
-		Issue: func(ctx context.Context, csr []byte) ([]byte, error) {
-			if services.Controller != nil {
-				return services.Controller.Renew(ctx, d.cfg.node, csr)
-			}
-			return clusterapi.NewCluster(func() []grpc.ClientConnInterface { return dir.controllers(id.controllers()) }).Renew(ctx, d.cfg.node, csr)
-		},
+		Issue: func(ctx context.Context, csr []byte) ([]byte, error) { return renew(ctx, d.cfg.node, csr) },
 	})
 	parts.add(func() error { renewer.Close(); return nil })
 	return nil
 }
 
 // openController opens this controller's share of the cluster's state, and what works on it.
-func (d *daemon) openController(id *identity, dir *directory, parts *closers) (*control.Service, func(volume.NodeID) bool, error) {
+func (d *daemon) openController(id *identity, dir *directory, known []string, parts *closers) (*control.Service, func(volume.NodeID) bool, error) {
 	cc := d.cfg.cluster
 	listener, err := net.Listen("tcp", cc.listen.raft)
 	if err != nil {
 		return nil, nil, fmt.Errorf("controllers' log: %w", err)
 	}
 	var others []string
-	for _, a := range append(id.controllers(), cc.controllers...) {
+	for _, a := range known {
 		if e, err := parseEndpoints(a); err == nil {
 			others = append(others, e.raft)
 		}
