@@ -73,17 +73,13 @@ func benchFrontend(ctx context.Context, w io.Writer) (err error) {
 	}
 	fmt.Fprintf(w, "| Workload | fuseloop | QEMU's export | plain loop | fuseloop / QEMU | fuseloop / plain |\n|---|---|---|---|---|---|\n")
 	for _, load := range workloads {
-		results := make([][]float64, len(paths))
-		for range frontendRounds {
-			for i, path := range paths {
-				v, err := runFio(ctx, load, "--ioengine=io_uring", "--direct=1", "--allow_file_create=0", "--filename="+path)
-				if err != nil {
-					return fmt.Errorf("%s: %w", load.name, err)
-				}
-				results[i] = append(results[i], v)
-			}
+		m, err := inTurns(load, len(paths), func(i int) (float64, error) {
+			return runFio(ctx, load, "--ioengine=io_uring", "--direct=1", "--allow_file_create=0", "--filename="+paths[i])
+		})
+		if err != nil {
+			return err
 		}
-		ours, qemu, plain := median(results[0]), median(results[1]), median(results[2])
+		ours, qemu, plain := m[0], m[1], m[2]
 		fmt.Fprintf(w, "| %s | %s | %s | %s | %.2f | %.2f |\n", load.name, load.show(ours), load.show(qemu), load.show(plain), ours/qemu, ours/plain)
 	}
 	fmt.Fprintln(w)
@@ -93,6 +89,25 @@ func benchFrontend(ctx context.Context, w io.Writer) (err error) {
 // runFio returns requests per second: of 1 MiB ones, MiB per second. Where says to what.
 func runFio(ctx context.Context, load workload, where ...string) (float64, error) {
 	return runFioFor(ctx, load, frontendFor, where...)
+}
+
+// inTurns runs a workload on each of n systems, one after another and again, and returns the median of each.
+func inTurns(load workload, n int, run func(system int) (float64, error)) ([]float64, error) {
+	results := make([][]float64, n)
+	for range frontendRounds {
+		for i := range n {
+			v, err := run(i)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", load.name, err)
+			}
+			results[i] = append(results[i], v)
+		}
+	}
+	medians := make([]float64, n)
+	for i := range n {
+		medians[i] = median(results[i])
+	}
+	return medians, nil
 }
 
 // runFioFor is runFio for a given time, or, where it is 0, over the whole size once.

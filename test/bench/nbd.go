@@ -36,17 +36,13 @@ func benchNBD(ctx context.Context, w io.Writer) (err error) {
 	}
 	fmt.Fprintf(w, "| Workload | Ballast | nbdkit | Ballast / nbdkit |\n|---|---|---|---|\n")
 	for _, load := range workloads {
-		results := make([][]float64, len(uris))
-		for range frontendRounds {
-			for i, uri := range uris {
-				v, err := runFio(ctx, load, "--ioengine=nbd", "--uri="+uri)
-				if err != nil {
-					return fmt.Errorf("%s: %w", load.name, err)
-				}
-				results[i] = append(results[i], v)
-			}
+		m, err := inTurns(load, len(uris), func(i int) (float64, error) {
+			return runFio(ctx, load, "--ioengine=nbd", "--uri="+uris[i])
+		})
+		if err != nil {
+			return err
 		}
-		ours, theirs := median(results[0]), median(results[1])
+		ours, theirs := m[0], m[1]
 		fmt.Fprintf(w, "| %s | %s | %s | %.2f |\n", load.name, load.show(ours), load.show(theirs), ours/theirs)
 	}
 	fmt.Fprintln(w)

@@ -91,27 +91,24 @@ func benchReplication(ctx context.Context, w io.Writer) (err error) {
 	}
 	fmt.Fprintf(w, "| Workload | limit | quorum | 1 replica | 2 | 3 | 3, TLS | 3 / limit | 3 / quorum | TLS / plain |\n|---|---|---|---|---|---|---|---|---|---|\n")
 	for _, load := range replicationLoads {
-		results := make([][]float64, len(systems)+1)
-		for range frontendRounds {
-			limit, err := runFioFor(ctx, load, frontendFor, "--ioengine=io_uring", "--direct=1", "--allow_file_create=0", "--numjobs=3", "--group_reporting",
-				"--directory="+dir, "--filename_format=plain.$jobnum", fmt.Sprintf("--size=%d", frontendSize))
+		m, err := inTurns(load, len(systems)+1, func(i int) (float64, error) {
+			if i == 0 {
+				limit, err := runFioFor(ctx, load, frontendFor, "--ioengine=io_uring", "--direct=1", "--allow_file_create=0", "--numjobs=3",
+					"--group_reporting", "--directory="+dir, "--filename_format=plain.$jobnum", fmt.Sprintf("--size=%d", frontendSize))
+				return limit / 3, err
+			}
+			v, err := runFio(ctx, load, "--ioengine=nbd", "--uri="+uris[i-1])
 			if err != nil {
-				return fmt.Errorf("%s: %w", load.name, err)
+				err = fmt.Errorf("%s: %w", systems[i-1].name, err)
 			}
-			results[0] = append(results[0], limit/3)
-			for i, uri := range uris {
-				v, err := runFioFor(ctx, load, frontendFor, "--ioengine=nbd", "--uri="+uri)
-				if err != nil {
-					return fmt.Errorf("%s: %s: %w", load.name, systems[i].name, err)
-				}
-				results[i+1] = append(results[i+1], v)
-			}
+			return v, err
+		})
+		if err != nil {
+			return err
 		}
 		fmt.Fprintf(w, "| %s", load.name)
-		m := make([]float64, len(results))
-		for i := range results {
-			m[i] = median(results[i])
-			fmt.Fprintf(w, " | %s", load.show(m[i]))
+		for _, v := range m {
+			fmt.Fprintf(w, " | %s", load.show(v))
 		}
 		fmt.Fprintf(w, " | %.2f | %.2f | %.2f |\n", m[4]/m[0], m[4]/m[1], m[5]/m[4])
 	}
