@@ -1,5 +1,5 @@
 // Package netlab makes a small network of namespaces on one machine: nodes on a bridge, whose packets can be dropped
-// from one to another in one direction. It needs root and Debian's iproute2 and nftables.
+// or held back from one to another in one direction. It needs root and Debian's iproute2 and nftables.
 //
 // Only the network is a namespace's own: processes in it share mounts, devices and process ids with the machine.
 package netlab
@@ -20,8 +20,13 @@ type Lab struct {
 	bridge string
 	nodes  []Node
 
-	mu  sync.Mutex
-	cut map[[2]int]bool // from, to: what is dropped on arrival
+	mu     sync.Mutex
+	cut    map[[2]int]bool  // from, to: what is dropped on arrival
+	slow   map[[2]int]*path // from, to
+	tuns   map[int]*os.File
+	closed bool
+
+	forward sync.WaitGroup // of the goroutines that forward packets
 }
 
 // Node is one namespace.
@@ -42,7 +47,7 @@ func New(number, n int) (*Lab, error) {
 	if number < 0 || number > 255 || n < 1 || n > maxNodes {
 		return nil, fmt.Errorf("no lab of number %d with %d nodes can be made", number, n)
 	}
-	l := &Lab{name: fmt.Sprintf("blst%d", number), cut: map[[2]int]bool{}}
+	l := &Lab{name: fmt.Sprintf("blst%d", number), cut: map[[2]int]bool{}, slow: map[[2]int]*path{}, tuns: map[int]*os.File{}}
 	l.bridge = l.name + "br"
 	for i := range n {
 		l.nodes = append(l.nodes, Node{
@@ -112,12 +117,15 @@ func (l *Lab) Isolate(i int) error {
 	return errors.Join(errs...)
 }
 
-// HealAll ends every cut.
+// HealAll ends every cut and delay.
 func (l *Lab) HealAll() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	clear(l.cut)
 	var errs []error
+	for k := range l.slow {
+		errs = append(errs, l.delay(k[0], k[1], 0, 0))
+	}
 	for i := range l.nodes {
 		errs = append(errs, l.filter(i))
 	}
@@ -154,7 +162,7 @@ func (l *Lab) filter(to int) error {
 }
 
 // Close removes the network. Processes in it keep their namespace, without a link to anyone.
-func (l *Lab) Close() error { return l.sweep() }
+func (l *Lab) Close() error { return errors.Join(l.closeTuns(), l.sweep()) }
 
 func (l *Lab) sweep() error {
 	var errs []error

@@ -119,3 +119,80 @@ func TestCut(t *testing.T) {
 	}
 	check(1, 0, true)
 }
+
+// What is delayed arrives late, in order, in that direction only; connections that are open go on.
+func TestDelay(t *testing.T) {
+	l, err := New(251, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	socket := func(i int) net.PacketConn {
+		t.Helper()
+		var c net.PacketConn
+		err := inside(l.nodes[i].Namespace, func() (err error) {
+			c, err = net.ListenPacket("udp4", l.nodes[i].Addr.String()+":9000")
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	socks := []net.PacketConn{socket(0), socket(1)}
+	const packets = 20
+	// send returns the time that passed until the first packet was there.
+	send := func(from, to int) time.Duration {
+		t.Helper()
+		begin := time.Now()
+		for i := range packets {
+			if _, err := socks[from].WriteTo([]byte{byte(i)}, socks[to].LocalAddr()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var first time.Duration
+		b := make([]byte, 1)
+		for i := range packets {
+			socks[to].SetReadDeadline(time.Now().Add(10 * time.Second))
+			if _, _, err := socks[to].ReadFrom(b); err != nil {
+				t.Fatalf("packet %d: %v", i, err)
+			}
+			if int(b[0]) != i {
+				t.Fatalf("packet %d came in place of %d", b[0], i)
+			}
+			if i == 0 {
+				first = time.Since(begin)
+			}
+		}
+		return first
+	}
+	const delay = 300 * time.Millisecond
+	send(0, 1)
+	if err := l.Delay(0, 1, delay, 2*delay); err != nil {
+		t.Fatal(err)
+	}
+	if took := send(0, 1); took < delay {
+		t.Errorf("a packet that is held back for %s took %s", delay, took)
+	}
+	if took := send(1, 0); took >= delay {
+		t.Errorf("the other way took %s", took)
+	}
+	if err := l.Cut(0, 1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := socks[0].WriteTo([]byte{99}, socks[1].LocalAddr()); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2*delay + 100*time.Millisecond) // it arrives, and is dropped
+	if err := l.HealAll(); err != nil {
+		t.Fatal(err)
+	}
+	if took := send(0, 1); took >= delay {
+		t.Errorf("after it was healed a packet took %s", took)
+	}
+}
