@@ -15,7 +15,7 @@ import (
 	"github.com/anishathalye/porcupine"
 )
 
-// Value is what a block holds; 0 is a block never written.
+// Value is what a block holds; 0 is a block never written, or discarded.
 type Value uint64
 
 type kind uint8
@@ -42,11 +42,13 @@ type state struct {
 
 // History records operations. Its methods may be called at once.
 type History struct {
-	blocks int
-	begin  time.Time
+	first []Value // what the blocks hold at first, by flush
+	begin time.Time
 
 	mu   sync.Mutex
 	open map[int]*call
+	// cut are the reads and flushes that a crash ended. An answer may still be on its way, of what was before the crash.
+	cut  map[int]*call
 	next int
 	done []porcupine.Operation
 }
@@ -54,11 +56,16 @@ type History struct {
 type call struct {
 	in    input
 	start int64
+	crash int64 // when a crash ended it
 }
 
 // New returns the empty history of a device with so many blocks, all of them never written.
-func New(blocks int) *History {
-	return &History{blocks: blocks, begin: time.Now(), open: map[int]*call{}}
+func New(blocks int) *History { return From(make([]Value, blocks)) }
+
+// From returns the empty history of a device whose blocks hold these values, flushed: what comes after a history that ended
+// with a flush and a read of each block, with nothing under way.
+func From(values []Value) *History {
+	return &History{first: slices.Clone(values), begin: time.Now(), open: map[int]*call{}, cut: map[int]*call{}}
 }
 
 func (h *History) now() int64 { return int64(time.Since(h.begin)) }
@@ -74,34 +81,40 @@ func (h *History) start(in input) int {
 func (h *History) end(id int, out Value, ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if c := h.cut[id]; c != nil {
+		if delete(h.cut, id); ok {
+			h.add(id, c, out, c.crash)
+		}
+		return
+	}
 	c := h.open[id]
 	if c == nil {
-		return // a crash came before
+		return // a write that a crash ended
 	}
 	if !ok && c.in.kind == write {
 		return // it may still take effect, until the next crash
 	}
 	delete(h.open, id)
 	if ok {
-		h.add(id, c, out)
+		h.add(id, c, out, h.now())
 	}
 }
 
-// add records an operation that is known to have taken effect, or may have.
-func (h *History) add(id int, c *call, out Value) {
+// add records an operation that is known to have taken effect by a time, or may have.
+func (h *History) add(id int, c *call, out Value, by int64) {
 	if c.in.kind == flush || c.in.kind == crash {
-		for b := range h.blocks {
+		for b := range h.first {
 			in := c.in
 			in.block = b
-			h.done = append(h.done, porcupine.Operation{ClientId: id, Input: in, Call: c.start, Output: out, Return: h.now()})
+			h.done = append(h.done, porcupine.Operation{ClientId: id, Input: in, Call: c.start, Output: out, Return: by})
 		}
 		return
 	}
-	h.done = append(h.done, porcupine.Operation{ClientId: id, Input: c.in, Call: c.start, Output: out, Return: h.now()})
+	h.done = append(h.done, porcupine.Operation{ClientId: id, Input: c.in, Call: c.start, Output: out, Return: by})
 }
 
-// Write is called before a write of a value that no other write has; the function that it returns after it, with whether
-// it succeeded.
+// Write is called before a write of a value that no other write has, or of 0, which a discard leaves too; the function that
+// it returns after it, with whether it succeeded.
 func (h *History) Write(block int, v Value) (ended func(ok bool)) {
 	id := h.start(input{kind: write, block: block, value: v})
 	return func(ok bool) { h.end(id, 0, ok) }
@@ -124,14 +137,18 @@ func (h *History) Flush() (ended func(ok bool)) {
 func (h *History) Crash() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	now := h.now()
 	for id, c := range h.open {
 		if c.in.kind == write {
-			h.add(id, c, maybe)
+			h.add(id, c, maybe, now)
+		} else {
+			c.crash = now
+			h.cut[id] = c
 		}
 		delete(h.open, id)
 	}
 	h.next++
-	h.add(h.next, &call{in: input{kind: crash}, start: h.now()}, 0)
+	h.add(h.next, &call{in: input{kind: crash}, start: now + 1}, 0, now+2)
 }
 
 // maybe is the output of a write that was not answered.
@@ -162,8 +179,8 @@ func (h *History) Check() error {
 		b := o.Input.(input).block
 		byBlock[b] = append(byBlock[b], o)
 	}
-	for b := range h.blocks {
-		switch porcupine.CheckOperationsTimeout(register, byBlock[b], limit) {
+	for b, v := range h.first {
+		switch porcupine.CheckOperationsTimeout(register(v), byBlock[b], limit) {
 		case porcupine.Illegal:
 			return fmt.Errorf("block %d: what was read cannot be explained:\n%s", b, describe(byBlock[b]))
 		case porcupine.Unknown:
@@ -173,15 +190,18 @@ func (h *History) Check() error {
 	return nil
 }
 
-var register = (&porcupine.NondeterministicModel{
-	Init: func() []any { return []any{state{left: []Value{0}}} },
-	Step: step,
-	Equal: func(a, b any) bool {
-		x, y := a.(state), b.(state)
-		return x.now == y.now && slices.Equal(x.left, y.left)
-	},
-	DescribeOperation: func(in, out any) string { return text(in.(input), out.(Value)) },
-}).ToModel()
+// register is the model of a block that holds a value at first.
+func register(first Value) porcupine.Model {
+	return (&porcupine.NondeterministicModel{
+		Init: func() []any { return []any{state{now: first, left: []Value{first}}} },
+		Step: step,
+		Equal: func(a, b any) bool {
+			x, y := a.(state), b.(state)
+			return x.now == y.now && slices.Equal(x.left, y.left)
+		},
+		DescribeOperation: func(in, out any) string { return text(in.(input), out.(Value)) },
+	}).ToModel()
+}
 
 func step(s, in, out any) []any {
 	old, i := s.(state), in.(input)
