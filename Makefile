@@ -43,7 +43,7 @@ lint: ## gofmt, go vet, staticcheck
 
 .PHONY: unit
 unit: ## Unit and integration tests with the race detector (root: real mounts, FUSE and loop devices)
-	$(GO) test -race -p 2 -timeout 20m ./cmd/... ./pkg/... ./test/arch/... ./test/netlab/... ./test/cluster/history/... ./deploy/...
+	$(GO) test -race -p 2 -timeout 20m ./cmd/... ./pkg/... ./test/arch/... ./test/netlab/... ./test/faultdisk/... ./test/cluster/history/... ./deploy/...
 
 .PHONY: sanity
 sanity: ## csi-sanity against the real daemon, mount and block (root)
@@ -63,9 +63,10 @@ sim: ## Simulate replication: SEEDS seeds from FIRST on, each a cluster with fau
 mutation: ## Switch each rule of the replication protocol off: the simulator must find a violation; prints the table
 	$(GO) test -count=1 -timeout 60m -v -run 'TestMutation' ./test/sim
 
+FAULTS ?= 40
 .PHONY: cluster
-cluster: ## Three daemons in networks of their own, under random faults; what clients saw is checked (root)
-	$(GO) test -count=1 -timeout 60m ./test/cluster
+cluster: ## Three daemons in networks of their own, under FAULTS random faults; what clients saw is checked (root)
+	BALLAST_CLUSTER_FAULTS=$(FAULTS) $(GO) test -count=1 -timeout 5h -v ./test/cluster
 
 .PHONY: vm
 vm: ## What needs a whole machine, in a QEMU guest: power cuts, online growth of ext4 (root)

@@ -1,238 +1,285 @@
 package cluster
 
 import (
-	"context"
+	"errors"
 	"fmt"
-	"sync/atomic"
-	"syscall"
+	"maps"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"github.com/container-storage-interface/spec/lib/go/csi"
-
-	"github.com/ballast-csi/ballast/test/cluster/history"
-	"github.com/ballast-csi/ballast/test/harness"
+	"golang.org/x/sync/errgroup"
 )
 
-// backWithin bounds how long I/O may rest once a fault is over. The design's figure is 10 s; the machine may be busy.
-const backWithin = 45 * time.Second
+const (
+	// volumes that are used at once.
+	volumes = 3
+	// section is after how many faults what was seen is checked.
+	section = 10
+)
 
-// faultRun is a volume under use and under fault.
+// failover is the time from the call that takes a volume from a node until another has answered I/O.
+const failover = "failover"
+
+// faultRun is a cluster with volumes under use and under fault.
 type faultRun struct {
 	*world
-	claim *harness.Claim
-	owner int
-	h     *history.History
-	last  atomic.Uint64
-	use   *client
-	rest  time.Duration
-	count map[string]int
+	served []*served
+	count  map[string]int
+	rest   map[string]time.Duration // of I/O, at most, by kind
+	slow   int                      // how often it was more than the design's 10 s
+	fair   int                      // after how many faults the weather is fair again
 }
 
-// TestFaults does random things to a cluster while a volume with three replicas is used.
+// kind is one way to do harm to a node; i is the node.
+type kind struct {
+	name   string
+	weight int
+	run    func(i int) error
+}
+
+func (r *faultRun) kinds() []kind {
+	return []kind{
+		{"kill a node, its volumes go elsewhere", 6, r.killNode},
+		{"kill a node, its volumes come back there", 4, func(i int) error { return r.crash(i) }},
+		{"kill two nodes at once", 2, func(i int) error { return r.crash(i, (i+1)%3) }},
+		{"kill all nodes at once", 2, func(i int) error { return r.crash(i, (i+1)%3, (i+2)%3) }},
+		{"end a node", 2, r.endNode},
+		{"stop a node", 5, r.stopNode},
+		{"stop a node, its volumes go elsewhere", 3, r.stopAndTake},
+		{"cut a link one way", 7, r.cutOneWay},
+		{"isolate a node", 4, r.isolate},
+		{"isolate a node, its volumes go elsewhere", 4, r.isolateAndTake},
+		{"delay packets", 5, r.delay},
+		{"move volumes", 3, r.move},
+		{"fill a disk", 5, r.fillDisk},
+		{"fill all disks", 1, r.fillAllDisks},
+		{"slow a disk down", 4, r.slowDisk},
+		{"let a disk hang", 4, r.hangDisk},
+		{"let a disk fail", 4, r.failDisk},
+	}
+}
+
+// TestFaults does random things to a cluster while volumes with three replicas are used, one at first on each node.
 func TestFaults(t *testing.T) {
 	faults := setting(t, "BALLAST_CLUSTER_FAULTS", 40)
-	w := newWorld(t, 3)
-	r := &faultRun{world: w, h: history.New(blocks), count: map[string]int{},
-		claim: &harness.Claim{Name: "faulted", Size: 64 * mib, Parameters: map[string]string{"replicas": "3"}}}
-	must(t, w.at(0).Up(t.Context(), r.claim))
-	r.begin()
-	kinds := []struct {
-		name   string
-		weight int
-		run    func()
-	}{
-		{"kill a replica", 4, r.killReplica},
-		{"stop a replica", 3, r.stopReplica},
-		{"cut a link one way", 4, r.cutOneWay},
-		{"isolate a replica", 3, r.isolateReplica},
-		{"kill the owner", 2, r.killOwner},
-		{"isolate the owner", 1, r.isolateOwner},
-		{"move the volume", 2, r.move},
-		{"stop the owner", 1, r.stopOwner},
+	r := &faultRun{world: newWorld(t, options{disk: 512 * mib}), count: map[string]int{}, rest: map[string]time.Duration{}}
+	kinds := r.kinds()
+	if only := os.Getenv("BALLAST_CLUSTER_KINDS"); only != "" {
+		match, err := regexp.Compile(only)
+		must(t, err)
+		kinds = slices.DeleteFunc(kinds, func(k kind) bool { return !match.MatchString(k.name) })
 	}
 	total := 0
 	for _, k := range kinds {
 		total += k.weight
 	}
-	for range faults {
-		at := w.rnd.IntN(total)
-		for _, k := range kinds {
-			if at -= k.weight; at < 0 {
-				t.Logf("%s (owner %s)", k.name, w.Nodes()[r.owner].NodeID())
-				r.count[k.name]++
-				k.run()
-				break
-			}
+	if total == 0 {
+		t.Fatal("BALLAST_CLUSTER_KINDS matches no kind of fault")
+	}
+	for i := range volumes {
+		s, err := r.serve(fmt.Sprint("faulted-", i), i%len(r.Nodes()))
+		must(t, err)
+		r.served = append(r.served, s)
+	}
+	for n := range faults {
+		at, i := r.rnd.IntN(total), r.rnd.IntN(len(r.Nodes()))
+		k := kinds[slices.IndexFunc(kinds, func(k kind) bool { at -= k.weight; return at < 0 })]
+		begin := time.Now()
+		t.Logf("%s fault %d of %d: %s (n%d; owners %s)", begin.Format(time.TimeOnly), n+1, faults, k.name, i+1, r.owners())
+		must(t, k.run(i))
+		must(t, r.working("after: "+k.name))
+		if r.fair--; r.fair == 0 {
+			must(t, r.lab.HealAll())
 		}
-		r.working()
-		if w.rnd.IntN(2) == 0 {
-			r.settle()
+		if r.rnd.IntN(2) == 0 {
+			must(t, r.settle())
+		}
+		if (n+1)%section == 0 {
+			must(t, r.each(r.served, (*served).check))
 		}
 	}
-	r.settle()
-	r.use.end()
-	must(t, r.use.trouble())
-	t.Logf("%d operations; faults %v; I/O was back at the latest %s after a fault", r.h.Operations(), r.count, r.rest.Round(time.Millisecond))
-	if err := r.h.Check(); err != nil {
-		t.Fatal(err)
+	must(t, r.lab.HealAll())
+	must(t, r.settle())
+	must(t, r.each(r.served, (*served).end))
+	operations := 0
+	for _, s := range r.served {
+		operations += s.operations
 	}
-	o := w.at(r.owner)
-	must(t, o.Down(t.Context(), r.claim))
-	must(t, o.Delete(t.Context(), r.claim))
-}
-
-// begin uses the volume on its owner.
-func (r *faultRun) begin() {
-	r.t.Helper()
-	c, err := use(r.at(r.owner).TargetPath(r.claim), r.h, &r.last, r.rnd.Uint64())
-	must(r.t, err)
-	r.use = c
-}
-
-// working waits until the client is answered again, and counts for how long it was not.
-func (r *faultRun) working() {
-	r.t.Helper()
-	begin := time.Now()
-	for r.use.answered.Load() < begin.UnixNano() {
-		must(r.t, r.use.trouble())
-		if time.Since(begin) > backWithin {
-			r.t.Fatalf("no I/O for %s after the fault was over; why: %s", time.Since(begin), r.why())
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	r.rest = max(r.rest, time.Since(begin))
-	must(r.t, r.use.trouble())
-}
-
-func (r *faultRun) why() string {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	out, err := r.Nodes()[r.owner].Ctl(ctx, "volume", "why", r.claim.ID())
-	return fmt.Sprintf("%s %v", out, err)
-}
-
-// settle waits until every replica is in sync and nothing is wrong with the volume.
-func (r *faultRun) settle() {
-	r.t.Helper()
-	end := time.Now().Add(2 * time.Minute)
-	for {
-		ctx, cancel := context.WithTimeout(r.t.Context(), 5*time.Second)
-		g, err := r.Nodes()[r.owner].CSI().ControllerGetVolumeHealth(ctx, &csi.ControllerGetVolumeHealthRequest{VolumeId: r.claim.ID()})
-		cancel()
-		if err == nil && len(g.GetVolumeHealth().GetHealthStatuses()) == 0 {
-			return
-		}
-		if time.Now().After(end) {
-			r.t.Fatalf("the volume does not recover: %v %v; why: %s", g, err, r.why())
-		}
-		must(r.t, r.use.trouble())
-		time.Sleep(100 * time.Millisecond)
+	t.Logf("%d operations; I/O rested %d times for more than 10 s; largest rests, and of how many times a volume", operations, r.slow)
+	for _, name := range slices.Sorted(maps.Keys(r.rest)) {
+		t.Logf("%4d × %-45s I/O rested for at most %s", r.count[name], name, r.rest[name].Round(time.Millisecond))
 	}
 }
 
-// replica picks a node that is not the owner.
-func (r *faultRun) replica() int { return (r.owner + 1 + r.rnd.IntN(2)) % 3 }
+func (r *faultRun) owners() string {
+	var all []string
+	for _, s := range r.served {
+		all = append(all, r.Nodes()[s.owner].NodeID())
+	}
+	return strings.Join(all, " ")
+}
 
+// each does something for volumes at once.
+func (r *faultRun) each(all []*served, fn func(*served) error) error {
+	var g errgroup.Group
+	for _, s := range all {
+		g.Go(func() error { return fn(s) })
+	}
+	return g.Wait()
+}
+
+func (r *faultRun) settle() error { return r.each(r.served, (*served).settle) }
+
+// working waits until all volumes are, and counts that.
+func (r *faultRun) working(kind string) error {
+	var mu sync.Mutex
+	return r.each(r.served, func(s *served) error {
+		rest, err := s.working()
+		mu.Lock()
+		defer mu.Unlock()
+		r.count[kind]++
+		r.rest[kind] = max(r.rest[kind], rest)
+		if rest > 10*time.Second {
+			r.slow++
+		}
+		return err
+	})
+}
+
+// owned are the volumes of some nodes.
+func (r *faultRun) owned(nodes ...int) (own []*served) {
+	for _, s := range r.served {
+		if slices.Contains(nodes, s.owner) {
+			own = append(own, s)
+		}
+	}
+	return own
+}
+
+// other picks a node that is not i.
+func (r *faultRun) other(i int) int { return (i + 1 + r.rnd.IntN(2)) % 3 }
+
+// sleep is mostly short: what goes on under a fault soon repeats itself.
 func (r *faultRun) sleep(least, most time.Duration) {
-	time.Sleep(least + time.Duration(r.rnd.Int64N(int64(most-least))))
+	f := r.rnd.Float64()
+	time.Sleep(least + time.Duration(f*f*float64(most-least)))
 }
 
-func (r *faultRun) killReplica() {
-	n := r.Nodes()[r.replica()]
-	must(r.t, n.Kill())
-	r.sleep(0, 4*time.Second)
-	must(r.t, n.Launch())
-	must(r.t, n.WaitReady(r.t.Context()))
-}
+// once is true once in n times.
+func (r *faultRun) once(n int) bool { return r.rnd.IntN(n) == 0 }
 
-func (r *faultRun) pause(i int, most time.Duration) {
-	n := r.Nodes()[i]
-	must(r.t, n.Signal(syscall.SIGSTOP))
-	r.sleep(200*time.Millisecond, most)
-	must(r.t, n.Signal(syscall.SIGCONT))
-}
-
-func (r *faultRun) stopReplica() { r.pause(r.replica(), 8*time.Second) }
-
-// stopOwner is short of what others would take for its death: they would be asked to attach first.
-func (r *faultRun) stopOwner() { r.pause(r.owner, 8*time.Second) }
-
-func (r *faultRun) cutOneWay() {
-	from, to := r.owner, r.replica()
-	if r.rnd.IntN(2) == 0 {
-		from, to = to, from
+// takeAll gives volumes of a node to others. Meanwhile nothing is known of the node; their clients there are returned.
+func (r *faultRun) takeAll(own []*served, from int) (old []*client, err error) {
+	to := map[*served]int{}
+	for _, s := range own {
+		old = append(old, s.use)
+		to[s] = r.other(from)
 	}
-	must(r.t, r.lab.Cut(from, to))
-	r.sleep(100*time.Millisecond, 8*time.Second)
-	must(r.t, r.lab.HealAll())
-}
-
-func (r *faultRun) isolateReplica() {
-	must(r.t, r.lab.Isolate(r.replica()))
-	r.sleep(100*time.Millisecond, 8*time.Second)
-	must(r.t, r.lab.HealAll())
-}
-
-// take gives the volume to another node, which the old one cannot be asked about, and uses it there.
-func (r *faultRun) take(to int) {
-	r.t.Helper()
-	from := r.owner
-	o := r.at(to)
-	gone := *o
-	gone.NodeID = r.Nodes()[from].NodeID()
-	must(r.t, gone.Detach(r.t.Context(), r.claim))
-	for _, step := range []func(context.Context, *harness.Claim) error{o.Attach, o.Stage, o.Publish} {
-		must(r.t, step(r.t.Context(), r.claim))
+	begin := time.Now()
+	err = r.each(own, func(s *served) error {
+		if err := s.take(to[s]); err != nil {
+			return err
+		}
+		_, err := s.working()
+		return err
+	})
+	if len(own) > 0 {
+		r.rest[failover] = max(r.rest[failover], time.Since(begin))
+		r.count[failover]++
 	}
-	r.h.Crash()
-	r.owner = to
-	r.begin()
+	return old, err
 }
 
-// clear takes off a node what its workload had of the volume.
-func (r *faultRun) clear(i int) {
-	r.t.Helper()
-	o := r.at(i)
-	must(r.t, o.Unpublish(r.t.Context(), r.claim))
-	must(r.t, o.Unstage(r.t.Context(), r.claim))
-}
-
-func (r *faultRun) killOwner() {
-	old, from := r.use, r.owner
-	old.dying.Store(true)
-	must(r.t, r.Nodes()[from].Kill())
-	old.end()
-	must(r.t, old.trouble())
-	r.take(r.replica())
-	r.sleep(0, 2*time.Second)
-	must(r.t, r.Nodes()[from].Launch())
-	must(r.t, r.Nodes()[from].WaitReady(r.t.Context()))
-	r.clear(from)
-}
-
-// isolateOwner: the volume is taken from a node that cannot be told, and still has its device and its client.
-func (r *faultRun) isolateOwner() {
-	old, from := r.use, r.owner
-	must(r.t, r.lab.Isolate(from))
-	old.dying.Store(true)
-	r.take(r.replica())
-	old.superseded.Store(true)
-	r.working()
-	must(r.t, r.lab.HealAll())
-	old.end() // its device dies as soon as it learns
-	must(r.t, old.trouble())
-	r.clear(from)
-}
-
-func (r *faultRun) move() {
-	r.use.end()
-	must(r.t, r.use.trouble())
-	must(r.t, r.at(r.owner).Down(r.t.Context(), r.claim))
-	r.owner = r.replica()
-	o := r.at(r.owner)
-	for _, step := range []func(context.Context, *harness.Claim) error{o.Attach, o.Stage, o.Publish} {
-		must(r.t, step(r.t.Context(), r.claim))
+// back starts nodes that were ended and waits until they are ready.
+func (r *faultRun) back(nodes ...int) error {
+	var g errgroup.Group
+	for _, i := range nodes {
+		if err := r.Nodes()[i].Launch(); err != nil {
+			return err
+		}
+		g.Go(func() error { return r.Nodes()[i].WaitReady(r.t.Context()) })
 	}
-	r.begin()
+	return g.Wait()
+}
+
+// killNode: the node comes back while its volumes are taken from it, or after.
+func (r *faultRun) killNode(i int) error {
+	own := r.owned(i)
+	for _, s := range own {
+		s.lose()
+	}
+	if err := r.Nodes()[i].Kill(); err != nil {
+		return err
+	}
+	for _, s := range own {
+		if err := s.lost(s.use); err != nil {
+			return err
+		}
+	}
+	away := time.Duration(r.rnd.Int64N(int64(6 * time.Second)))
+	var g errgroup.Group
+	g.Go(func() error {
+		time.Sleep(away)
+		return r.back(i)
+	})
+	_, err := r.takeAll(own, i)
+	if err := errors.Join(err, g.Wait()); err != nil {
+		return err
+	}
+	return r.each(own, func(s *served) error { return s.clear(i) })
+}
+
+// crash: what was on the nodes comes back there.
+func (r *faultRun) crash(nodes ...int) error {
+	own := r.owned(nodes...)
+	for _, s := range own {
+		s.lose()
+	}
+	var g errgroup.Group
+	for _, i := range nodes {
+		g.Go(r.Nodes()[i].Kill)
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for _, s := range own {
+		if err := s.lost(s.use); err != nil {
+			return err
+		}
+	}
+	r.sleep(0, 6*time.Second)
+	if err := r.back(nodes...); err != nil {
+		return err
+	}
+	return r.each(own, (*served).again)
+}
+
+// endNode: the node is stopped properly, over its volumes, and comes back.
+func (r *faultRun) endNode(i int) error {
+	own := r.owned(i)
+	for _, s := range own {
+		s.lose()
+	}
+	if err := r.Nodes()[i].Stop(); err != nil {
+		return err
+	}
+	for _, s := range own {
+		if err := s.lost(s.use); err != nil {
+			return err
+		}
+	}
+	r.sleep(0, 3*time.Second)
+	if err := r.back(i); err != nil {
+		return err
+	}
+	return r.each(own, (*served).again)
+}
+
+func (r *faultRun) move(i int) error {
+	return r.each(r.owned(i), func(s *served) error { return s.move((i + 1) % 3) })
 }
