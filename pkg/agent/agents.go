@@ -114,7 +114,7 @@ func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volu
 }
 
 // Detach implements control.Agents.
-func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (clean bool, err error) {
+func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) (clean bool, err error) {
 	if err := n.here(node); err != nil {
 		return false, err
 	}
@@ -123,14 +123,18 @@ func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (cl
 	cancel()
 	if err != nil && ctx.Err() == nil && errors.Is(err, volume.ErrBusy) {
 		// What holds the volume may wait for I/O that never ends, or for an engine that never serves. A detach must not.
+		var i *instance
+		if v, known := n.known(id); known {
+			if i = v.get().inst; i != nil && i.epoch > epoch {
+				return false, late(id, epoch, i.epoch)
+			}
+		}
 		if err := n.abortDevices(ctx, id); err != nil {
 			return false, err
 		}
-		if v, known := n.known(id); known {
-			if i := v.get().inst; i != nil {
-				if err := i.e.Close(); err != nil {
-					return false, err
-				}
+		if i != nil {
+			if err := i.e.Close(); err != nil {
+				return false, err
 			}
 		}
 		v, err = n.acquire(ctx, id, false)
@@ -142,6 +146,13 @@ func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (cl
 		return n.wasClean(ctx, id), nil
 	}
 	defer n.release(v)
+	newest := v.rec.Epoch
+	if v.inst != nil {
+		newest = v.inst.epoch
+	}
+	if newest > epoch {
+		return false, late(id, epoch, newest)
+	}
 	if v.eng != nil {
 		if err := n.stop(ctx, v); err != nil {
 			return false, err
@@ -152,6 +163,10 @@ func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (cl
 		return false, err
 	}
 	return n.wasClean(ctx, id), nil
+}
+
+func late(id volume.ID, asked, newest volume.Epoch) error {
+	return fmt.Errorf("volume %s: asked to end epoch %d, epoch %d has begun here since: %w", id, asked, newest, volume.ErrStale)
 }
 
 // stop ends the device: cleanly where nobody uses the volume, and else by failing its I/O.

@@ -157,7 +157,7 @@ func TestExportAttached(t *testing.T) {
 	h.stage("vol-1", h.w("stage"), blockCap(volume.SingleNodeWriter))
 	x = h.exportVolume("vol-1", true)
 	run(t, "qemu-io", "-f", "raw", "-c", "write -f -P 3 60M 64k", x.uri)
-	if _, err := h.node.Detach(t.Context(), nodeID, "vol-1"); err != nil {
+	if _, err := h.node.Detach(t.Context(), nodeID, "vol-1", h.cluster.epoch("vol-1")); err != nil {
 		t.Fatal(err)
 	}
 	wantErr(t, "an export whose volume was detached", <-x.done, volume.ErrInUse)

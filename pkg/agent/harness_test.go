@@ -122,6 +122,13 @@ func (c *fakeCluster) Membership(ctx context.Context, id volume.ID) (replication
 	return command.Membership(v), err
 }
 
+// epoch is the volume's, as whoever asks for an end of its engine knows it.
+func (c *fakeCluster) epoch(id volume.ID) volume.Epoch {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.volumes[id].Epoch
+}
+
 func (c *fakeCluster) change(id volume.ID, fn func(*volume.Volume)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -237,9 +237,13 @@ func (n *Node) wasClean(ctx context.Context, id volume.ID) bool {
 	return m.Clean || p.clean && p.epoch == m.Epoch
 }
 
+// anyEpoch is for what may be asked of an engine of whichever epoch it is.
+const anyEpoch volume.Epoch = 0
+
 // engineOf returns a volume, locked, with its engine, which runs already or is run for this. volume.ErrBusy: another node is
-// to run it, as the controllers have it now.
-func (n *Node) engineOf(ctx context.Context, node volume.NodeID, id volume.ID) (*vol, *instance, error) {
+// to run it, as the controllers have it now, or none runs and the volume is in a later epoch than the one it was asked in:
+// whoever asked has given up since.
+func (n *Node) engineOf(ctx context.Context, node volume.NodeID, id volume.ID, asked volume.Epoch) (*vol, *instance, error) {
 	if err := n.here(node); err != nil {
 		return nil, nil, err
 	}
@@ -250,6 +254,10 @@ func (n *Node) engineOf(ctx context.Context, node volume.NodeID, id volume.ID) (
 	if cv.Owner != n.cfg.ID {
 		n.release(v)
 		return nil, nil, fmt.Errorf("the engine of volume %s is node %q's, not this node's: %w", id, cv.Owner, volume.ErrBusy)
+	}
+	if runs := v.inst != nil && v.inst.epoch == cv.Epoch; !runs && asked != anyEpoch && asked != cv.Epoch {
+		n.release(v)
+		return nil, nil, fmt.Errorf("an engine of volume %s was asked for in epoch %d, it is in epoch %d: %w", id, asked, cv.Epoch, volume.ErrBusy)
 	}
 	i, err := n.instance(ctx, c, v, cv)
 	if err != nil {

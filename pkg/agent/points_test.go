@@ -146,7 +146,7 @@ func TestPoint19_ReturningNodeCleansUp(t *testing.T) {
 				}
 				defer f.Close()
 				for range 2 {
-					if _, err := h.node.Detach(t.Context(), nodeID, vol1); err != nil {
+					if _, err := h.node.Detach(t.Context(), nodeID, vol1, h.cluster.epoch(vol1)); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -187,7 +187,7 @@ func TestAttachAnewBesideDeadPaths(t *testing.T) {
 			h.stage(vol1, staging, c)
 			h.publish(vol1, staging, old, c)
 			write(t, filepath.Join(old, "file"), "content")
-			if _, err := h.node.Detach(t.Context(), nodeID, vol1); err != nil {
+			if _, err := h.node.Detach(t.Context(), nodeID, vol1, h.cluster.epoch(vol1)); err != nil {
 				t.Fatal(err)
 			}
 			if fsType == "btrfs" { // the kernel takes a UUID once: the dead mount goes first
@@ -294,7 +294,7 @@ func TestNotAttachedHere(t *testing.T) {
 		q := Stage{Volume: vol1, Path: path, Capability: fsCap("")}
 		wantErr(t, "stage at "+path[:min(10, len(path))], h.node.Stage(t.Context(), q), volume.ErrInvalid)
 	}
-	_, err := h.node.Detach(t.Context(), "node-2", vol1)
+	_, err := h.node.Detach(t.Context(), "node-2", vol1, h.cluster.epoch(vol1))
 	wantErr(t, "another node's call", err, volume.ErrUnavailable)
 }
 
@@ -332,7 +332,7 @@ func TestPoint23_DetachWithoutUnstage(t *testing.T) {
 				}
 			}
 			for range 2 {
-				if _, err := h.node.Detach(t.Context(), nodeID, vol1); err != nil {
+				if _, err := h.node.Detach(t.Context(), nodeID, vol1, h.cluster.epoch(vol1)); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -686,7 +686,7 @@ func TestDetachBreaksHungStage(t *testing.T) {
 			t.Fatal("the stage does not write")
 		}
 	}
-	if _, err := h.node.Detach(t.Context(), nodeID, vol1); err != nil {
+	if _, err := h.node.Detach(t.Context(), nodeID, vol1, h.cluster.epoch(vol1)); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-done; err == nil {

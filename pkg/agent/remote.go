@@ -13,7 +13,7 @@ import (
 
 // ExpandVolume implements control.Agents.
 func (n *Node) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error {
-	v, i, err := n.engineOf(ctx, r.Node, id)
+	v, i, err := n.engineOf(ctx, r.Node, id, anyEpoch)
 	if err != nil {
 		return err
 	}
@@ -110,8 +110,8 @@ func (n *Node) Inspect(ctx context.Context, r volume.Replica, _ volume.ID) (cont
 }
 
 // OpenEngine implements control.Agents.
-func (n *Node) OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, _ volume.Epoch) error {
-	v, i, err := n.engineOf(ctx, node, id)
+func (n *Node) OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) error {
+	v, i, err := n.engineOf(ctx, node, id, epoch)
 	if err != nil {
 		return err
 	}
@@ -125,7 +125,7 @@ const evictLook = 10 * time.Millisecond
 
 // Evict implements control.Agents.
 func (n *Node) Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error {
-	v, i, err := n.engineOf(ctx, node, id)
+	v, i, err := n.engineOf(ctx, node, id, anyEpoch)
 	if err != nil {
 		return err
 	}

@@ -47,7 +47,7 @@ func TestDeviceNumbersAreNotReused(t *testing.T) {
 		h.create("vol-b", 32*mib)
 		h.stage("vol-a", h.w("sa"), rw)
 		h.publish("vol-a", h.w("sa"), h.w("ta"), rw)
-		if _, err := h.node.Detach(t.Context(), nodeID, "vol-a"); err != nil {
+		if _, err := h.node.Detach(t.Context(), nodeID, "vol-a", h.cluster.epoch("vol-a")); err != nil {
 			t.Fatal(err)
 		}
 		h.stage("vol-b", h.w("sb"), rw)

@@ -35,7 +35,7 @@ func (n *Node) CutSnapshot(ctx context.Context, node volume.NodeID, s control.Sn
 		}
 		return []volume.ReplicaID{s.Replica}, n.host.alone(ctx, s.Replica, func() error { return p.Cut(ctx, s.Replica, s.ID) })
 	}
-	v, i, err := n.engineOf(ctx, node, s.Volume)
+	v, i, err := n.engineOf(ctx, node, s.Volume, s.Barrier.Epoch)
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +90,7 @@ func (n *Node) freeze(ctx context.Context, v *vol, s control.SnapshotSpec) (thaw
 
 // Drain implements control.Agents.
 func (n *Node) Drain(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) error {
-	v, i, err := n.engineOf(ctx, node, s.Volume)
+	v, i, err := n.engineOf(ctx, node, s.Volume, s.Barrier.Epoch)
 	if err != nil {
 		return err
 	}

@@ -125,8 +125,8 @@ func (r *recorder) Release(_ context.Context, n volume.NodeID, s control.Snapsho
 func (r *recorder) DeleteSnapshot(_ context.Context, n volume.NodeID, p volume.PoolID, id volume.SnapshotID) error {
 	return r.note(n, p, id)
 }
-func (r *recorder) Detach(_ context.Context, n volume.NodeID, id volume.ID) (bool, error) {
-	return true, r.note(n, id)
+func (r *recorder) Detach(_ context.Context, n volume.NodeID, id volume.ID, e volume.Epoch) (bool, error) {
+	return true, r.note(n, id, e)
 }
 func (r *recorder) SetQoS(_ context.Context, n volume.NodeID, id volume.ID, q volume.QoS) error {
 	return r.note(n, id, q)
@@ -221,7 +221,7 @@ func TestWhoMayAsk(t *testing.T) {
 	r := &recorder{}
 	t.Run("a storage node", func(t *testing.T) {
 		cc, _ := pair(t, Services{Node: r, Controller: r}, pki.RoleStorage)
-		if _, err := NewAgents(dialed{cc}).Detach(t.Context(), "n1", "v"); !errors.Is(err, errRefused) {
+		if _, err := NewAgents(dialed{cc}).Detach(t.Context(), "n1", "v", 1); !errors.Is(err, errRefused) {
 			t.Errorf("asks a node: %v", err)
 		}
 		c := NewCluster(func() []grpc.ClientConnInterface { return []grpc.ClientConnInterface{cc} })

@@ -119,7 +119,7 @@ var nodeMethods = []grpc.MethodDesc{
 		return none{}, a.DeleteSnapshot(ctx, r.Node, r.Pool, r.ID)
 	}),
 	unary(nodeService, "Detach", func(a control.Agents, ctx context.Context, r *onVolume) (bool, error) {
-		return a.Detach(ctx, r.Node, r.Volume)
+		return a.Detach(ctx, r.Node, r.Volume, r.Epoch)
 	}),
 	unary(nodeService, "SetQoS", func(a control.Agents, ctx context.Context, r *setQoS) (none, error) {
 		return none{}, a.SetQoS(ctx, r.Node, r.Volume, r.QoS)
@@ -247,8 +247,8 @@ func (a *Agents) DeleteSnapshot(ctx context.Context, n volume.NodeID, pool volum
 	return do(ctx, a, n, "DeleteSnapshot", &atSnapshot{n, pool, id})
 }
 
-func (a *Agents) Detach(ctx context.Context, n volume.NodeID, id volume.ID) (clean bool, err error) {
-	return node[bool](ctx, a, n, "Detach", &onVolume{Node: n, Volume: id})
+func (a *Agents) Detach(ctx context.Context, n volume.NodeID, id volume.ID, epoch volume.Epoch) (clean bool, err error) {
+	return node[bool](ctx, a, n, "Detach", &onVolume{Node: n, Volume: id, Epoch: epoch})
 }
 
 func (a *Agents) SetQoS(ctx context.Context, n volume.NodeID, id volume.ID, q volume.QoS) error {

@@ -360,7 +360,7 @@ func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, poo
 	})
 }
 
-func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.ID) (bool, error) {
+func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.ID, _ volume.Epoch) (bool, error) {
 	a.mu.Lock()
 	hangs := a.hangs == node
 	a.mu.Unlock()

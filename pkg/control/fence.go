@@ -70,7 +70,7 @@ func (s *Service) endEngine(ctx context.Context, v volume.Volume) (clean bool, e
 		limit, cancel = context.WithTimeout(ctx, s.o.FenceTimeout)
 		defer cancel()
 	}
-	clean, err = s.agents.Detach(limit, v.Owner, v.ID)
+	clean, err = s.agents.Detach(limit, v.Owner, v.ID, v.Epoch)
 	if err != nil && limit.Err() != nil && ctx.Err() == nil {
 		err = fmt.Errorf("%s, nor does it answer (%v): %w", c.silent[v.Owner], err, volume.ErrUnavailable)
 	}

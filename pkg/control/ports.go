@@ -81,8 +81,9 @@ type Agents interface {
 	Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (lease time.Duration, err error)
 	// Inspect asks a replica what it knows of itself.
 	Inspect(ctx context.Context, r volume.Replica, id volume.ID) (ReplicaReport, error)
-	// OpenEngine runs the volume's engine, without a device, until Detach; its epoch is at least the one given. One that runs
-	// already reads the volume's record anew. Nil: its replicas are alike, and what is behind is being brought up.
+	// OpenEngine runs the volume's engine, without a device, until Detach. One that runs already reads the volume's record
+	// anew; a new one is begun only while epoch is still the volume's, else volume.ErrBusy: the request is late. Nil: its replicas
+	// are alike, and what is behind is being brought up.
 	OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) error
 	// Evict has the engine take a replica out of the in-sync set; volume.ErrInUse for the last.
 	Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error
@@ -98,11 +99,12 @@ type Agents interface {
 	Release(ctx context.Context, node volume.NodeID, s SnapshotSpec) error
 	// DeleteSnapshot unpins a snapshot; its space is freed in the background.
 	DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID) error
-	// Detach stops the volume's engine, and its device where it has one. When it returns nil, nothing that the node's
-	// workloads write reaches the volume any more; clean tells that all of it was written out first, and that nobody can be
-	// served by that engine any more. A device that is staged but not published is unmounted first; one that is published
-	// fails all its I/O for good.
-	Detach(ctx context.Context, node volume.NodeID, id volume.ID) (clean bool, err error)
+	// Detach stops the volume's engine of an epoch, or of one before it, and its device where it has one. When it returns nil,
+	// nothing that the node's workloads write in these epochs reaches the volume any more; clean tells that all of it was
+	// written out first, and that nobody can be served by that engine any more. A device that is staged but not published is
+	// unmounted first; one that is published fails all its I/O for good. volume.ErrStale: the node has begun a later epoch, which
+	// goes on.
+	Detach(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) (clean bool, err error)
 	// SetQoS changes the limits of a volume where it is attached; elsewhere it does nothing.
 	SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error
 	// Conditions reports what is wrong with a volume on that node.

@@ -309,7 +309,7 @@ func (a *fakeAgents) DeleteSnapshot(_ context.Context, _ volume.NodeID, _ volume
 	return a.locked(func() { delete(a.snapshots, id) })
 }
 
-func (a *fakeAgents) Detach(_ context.Context, n volume.NodeID, id volume.ID) (bool, error) {
+func (a *fakeAgents) Detach(_ context.Context, n volume.NodeID, id volume.ID, _ volume.Epoch) (bool, error) {
 	a.mu.Lock()
 	down := a.down
 	a.mu.Unlock()
