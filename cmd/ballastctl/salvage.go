@@ -49,7 +49,10 @@ The columns: CONFIG counts the changes of who is in sync, so the highest one saw
 EPOCH, then the later LAST FLUSH. The replica that is chosen begins a new lineage. The others keep their bytes until they
 are compared with it in full and overwritten where they differ: to look at them first, use ` + "`pool export`" + `.
 
-The volume must not be attached. --force takes a replica although another would be better.`,
+A volume that is attached is detached first, where that is possible. Where it is not, because its node is silent and with it
+every replica that was in sync, the salvage ends the attachment. Make sure then that this node is off: while it runs, cut off
+from all others, its workload goes on with what is not the volume any more. When it reaches the others again its device fails for
+good, and nothing that it wrote is kept. --force takes a replica although another would be better.`,
 		Example: "  ballastctl salvage db-data\n  ballastctl salvage db-data --replica rep-0123 --accept-data-loss",
 		Args:    arguments("VOLUME"),
 		RunE: func(cmd *cobra.Command, args []string) error {

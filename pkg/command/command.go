@@ -76,9 +76,11 @@ type FinishCreate struct {
 	Volume volume.ID `json:"volume"`
 }
 
-// BeginDelete is the tombstone: the name is free again, nothing can attach. It answers Volume.
+// BeginDelete is the tombstone: the name is free again, nothing can attach. Gone is the epoch of an attachment that is being
+// ended and whose node is gone: it ends too. It answers Volume.
 type BeginDelete struct {
-	Volume volume.ID `json:"volume"`
+	Volume volume.ID    `json:"volume"`
+	Gone   volume.Epoch `json:"gone,omitempty"`
 }
 
 // FinishDelete forgets a volume all of whose replicas are freed. It answers Done.

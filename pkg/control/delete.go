@@ -13,7 +13,8 @@ import (
 
 // DeleteVolume deletes a volume; one that does not exist is nil. Its snapshots stay. Nil means that the tombstone is
 // durable: the name is free and nothing can use the volume; the space follows when its nodes answer. It returns
-// volume.ErrInUse, naming the node, while the volume is attached, and while it is being cloned.
+// volume.ErrInUse, naming the node, while the volume is attached, and while it is being cloned. An attachment that is being
+// ended ends with it where its node is gone: nothing waits for that.
 func (s *Service) DeleteVolume(ctx context.Context, id volume.ID) error {
 	v, err := s.live(ctx, id)
 	if errors.Is(err, volume.ErrNotFound) {
@@ -27,12 +28,27 @@ func (s *Service) DeleteVolume(ctx context.Context, id volume.ID) error {
 		return err
 	}
 	defer unlock()
-	if now, err := s.live(ctx, v.ID); err == nil && now.Attachment == nil {
-		if err := s.closeEngine(ctx, now); err != nil {
+	if v, err = s.live(ctx, v.ID); err != nil {
+		return ignoreNotFound(err)
+	}
+	begin := command.BeginDelete{Volume: v.ID}
+	switch a := v.Attachment; {
+	case a == nil:
+		if err := s.closeEngine(ctx, v); err != nil {
 			return ignoreNotFound(err)
 		}
+	case a.Detaching:
+		gone, err := s.gone(ctx, a.Node)
+		if err != nil {
+			return err
+		}
+		if gone {
+			begin.Gone = a.Epoch
+		} else if err := s.completeDetach(ctx, v); err != nil {
+			return err
+		}
 	}
-	x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: v.ID})
+	x, err := s.proposeVolume(ctx, begin)
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
 	}

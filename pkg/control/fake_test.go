@@ -150,6 +150,8 @@ type fakeAgents struct {
 	troubled   volume.NodeID // the only one that has the conditions; "" is all
 	// scripted is what the next call of a method answers, once; "device" is a resize after the replica has grown.
 	scripted map[string]error
+	// onFence and onDetach happen before those are answered.
+	onFence, onDetach func()
 }
 
 type fakeReplica struct {
@@ -275,6 +277,9 @@ func (a *fakeAgents) members(ctx context.Context, id volume.ID) []volume.Replica
 
 func (a *fakeAgents) Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (lease time.Duration, err error) {
 	err = a.do(ctx, "Fence", r.Node, func() error {
+		if a.onFence != nil {
+			a.onFence()
+		}
 		a.epochs[r.ID] = max(a.epochs[r.ID], epoch)
 		lease = a.leases[r.Node]
 		delete(a.attached, id) // what is written there is acknowledged no more
@@ -369,6 +374,9 @@ func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.I
 		return false, ctx.Err()
 	}
 	err := a.do(ctx, "Detach", node, func() error {
+		if a.onDetach != nil {
+			a.onDetach()
+		}
 		if a.attached[id] == node {
 			delete(a.attached, id)
 		}

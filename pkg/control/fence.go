@@ -6,16 +6,17 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// completeDetach ends the attachment that v shows. Its node is asked to end the volume's engine. Where the node does not
-// answer, and another has a replica that is in sync, the engine is forced out: the epoch rises, that replica refuses it
-// from then on, so that none of its writes can be acknowledged any more, and its lease is waited out, so that it cannot
-// serve reads either. The caller has v's lock.
+// completeDetach ends the attachment that v shows. Its node is asked to end the volume's engine, and waited for, but not for
+// ever. Where it does not, and a replica that is in sync answers, the engine is forced out: the epoch rises, that replica
+// refuses it from then on, so that none of its writes can be acknowledged any more, and its lease is waited out, so that it
+// cannot serve reads either. The caller has v's lock.
 func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 	// Marked first: between the end of the engine and that of the attachment the node must not begin anew.
 	a := v.Attachment
@@ -30,12 +31,11 @@ func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 	clean := false
 	if v.Owner != "" {
 		clean, err = s.endEngine(ctx, v)
-		elsewhere := slices.ContainsFunc(v.InSync(), func(r volume.Replica) bool { return r.Node != a.Node })
-		if err != nil && (!errors.Is(err, volume.ErrUnavailable) || !elsewhere) {
+		if err != nil && (ctx.Err() != nil || !s.answers(ctx, v)) {
 			return fmt.Errorf("volume %s cannot be fenced on node %s: %w", v.ID, a.Node, unfinished(err))
 		}
 		if err != nil {
-			s.o.Logger.Warn("node does not answer; its engine is fenced at the replicas", "volume", v.ID, "node", a.Node, "error", err)
+			s.o.Logger.Warn("node does not end its engine; it is fenced at the replicas", "volume", v.ID, "node", a.Node, "error", err)
 			if x, err = s.proposeVolume(ctx, command.ForceDetach{Volume: v.ID, Epoch: a.Epoch}); err != nil {
 				return ignoreNotFound(err)
 			}
@@ -47,15 +47,75 @@ func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 			return err
 		}
 	}
-	if err := s.propose(ctx, command.FinishDetach{Volume: v.ID, Epoch: a.Epoch, Clean: clean}); err != nil {
+	return s.finishDetach(ctx, v.ID, a.Epoch, clean)
+}
+
+func (s *Service) finishDetach(ctx context.Context, id volume.ID, epoch volume.Epoch, clean bool) error {
+	if err := s.propose(ctx, command.FinishDetach{Volume: id, Epoch: epoch, Clean: clean}); err != nil {
 		return ignoreNotFound(err)
 	}
-	s.forget(v.ID)
+	s.forget(id)
 	return nil
 }
 
-// endEngine has the owner of a volume end its engine. A node that is not known answers nothing, and one that is silent is
-// not waited for long.
+// answers tells whether a replica that is in sync can be asked, so that it can be fenced too. The engine's own node may have
+// it: one that cannot end an engine can still refuse what the engine writes.
+func (s *Service) answers(ctx context.Context, v volume.Volume) bool {
+	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	defer cancel()
+	var there atomic.Bool
+	var wg sync.WaitGroup
+	for _, r := range v.InSync() {
+		wg.Go(func() {
+			if _, err := s.agents.Inspect(limit, r, v.ID); err == nil {
+				there.Store(true)
+				cancel() // one is enough
+			}
+		})
+	}
+	wg.Wait()
+	return there.Load()
+}
+
+// abandon ends the attachment of a volume whose data, or what its newest replicas have of it, an admin gives up. Where it
+// cannot be ended as completeDetach does, its node must have been silent for long: the epoch rises, which the node's engine
+// finds out as soon as it reaches a controller or a replica of a later epoch, and until then it reaches only replicas that
+// nobody else does (docs/adr/0008). volume.ErrUnavailable: the node still reports. The caller has v's lock.
+func (s *Service) abandon(ctx context.Context, v volume.Volume) error {
+	a := v.Attachment
+	if a == nil {
+		return nil
+	}
+	failed := s.completeDetach(ctx, v)
+	if failed == nil {
+		return nil
+	}
+	gone, err := s.gone(ctx, a.Node)
+	if err != nil {
+		return err
+	}
+	if !gone {
+		return fmt.Errorf("node %s still reports and may run the engine of volume %s (%v); end ballastd there and wait until the node counts as down, in %s, or let it end the engine: %w",
+			a.Node, v.ID, failed, s.o.NodeTimeout, volume.ErrUnavailable)
+	}
+	if _, err := s.proposeVolume(ctx, command.ForceDetach{Volume: v.ID, Epoch: a.Epoch}); err != nil {
+		return ignoreNotFound(err)
+	}
+	return s.finishDetach(ctx, v.ID, a.Epoch, false)
+}
+
+// gone tells whether a node is not known, or has been silent for so long that it counts as down.
+func (s *Service) gone(ctx context.Context, id volume.NodeID) (bool, error) {
+	c, err := s.cluster(ctx)
+	return c.gone(id), err
+}
+
+func (c cluster) gone(id volume.NodeID) bool {
+	return c.silent[id] != "" || !slices.ContainsFunc(c.nodes, func(n volume.Node) bool { return n.ID == id })
+}
+
+// endEngine has the owner of a volume end its engine. A node that is not known answers nothing, and none is waited for
+// longer than it takes one that is well; one that is silent hardly.
 func (s *Service) endEngine(ctx context.Context, v volume.Volume) (clean bool, err error) {
 	c, err := s.cluster(ctx)
 	if err != nil {
@@ -64,15 +124,15 @@ func (s *Service) endEngine(ctx context.Context, v volume.Volume) (clean bool, e
 	if !slices.ContainsFunc(c.nodes, func(n volume.Node) bool { return n.ID == v.Owner }) {
 		return false, fmt.Errorf("node %s is not known any more: %w", v.Owner, volume.ErrUnavailable)
 	}
-	limit := ctx
-	if c.silent[v.Owner] != "" {
-		var cancel context.CancelFunc
-		limit, cancel = context.WithTimeout(ctx, s.o.FenceTimeout)
-		defer cancel()
+	patience, why := s.o.EndTimeout, fmt.Sprintf("node %s has not ended its engine in %s", v.Owner, s.o.EndTimeout)
+	if silent := c.silent[v.Owner]; silent != "" {
+		patience, why = s.o.FenceTimeout, silent+", nor does it answer"
 	}
+	limit, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	clean, err = s.agents.Detach(limit, v.Owner, v.ID, v.Epoch)
 	if err != nil && limit.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%s, nor does it answer (%v): %w", c.silent[v.Owner], err, volume.ErrUnavailable)
+		err = fmt.Errorf("%s (%v): %w", why, err, volume.ErrUnavailable)
 	}
 	return clean, err
 }
@@ -152,13 +212,19 @@ func (s *Service) closeEngine(ctx context.Context, v volume.Volume) error {
 	if v.Owner == "" || v.Attachment != nil {
 		return nil
 	}
+	// Its node may have begun an epoch of its own.
+	v, err := s.store.Volume(ctx, v.ID)
+	if err != nil || v.Owner == "" || v.Attachment != nil {
+		return ignoreNotFound(err)
+	}
 	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
 	defer cancel()
 	clean, err := s.endEngine(limit, v)
-	// Its node has begun epochs of its own.
 	now, readErr := s.store.Volume(ctx, v.ID)
 	if readErr != nil {
 		return ignoreNotFound(readErr)
 	}
-	return s.propose(ctx, command.CloseEngine{Volume: v.ID, Epoch: now.Epoch, Clean: clean && err == nil})
+	// An engine that its node has begun meanwhile has not ended.
+	clean = clean && err == nil && now.Epoch == v.Epoch
+	return s.propose(ctx, command.CloseEngine{Volume: v.ID, Epoch: now.Epoch, Clean: clean})
 }

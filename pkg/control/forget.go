@@ -139,6 +139,14 @@ func (s *Service) forgetReplica(ctx context.Context, id volume.ID, pool volume.P
 			return ignoreNotFound(err)
 		}
 	} else if v.State == volume.Ready {
+		if lost := !slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Pool != pool }); lost {
+			if err := s.abandon(ctx, v); err != nil {
+				return err
+			}
+			if v, err = s.store.Volume(ctx, id); err != nil {
+				return ignoreNotFound(err)
+			}
+		}
 		if err := s.closeEngine(ctx, v); err != nil {
 			return err
 		}

@@ -285,7 +285,8 @@ func (s *Service) whyReady(ctx context.Context, v volume.Volume, nodes []volume.
 	if len(cs) == 0 {
 		add("Volume %s (%q) is usable: ready, on %s.", v.ID, v.Name, whereOf(v))
 	}
-	if !slices.ContainsFunc(v.InSync(), func(r volume.Replica) bool { why, _ := s.unreachable(r, nodes); return why == "" }) && len(v.Replicas) > 1 {
+	stranded := !slices.ContainsFunc(v.InSync(), func(r volume.Replica) bool { why, _ := s.unreachable(r, nodes); return why == "" })
+	if stranded && len(v.Replicas) > 1 {
 		add("No replica that is in sync can be reached: only those have every write that was acknowledged. Bring back one of %s. "+
 			"If all of them are lost for good, a salvage makes what another replica has the volume, and loses what that one lacks.", names(v.InSync()))
 	}
@@ -300,11 +301,13 @@ func (s *Service) whyReady(ctx context.Context, v volume.Volume, nodes []volume.
 		add("It is not attached; node %s looks after its replicas, and gives it up to whichever node attaches it.", v.Owner)
 	case a == nil:
 		add("It is not attached; %s.", reachableFrom(v))
+	case stranded && s.judge(nodes).gone(a.Node):
+		add("%s", wayOut(v))
 	case a.Detaching && v.Owner == "":
 		add("It is being taken from node %s, which does not answer: its replicas refuse that node already, and it can be attached elsewhere when the lease of its reads is over, in seconds.", a.Node)
 	case a.Detaching:
-		add("It is being detached from node %s: that node must first prove that it writes no more. If it hangs, see that ballastd runs there; "+
-			"never attach the volume's data elsewhere by hand meanwhile.", a.Node)
+		add("It is being detached from node %s: that node must first prove that it writes no more, or else a replica that is in sync must refuse what it writes. "+
+			"If neither comes about, see that ballastd runs there; never attach the volume's data elsewhere by hand meanwhile.", a.Node)
 	default:
 		add("It is attached to node %s for %s, so another node cannot have it: end the workload there, or detach it there first.", a.Node, s.age(a.Since))
 	}
@@ -322,6 +325,16 @@ func (s *Service) whyReady(ctx context.Context, v volume.Volume, nodes []volume.
 			}
 		}
 	}
+}
+
+// wayOut says how an attachment ends whose node is silent, and with it every replica that is in sync.
+func wayOut(v volume.Volume) string {
+	give := "delete the volume (detach it first, which begins and cannot end, and then does not hold the delete up), or forget its pool if the disk is gone"
+	if len(v.Replicas) > 1 {
+		give = "make sure that the node is off and salvage the volume from another replica: that ends the attachment; or " + give
+	}
+	return fmt.Sprintf("It is attached to node %s, which is silent, and nobody can make it stop writing: every replica that is in sync is silent too. "+
+		"When that node or one of these replicas is back, it can be detached, and nothing is lost. If none of them comes back: %s.", v.Attachment.Node, give)
 }
 
 func (s *Service) explainNodes(v volume.Volume, nodes []volume.Node, add func(string, ...any)) {

@@ -74,9 +74,12 @@ func rank(against string) int {
 }
 
 // Salvage makes what one replica has the volume, under a new lineage; the others become stale, keep their bytes until they
-// are overwritten with its, and are compared in full. It is an admin's decision only. volume.ErrInUse: the volume is
-// attached, or a replica that is in sync can be reached and none is to be given up for another. ErrInvalid: the replica
-// is none to choose. Force overrides that another replica would be better.
+// are overwritten with its, and are compared in full. It is an admin's decision only. It ends an attachment that nothing else
+// can end; docs/adr/0008 says why nothing of the old engine reaches the new lineage. Cut off, the same call goes on.
+//
+// volume.ErrInUse: the volume is attached and can be detached, or a replica that is in sync can be reached and none is to be
+// given up for another. ErrInvalid: the replica is none to choose. ErrUnavailable: the node to which the volume is attached
+// still reports, or the replica cannot be fenced. Force overrides that another replica would be better.
 func (s *Service) Salvage(ctx context.Context, id volume.ID, replica volume.ReplicaID, force bool) (volume.Volume, error) {
 	unlock, err := s.flights.lock(ctx, volumeKey(string(id)))
 	if err != nil {
@@ -93,35 +96,74 @@ func (s *Service) salvage(ctx context.Context, id volume.ID, replica volume.Repl
 	if err != nil {
 		return v, err
 	}
-	if a := v.Attachment; a != nil {
-		return v, fmt.Errorf("volume %s is attached to node %s; detach it there first: %w", id, a.Node, volume.ErrInUse)
-	}
-	list, err := s.Candidates(ctx, id)
+	chosen, err := s.choose(ctx, v, replica, force)
 	if err != nil {
 		return v, err
 	}
-	i := slices.IndexFunc(list, func(c Candidate) bool { return c.Replica.ID == replica })
-	if i < 0 {
-		return v, fmt.Errorf("volume %s has no replica %.128q: %w", id, replica, volume.ErrNotFound)
+	if err := s.abandon(ctx, v); err != nil {
+		return v, err
 	}
-	chosen := list[i]
-	if chosen.Report == nil || !chosen.Report.Present || chosen.Report.Size < v.Size || chosen.Report.Role == volume.Filling {
-		return v, fmt.Errorf("volume %s cannot be salvaged from replica %s: %s: %w", id, replica, chosen.Against, volume.ErrInvalid)
-	}
-	var seen volume.ConfigVersion
-	for j, c := range list {
-		if c.Report != nil {
-			seen = max(seen, c.Report.ConfigVersion)
-		}
-		better := c.Report != nil && c.Against == "" && (c.Replica.Role == volume.InSync || j < i)
-		if j != i && better && chosen.Replica.Role != volume.InSync && !force {
-			return v, fmt.Errorf("replica %s of volume %s can be reached and is newer than %s: attach the volume, or salvage that one: %w",
-				c.Replica.ID, id, replica, volume.ErrInUse)
-		}
+	if v, err = s.live(ctx, id); err != nil {
+		return v, err
 	}
 	if err := s.closeEngine(ctx, v); err != nil {
 		return v, err
 	}
-	x, err := s.proposeVolume(ctx, command.Salvage{Volume: id, Replica: replica, Seen: seen})
+	if v, err = s.live(ctx, id); err != nil {
+		return v, err
+	}
+	// Until it refuses them, an engine that nobody reaches may reach the replica, and copy to it.
+	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	defer cancel()
+	if _, err := s.agents.Fence(limit, chosen.Replica, id, v.Epoch); err != nil {
+		return v, fmt.Errorf("replica %s of volume %s cannot be fenced: %w", replica, id, unfinished(err))
+	}
+	chosen, err = s.choose(ctx, v, replica, force)
+	if err != nil {
+		return v, err
+	}
+	x, err := s.proposeVolume(ctx, command.Salvage{Volume: id, Replica: replica, Seen: chosen.seen})
 	return x.Volume, err
+}
+
+// choice is a candidate that may be salvaged.
+type choice struct {
+	Candidate
+	// seen is the newest configuration that any replica knows.
+	seen volume.ConfigVersion
+}
+
+// choose checks that a volume may be salvaged from a replica.
+func (s *Service) choose(ctx context.Context, v volume.Volume, replica volume.ReplicaID, force bool) (choice, error) {
+	list, err := s.Candidates(ctx, v.ID)
+	if err != nil {
+		return choice{}, err
+	}
+	i := slices.IndexFunc(list, func(c Candidate) bool { return c.Replica.ID == replica })
+	if i < 0 {
+		return choice{}, fmt.Errorf("volume %s has no replica %.128q: %w", v.ID, replica, volume.ErrNotFound)
+	}
+	if a := v.Attachment; a != nil {
+		for _, c := range list {
+			if c.Replica.Role == volume.InSync && c.Report != nil && c.Report.Present {
+				return choice{}, fmt.Errorf("volume %s is attached to node %s, and replica %s is in sync and answers; detach the volume there first: %w",
+					v.ID, a.Node, c.Replica.ID, volume.ErrInUse)
+			}
+		}
+	}
+	chosen := choice{Candidate: list[i]}
+	if chosen.Report == nil || !chosen.Report.Present || chosen.Report.Size < v.Size || chosen.Report.Role == volume.Filling {
+		return choice{}, fmt.Errorf("volume %s cannot be salvaged from replica %s: %s: %w", v.ID, replica, chosen.Against, volume.ErrInvalid)
+	}
+	for j, c := range list {
+		if c.Report != nil {
+			chosen.seen = max(chosen.seen, c.Report.ConfigVersion)
+		}
+		better := c.Report != nil && c.Against == "" && (c.Replica.Role == volume.InSync || j < i)
+		if j != i && better && chosen.Replica.Role != volume.InSync && !force {
+			return choice{}, fmt.Errorf("replica %s of volume %s can be reached and is newer than %s: attach the volume, or salvage that one: %w",
+				c.Replica.ID, v.ID, replica, volume.ErrInUse)
+		}
+	}
+	return chosen, nil
 }

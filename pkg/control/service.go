@@ -30,8 +30,11 @@ type Options struct {
 	NodeTimeout time.Duration
 	// UndoTimeout bounds what is undone after a refusal, and how long a delete waits for a node: 10 seconds.
 	UndoTimeout time.Duration
-	// FenceTimeout bounds the wait for one replica to be fenced, or one engine to be ended politely: 2 seconds.
+	// FenceTimeout bounds the wait for one replica to be fenced, or for one engine that nobody uses to be ended: 2 seconds.
 	FenceTimeout time.Duration
+	// EndTimeout bounds the wait for a node to end the engine of a volume that is being detached, which writes out what its
+	// workloads left: 10 seconds. Then it is fenced.
+	EndTimeout time.Duration
 }
 
 // Service is the use cases. Every method may be called at once with every other; operations on one volume take turns.
@@ -71,6 +74,9 @@ func New(store Store, agents Agents, o Options) *Service {
 	}
 	if o.FenceTimeout == 0 {
 		o.FenceTimeout = 2 * time.Second
+	}
+	if o.EndTimeout == 0 {
+		o.EndTimeout = 10 * time.Second
 	}
 	return &Service{
 		store: store, agents: agents, o: o, started: o.Now(), flights: flights{m: map[string]*flight{}},
@@ -185,13 +191,17 @@ type cluster struct {
 
 func (s *Service) cluster(ctx context.Context) (cluster, error) {
 	nodes, err := s.store.Nodes(ctx)
+	return s.judge(nodes), err
+}
+
+func (s *Service) judge(nodes []volume.Node) cluster {
 	c := cluster{nodes, map[volume.NodeID]string{}}
 	for _, n := range nodes {
 		if silent := s.silence(n); silent > s.o.NodeTimeout {
 			c.silent[n.ID] = fmt.Sprintf("its node has not reported for %s", silent.Round(time.Second))
 		}
 	}
-	return c, err
+	return c
 }
 
 // view is the cluster for placement: nothing new goes to nodes that are silent, drained or being emptied.

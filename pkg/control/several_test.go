@@ -667,7 +667,8 @@ func TestSalvage(t *testing.T) {
 	v := w.mustCreate(replicated("v", 3))
 	r := v.Replicas
 	w.mustAttach(v.ID, "n4")
-	_, err := w.Salvage(ctx, v.ID, r[1].ID, false)
+	w.agents.reports[r[0].ID] = control.ReplicaReport{Present: true, Role: volume.InSync, Size: gib}
+	_, err := w.Salvage(ctx, v.ID, r[1].ID, true) // it can be detached
 	wantErr(t, err, volume.ErrInUse)
 	w.commit(v.ID, replication.Reconfigure{Remove: []volume.ReplicaID{r[1].ID, r[2].ID}})
 	wantErr(t, w.Detach(ctx, v.ID, ""), nil)

@@ -65,7 +65,7 @@ func (w *world) register(n volume.NodeID, ps ...volume.Pool) {
 func (w *world) restart() {
 	w.f.arm(0, "", nil)
 	w.Service = control.New(faultyStore{w.store, w.f}, w.agents, control.Options{
-		Now: func() time.Time { return w.now }, UndoTimeout: time.Hour, FenceTimeout: 50 * time.Millisecond,
+		Now: func() time.Time { return w.now }, UndoTimeout: time.Hour, FenceTimeout: 50 * time.Millisecond, EndTimeout: 100 * time.Millisecond,
 	})
 }
 

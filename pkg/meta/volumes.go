@@ -140,11 +140,16 @@ func beginDelete(v *view, c command.BeginDelete) (command.Result, error) {
 	if rec.State == volume.Deleting {
 		return command.Volume{Volume: rec}, nil
 	}
-	if a := rec.Attachment; a != nil {
+	a := rec.Attachment
+	if a != nil && !(a.Detaching && a.Epoch == c.Gone) {
 		return nil, fmt.Errorf("volume %s is attached to node %s; detach it there first: %w", rec.ID, a.Node, volume.ErrInUse)
 	}
 	if n, _ := load[int](v, pins+string(rec.ID)); n > 0 {
 		return nil, fmt.Errorf("volume %s is being cloned; delete it when the clone is made: %w", rec.ID, volume.ErrInUse)
+	}
+	if a != nil {
+		count(v, attached+string(a.Node), -1)
+		rec.Attachment = nil
 	}
 	if rec.State == volume.Creating && rec.Source != nil {
 		pin(v, sourceID(rec), -1)

@@ -1,0 +1,203 @@
+package control_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/replication"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// stranded is a volume attached to n1, whose replica there is the only one in sync, and n1 does not answer; a second one,
+// where there is one, is behind.
+func stranded(t *testing.T, replicas int) (*world, volume.Volume) {
+	t.Helper()
+	w := newCluster(t)
+	v := w.serve(w.mustAttach(w.mustCreate(replicated("v", replicas)).ID, "n1"))
+	if v.Replicas[0].Node != "n1" {
+		t.Fatalf("on %s", on(v.Replicas))
+	}
+	for _, r := range v.Replicas[1:] {
+		w.commit(v.ID, replication.Reconfigure{Remove: []volume.ReplicaID{r.ID}})
+		w.agents.reports[r.ID] = control.ReplicaReport{Present: true, Role: volume.Stale, Lineage: 1, ConfigVersion: 1, Size: gib}
+	}
+	w.agents.setDown("n1", true)
+	return w, w.get(v.ID)
+}
+
+// serve is that the node to which a volume is attached begins its engine.
+func (w *world) serve(v volume.Volume) volume.Volume {
+	w.t.Helper()
+	if _, err := w.Commit(context.Background(), v.ID, replication.Change{Attach: &replication.Attach{Node: v.Attachment.Node}}); err != nil {
+		w.t.Fatal(err)
+	}
+	return w.get(v.ID)
+}
+
+func TestSalvageEndsAnAttachmentThatNothingElseEnds(t *testing.T) {
+	ctx := context.Background()
+	w, v := stranded(t, 2)
+	stale := v.Replicas[1]
+	_, err := w.Salvage(ctx, v.ID, stale.ID, false)
+	wantErr(t, err, volume.ErrUnavailable) // n1 reported a moment ago
+	if now := w.get(v.ID); now.Lineage != 1 || now.Attachment == nil || now.Owner != "n1" {
+		t.Fatalf("%+v", now)
+	}
+	w.silence("n1", 5*time.Minute)
+	wantErr(t, w.Detach(ctx, v.ID, "n1"), volume.ErrUnavailable)
+	why, err := w.Why(ctx, v.ID)
+	if err != nil || !strings.Contains(why, "salvage the volume from another replica") {
+		t.Errorf("%q %v", why, err)
+	}
+	// Nothing is given up while the replica cannot be fenced: the engine may reach it.
+	w.agents.script("Fence", volume.ErrUnavailable)
+	_, err = w.Salvage(ctx, v.ID, stale.ID, false)
+	wantErr(t, err, volume.ErrUnavailable)
+	if now := w.get(v.ID); now.Lineage != 1 {
+		t.Fatalf("%+v", now)
+	}
+	got, err := w.Salvage(ctx, v.ID, stale.ID, false)
+	if err != nil || got.Lineage != 2 || got.Attachment != nil || got.Owner != "" || got.Epoch <= v.Epoch {
+		t.Fatalf("%+v %v", got, err)
+	}
+	if fenced := w.agents.epochs[stale.ID]; fenced <= v.Epoch || fenced >= got.Epoch {
+		t.Errorf("fenced in epoch %d; the engine's was %d, the record's is %d", fenced, v.Epoch, got.Epoch)
+	}
+	// The old engine, should it live: nothing that it asks for is granted.
+	for name, change := range map[string]replication.Change{
+		"another epoch": {Attach: &replication.Attach{Node: "n1"}},
+		"a change":      {Reconfigure: &replication.Reconfigure{Epoch: v.Epoch, ConfigVersion: got.ConfigVersion, Add: []replication.Proof{{ID: v.Replicas[0].ID, Incarnation: 1, BootID: 1}}}},
+	} {
+		if _, err := w.Commit(ctx, v.ID, change); err == nil {
+			t.Errorf("the engine that was ended got %s", name)
+		}
+	}
+	w.mustAttach(v.ID, "n3")
+	// The node goes, with what is left there.
+	if _, err := w.ForgetPool(ctx, "p1", false); err != nil {
+		t.Error(err)
+	}
+	wantErr(t, w.RemoveNode(ctx, "n1"), nil)
+}
+
+// A replica that the old engine began to copy to, after it was looked at and before it was fenced, is not salvaged.
+func TestSalvageLooksAgainAfterTheFence(t *testing.T) {
+	ctx := context.Background()
+	w, v := stranded(t, 2)
+	w.silence("n1", 5*time.Minute)
+	stale := v.Replicas[1].ID
+	w.agents.onFence = func() {
+		r := w.agents.reports[stale]
+		r.Role = volume.Filling
+		w.agents.reports[stale] = r
+	}
+	_, err := w.Salvage(ctx, v.ID, stale, true)
+	wantErr(t, err, volume.ErrInvalid)
+	if now := w.get(v.ID); now.Lineage != 1 {
+		t.Errorf("%+v", now)
+	}
+}
+
+func TestDeleteDoesNotWaitForTheNodeItIsDetachedFrom(t *testing.T) {
+	ctx := context.Background()
+	w, v := stranded(t, 1)
+	wantErr(t, w.DeleteVolume(ctx, v.ID), volume.ErrInUse) // nobody has said that it is not used any more
+	wantErr(t, w.Detach(ctx, v.ID, ""), volume.ErrUnavailable)
+	wantErr(t, w.DeleteVolume(ctx, v.ID), volume.ErrUnavailable) // it may still end it
+	w.silence("n1", 5*time.Minute)
+	wantErr(t, w.DeleteVolume(ctx, v.ID), nil)
+	if now := w.get(v.ID); now.State != volume.Deleting || now.Attachment != nil || now.Owner != "" || now.Epoch <= v.Epoch {
+		t.Errorf("%+v", now)
+	}
+	w.mustCreate(replicated("v", 2)) // its name is free
+	wantErr(t, w.RemoveNode(ctx, "n1"), volume.ErrInUse)
+	if _, err := w.ForgetPool(ctx, "p1", false); err != nil {
+		t.Error(err)
+	}
+	wantErr(t, w.RemoveNode(ctx, "n1"), nil) // the count of what is attached there is right
+	_, err := w.store.Volume(ctx, v.ID)
+	wantErr(t, err, volume.ErrNotFound)
+}
+
+func TestForgettingThePoolOfTheOnlyReplicaEndsTheAttachment(t *testing.T) {
+	ctx := context.Background()
+	w, v := stranded(t, 1)
+	w.silence("n1", 5*time.Minute)
+	_, err := w.ForgetPool(ctx, "p1", false)
+	wantErr(t, err, volume.ErrInUse)
+	lost, err := w.ForgetPool(ctx, "p1", true)
+	if err != nil || fmt.Sprint(lost.Volumes) != fmt.Sprint([]volume.ID{v.ID}) {
+		t.Fatalf("%+v %v", lost, err)
+	}
+	if now := w.get(v.ID); !now.Lost || now.Attachment != nil || now.Owner != "" {
+		t.Errorf("%+v", now)
+	}
+	wantErr(t, w.RemoveNode(ctx, "n1"), nil)
+	wantErr(t, w.DeleteVolume(ctx, v.ID), nil)
+}
+
+// A node that answers and cannot end an engine does not hold the volume: replicas that are in sync refuse it, also one that is
+// on that node.
+func TestANodeThatCannotEndItsEngineIsFenced(t *testing.T) {
+	ctx := context.Background()
+	for _, c := range []struct {
+		name  string
+		where []volume.NodeID // who is in sync
+		fails func(w *world)
+		want  error
+	}{
+		{"refuses", []volume.NodeID{"n1", "n2"}, func(w *world) { w.agents.script("Detach", fmt.Errorf("the device hangs")) }, nil},
+		{"is busy", []volume.NodeID{"n1", "n2"}, func(w *world) { w.agents.script("Detach", volume.ErrBusy) }, nil},
+		{"hangs", []volume.NodeID{"n1", "n2"}, func(w *world) { w.agents.hanging("n1") }, nil},
+		{"hangs and has the only replica", []volume.NodeID{"n1"}, func(w *world) { w.agents.hanging("n1") }, nil},
+		{"hangs, and the replica is down", []volume.NodeID{"n2"}, func(w *world) { w.agents.hanging("n1"); w.agents.setDown("n2", true) }, volume.ErrUnavailable},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newCluster(t)
+			r := replicated("v", len(c.where))
+			r.Preferred = c.where
+			v := w.serve(w.mustAttach(w.mustCreate(r).ID, "n1"))
+			if len(v.Replicas) != len(c.where) || v.Replicas[0].Node != c.where[0] {
+				t.Fatalf("on %s", on(v.Replicas))
+			}
+			c.fails(w)
+			wantErr(t, w.Detach(ctx, v.ID, "n1"), c.want)
+			now := w.get(v.ID)
+			if c.want != nil {
+				if now.Attachment == nil || now.Owner != "n1" {
+					t.Errorf("forced out though nobody refuses it: %+v", now)
+				}
+				return
+			}
+			if now.Attachment != nil || now.Clean || now.Epoch <= v.Epoch {
+				t.Errorf("%+v", now)
+			}
+			if got := w.agents.epochs[now.Replicas[len(now.Replicas)-1].ID]; got != now.Epoch {
+				t.Errorf("fenced with epoch %d, want %d", got, now.Epoch)
+			}
+			w.mustAttach(v.ID, "n3")
+		})
+	}
+}
+
+// An engine that its node begins while another is being closed has not ended with it.
+func TestAnEngineBegunMeanwhileIsNotClosedCleanly(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustCreate(replicated("v", 2))
+	w.propose(command.OpenEngine{Volume: v.ID, Node: "n1"})
+	w.agents.onDetach = func() {
+		if _, err := w.Commit(ctx, v.ID, replication.Change{Attach: &replication.Attach{Node: "n1"}}); err != nil {
+			t.Error(err)
+		}
+	}
+	w.mustAttach(v.ID, "n2")
+	if now := w.get(v.ID); now.SkipLease {
+		t.Errorf("the lease of an engine that runs is not waited for: %+v", now)
+	}
+}
