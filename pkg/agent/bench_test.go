@@ -54,7 +54,7 @@ func BenchmarkLocal(b *testing.B) {
 						}
 						e, err := engine.Open(engine.Config{
 							Node: nodeID, Controllers: c, Peers: n, Logger: log, Geometry: replication.DefaultGeometry(), Timing: n.cfg.Timing, Meter: &n.meter,
-						}, m, false)
+						}, m)
 						if err != nil {
 							b.Fatal(err)
 						}

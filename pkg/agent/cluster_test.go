@@ -525,3 +525,29 @@ func TestLateCallsOfAnOlderEpoch(t *testing.T) {
 	c.unstage("n1")
 	c.detach("n1")
 }
+
+// TestLeaseOfClosedReplica: a replica that was closed because nobody used it knows, when it is opened again in the same
+// process, how long an engine may be served because of it.
+func TestLeaseOfClosedReplica(t *testing.T) {
+	c := newTrio(t)
+	c.create(8*mib, "n1", 1, 2, 3)
+	n := c.nodes["n2"]
+	fence := func(epoch volume.Epoch) time.Duration {
+		lease, err := n.Fence(t.Context(), c.replica(2), vol1, epoch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lease
+	}
+	lease := fence(2)
+	if lease <= 0 {
+		t.Fatal("who was served before this process is not known, and no lease is assumed")
+	}
+	time.Sleep(lease)
+	if err := n.host.alone(t.Context(), c.replica(2).ID, func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if lease := fence(3); lease > 0 {
+		t.Errorf("a lease of %v is assumed after the replica was closed and opened", lease)
+	}
+}

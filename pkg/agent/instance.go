@@ -150,7 +150,7 @@ func (n *Node) newInstance(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 	i.e, err = engine.Open(engine.Config{
 		Node: n.cfg.ID, Controllers: c, Peers: n, Logger: n.log, Geometry: replication.DefaultGeometry(), Timing: n.cfg.Timing,
 		Meter: &n.meter,
-	}, m, false)
+	}, m)
 	return i, err
 }
 

@@ -42,6 +42,8 @@ type hosted struct {
 	store *identified
 	of    volume.ID
 	boot  replication.BootID
+	// leased is until when an engine may serve reads because of what the replica answered before it was closed; 0 is not known.
+	leased replication.Now
 	// taken: somebody uses the replica without the protocol, and no engine may.
 	taken bool
 	quiet time.Time // since when nobody was connected; zero while somebody is
@@ -108,7 +110,7 @@ func (h *replicaHost) open(ctx context.Context, x *hosted) error {
 	x.of = of
 	if x.store, err = identify(ctx, store); err == nil {
 		x.r, err = engine.NewReplica(replication.ReplicaConfig{
-			Volume: of, Replica: x.id, Incarnation: x.store.incarnation, BootID: x.boot,
+			Volume: of, Replica: x.id, Incarnation: x.store.incarnation, BootID: x.boot, LeaseUntil: x.leased,
 			Geometry: replication.DefaultGeometry(), Timing: h.n.cfg.Timing,
 		}, x.store, h.n.log)
 	}
@@ -126,6 +128,7 @@ func (x *hosted) close() error {
 	}
 	lost := x.r.Poisoned()
 	err := x.r.Close()
+	x.leased = x.r.LeaseUntil()
 	x.r, x.store, x.quiet = nil, nil, time.Now()
 	if err == nil && !lost {
 		return nil

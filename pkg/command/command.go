@@ -119,10 +119,12 @@ type BeginDetach struct {
 }
 
 // ForceDetach takes a marked attachment from a node that does not answer: the volume's epoch rises, and replicas are to be
-// fenced with it before FinishDetach. It answers Volume.
+// fenced with it before FinishDetach. Silent says that the node cannot be reached at all: whoever attaches next does not wait for
+// its replicas. It answers Volume.
 type ForceDetach struct {
 	Volume volume.ID    `json:"volume"`
 	Epoch  volume.Epoch `json:"epoch"`
+	Silent bool         `json:"silent,omitempty"`
 }
 
 // FinishDetach ends a marked attachment: its node's engine has ended, cleanly or not, or was forced out and is fenced. It

@@ -21,7 +21,7 @@ var roles = []struct {
 func Membership(v volume.Volume) replication.Membership {
 	m := replication.Membership{
 		Volume: v.ID, Epoch: v.Epoch, ConfigVersion: v.ConfigVersion, Lineage: replication.Lineage(v.Lineage), Revision: v.Revision,
-		Size: v.Size, Target: v.Target, Owner: v.Owner, Clean: v.Clean, SkipLease: v.SkipLease, MinInSync: v.Parameters.MinInSync,
+		Size: v.Size, Target: v.Target, Owner: v.Owner, Clean: v.Clean, SkipLease: v.SkipLease, Silent: v.Silent, MinInSync: v.Parameters.MinInSync,
 		Barriers: v.Barriers, Deleted: v.State == volume.Deleting,
 	}
 	if b := v.Barrier; b != nil {
@@ -58,7 +58,7 @@ func Change(v volume.Volume, c replication.Change) (volume.Volume, error) {
 	v.Size, v.Target, v.Parameters.MinInSync = m.Size, m.Target, m.MinInSync
 	v.Protocol = volume.Protocol{
 		Epoch: m.Epoch, ConfigVersion: m.ConfigVersion, Lineage: uint64(m.Lineage), Revision: m.Revision,
-		Owner: m.Owner, Clean: m.Clean, SkipLease: m.SkipLease, Barriers: m.Barriers,
+		Owner: m.Owner, Clean: m.Clean, SkipLease: m.SkipLease, Silent: m.Silent, Barriers: m.Barriers,
 	}
 	if b := m.Barrier; b != nil {
 		v.Barrier = &volume.Barrier{Number: b.Number, Snapshot: b.Snapshot, Epoch: b.Epoch, ConfigVersion: b.ConfigVersion}

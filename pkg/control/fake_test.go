@@ -139,6 +139,7 @@ type fakeAgents struct {
 	engines    map[volume.ID]volume.NodeID // without a device
 	epochs     map[volume.ReplicaID]volume.Epoch
 	leases     map[volume.NodeID]time.Duration
+	slow       map[volume.NodeID]time.Duration // to fence
 	drained    map[volume.ID]bool
 	calls      []string
 	reports    map[volume.ReplicaID]control.ReplicaReport
@@ -166,7 +167,7 @@ func newFakeAgents(f *faults) *fakeAgents {
 		f: f, replicas: map[volume.ReplicaID]fakeReplica{}, snapshots: map[volume.SnapshotID]fakeReplica{},
 		attached: map[volume.ID]volume.NodeID{}, qos: map[volume.ID]volume.QoS{}, down: map[volume.NodeID]bool{},
 		scripted: map[string]error{}, engines: map[volume.ID]volume.NodeID{}, epochs: map[volume.ReplicaID]volume.Epoch{},
-		leases: map[volume.NodeID]time.Duration{}, drained: map[volume.ID]bool{}, reports: map[volume.ReplicaID]control.ReplicaReport{},
+		leases: map[volume.NodeID]time.Duration{}, slow: map[volume.NodeID]time.Duration{}, drained: map[volume.ID]bool{}, reports: map[volume.ReplicaID]control.ReplicaReport{},
 	}
 }
 
@@ -276,6 +277,7 @@ func (a *fakeAgents) members(ctx context.Context, id volume.ID) []volume.Replica
 }
 
 func (a *fakeAgents) Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (lease time.Duration, err error) {
+	time.Sleep(a.slow[r.Node])
 	err = a.do(ctx, "Fence", r.Node, func() error {
 		if a.onFence != nil {
 			a.onFence()

@@ -36,7 +36,7 @@ func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 		}
 		if err != nil {
 			s.o.Logger.Warn("node does not end its engine; it is fenced at the replicas", "volume", v.ID, "node", a.Node, "error", err)
-			if x, err = s.proposeVolume(ctx, command.ForceDetach{Volume: v.ID, Epoch: a.Epoch}); err != nil {
+			if x, err = s.proposeVolume(ctx, command.ForceDetach{Volume: v.ID, Epoch: a.Epoch, Silent: errors.Is(err, volume.ErrUnavailable) && !errors.Is(err, errSlow)}); err != nil {
 				return ignoreNotFound(err)
 			}
 			v = x.Volume
@@ -124,45 +124,64 @@ func (s *Service) endEngine(ctx context.Context, v volume.Volume) (clean bool, e
 	if !slices.ContainsFunc(c.nodes, func(n volume.Node) bool { return n.ID == v.Owner }) {
 		return false, fmt.Errorf("node %s is not known any more: %w", v.Owner, volume.ErrUnavailable)
 	}
-	patience, why := s.o.EndTimeout, fmt.Sprintf("node %s has not ended its engine in %s", v.Owner, s.o.EndTimeout)
+	patience, why := s.o.EndTimeout, fmt.Errorf("node %s has not ended its engine in %s: %w", v.Owner, s.o.EndTimeout, errSlow)
 	if silent := c.silent[v.Owner]; silent != "" {
-		patience, why = s.o.FenceTimeout, silent+", nor does it answer"
+		patience, why = s.o.FenceTimeout, fmt.Errorf("%s, nor does it answer: %w", silent, volume.ErrUnavailable)
 	}
 	limit, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	clean, err = s.agents.Detach(limit, v.Owner, v.ID, v.Epoch)
 	if err != nil && limit.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%s (%v): %w", why, err, volume.ErrUnavailable)
+		err = fmt.Errorf("%w (%v)", why, err)
 	}
 	return clean, err
 }
+
+// errSlow: a node that may well be reached does not end its engine.
+var errSlow = fmt.Errorf("it takes too long: %w", volume.ErrUnavailable)
 
 // fence has the replicas of a volume refuse every engine of a lower epoch, and waits until none of those can serve reads.
 // One replica that is in sync is enough: without it no write is acknowledged, and no read is served once its lease is
 // over. The others are fenced too if they answer; who attaches next fences them again.
 func (s *Service) fence(ctx context.Context, v volume.Volume) error {
 	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	var asked sync.WaitGroup
+	defer asked.Wait()
 	defer cancel()
 	rs := v.InSync()
-	leases, errs := make([]time.Duration, len(rs)), make([]error, len(rs))
-	var wg sync.WaitGroup
-	for i, r := range rs {
-		wg.Go(func() { leases[i], errs[i] = s.agents.Fence(limit, r, v.ID, v.Epoch) })
+	type answer struct {
+		node  volume.NodeID
+		until time.Time // the lease is over
+		err   error
 	}
-	wg.Wait()
-	fenced, wait := false, time.Duration(0)
-	for i := range rs {
-		if errs[i] == nil {
-			fenced, wait = true, max(wait, leases[i])
+	answers := make(chan answer, len(rs))
+	expected := 0 // answers that are waited for: those of a node that is known to be silent are not, if there is another
+	for _, r := range rs {
+		if r.Node != v.Silent {
+			expected++
+		}
+		asked.Go(func() {
+			lease, err := s.agents.Fence(limit, r, v.ID, v.Epoch)
+			answers <- answer{r.Node, time.Now().Add(min(lease, maxLease)), err}
+		})
+	}
+	var errs []error
+	var until time.Time
+	for fenced := false; expected > 0 || !fenced; {
+		a := <-answers
+		if a.node != v.Silent {
+			expected--
+		}
+		if a.err == nil {
+			fenced = true
+			if a.until.After(until) {
+				until = a.until
+			}
+		} else if errs = append(errs, a.err); len(errs) == len(rs) {
+			return fmt.Errorf("volume %s: no replica that is in sync can be fenced (%v): %w", v.ID, errors.Join(errs...), volume.ErrUnavailable)
 		}
 	}
-	if !fenced {
-		return fmt.Errorf("volume %s: no replica that is in sync can be fenced (%v): %w", v.ID, errors.Join(errs...), volume.ErrUnavailable)
-	}
-	if wait <= 0 {
-		return nil
-	}
-	t := time.NewTimer(min(wait, maxLease))
+	t := time.NewTimer(time.Until(until))
 	defer t.Stop()
 	select {
 	case <-t.C:

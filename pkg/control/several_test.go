@@ -200,7 +200,7 @@ func TestForcedDetach(t *testing.T) {
 		t.Errorf("the lease was not waited for: %s", waited)
 	}
 	now := w.get(v.ID)
-	if now.Attachment != nil || now.Owner != "" || now.Clean || now.Epoch != v.Epoch+1 {
+	if now.Attachment != nil || now.Owner != "" || now.Clean || now.Epoch != v.Epoch+1 || now.Silent != "n1" {
 		t.Errorf("%+v", now)
 	}
 	for _, r := range now.Replicas {
@@ -718,4 +718,23 @@ func TestPhysicalBytesOfSeveralReplicas(t *testing.T) {
 	w.check()
 	w.deleteAll()
 	w.check()
+}
+
+// TestLeaseIsCountedFromTheFence: a replica that does not answer is waited for while the lease of another runs, not before.
+func TestLeaseIsCountedFromTheFence(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustAttach(w.mustCreate(replicated("v", 3)).ID, "n4")
+	if _, err := w.Commit(ctx, v.ID, replication.Change{Attach: &replication.Attach{Node: "n4"}}); err != nil {
+		t.Fatal(err)
+	}
+	const lease = time.Second
+	w.agents.setDown("n4", true)
+	w.agents.leases["n2"] = lease
+	w.agents.slow["n3"] = lease - 100*time.Millisecond
+	begin := time.Now()
+	wantErr(t, w.Detach(ctx, v.ID, "n4"), nil)
+	if waited := time.Since(begin); waited < lease || waited >= 2*lease-100*time.Millisecond {
+		t.Errorf("a lease of %s was waited for in %s", lease, waited)
+	}
 }

@@ -69,7 +69,7 @@ func benchDevice(b *testing.B, replicas int) block.Device {
 	if m, err = ctl.Commit(b.Context(), volName, replication.Change{Attach: &replication.Attach{Node: "n1"}}); err != nil {
 		b.Fatal(err)
 	}
-	e, err := Open(Config{Node: "n1", Controllers: ctl, Peers: peers, Logger: testLog(), Geometry: replication.DefaultGeometry(), Timing: replication.DefaultTiming()}, m, false)
+	e, err := Open(Config{Node: "n1", Controllers: ctl, Peers: peers, Logger: testLog(), Geometry: replication.DefaultGeometry(), Timing: replication.DefaultTiming()}, m)
 	if err != nil {
 		b.Fatal(err)
 	}

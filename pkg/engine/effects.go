@@ -63,8 +63,6 @@ func (e *Engine) take() *effects {
 		case replication.EffectLive:
 			closeOnce(e.live)
 			e.log.Info("volume is served")
-		case replication.EffectFenced:
-			closeOnce(e.fenced)
 		case replication.EffectDetached:
 			closeOnce(e.detached)
 		case replication.EffectFailed:

@@ -54,37 +54,22 @@ type Engine struct {
 	alarm    replication.Now // when the timer goes off
 	closed   bool
 
-	live, fenced, detached chan struct{} // closed when that has been reached
-	over                   chan struct{} // closed when the engine has failed or was closed
-	reason                 replication.Reason
+	live, detached chan struct{} // closed when that has been reached
+	over           chan struct{} // closed when the engine has failed or was closed
+	reason         replication.Reason
 }
 
 // Open begins an engine for the epoch that m, the record after an Attach, gives to this node. It returns at once; Live says
-// when the device serves. kept says that the kernel device of an earlier engine of this node lives on.
-func Open(cfg Config, m replication.Membership, kept bool) (*Engine, error) {
-	return open(cfg, m, replication.EngineConfig{Node: cfg.Node, Geometry: cfg.Geometry, Timing: cfg.Timing, DeviceKept: kept})
-}
-
-// Fence closes every replica to engines of an epoch before m's, and waits until no such engine can read any more. It
-// returns ctx's error where that cannot be told in time: it may be called again.
-func Fence(ctx context.Context, cfg Config, m replication.Membership) error {
-	e, err := open(cfg, m, replication.EngineConfig{Node: cfg.Node, Geometry: cfg.Geometry, Timing: cfg.Timing, FenceOnly: true})
-	if err != nil {
-		return err
-	}
-	defer e.Close()
-	return e.await(ctx, e.fenced)
-}
-
-func open(cfg Config, m replication.Membership, mc replication.EngineConfig) (*Engine, error) {
-	machine, err := replication.NewEngine(mc, m, now())
+// when the device serves.
+func Open(cfg Config, m replication.Membership) (*Engine, error) {
+	machine, err := replication.NewEngine(replication.EngineConfig{Node: cfg.Node, Geometry: cfg.Geometry, Timing: cfg.Timing}, m, now())
 	if err != nil {
 		return nil, err
 	}
 	e := &Engine{
 		cfg: cfg, id: m.Volume, log: cfg.Logger.With("volume", m.Volume, "epoch", m.Epoch), m: machine, epoch: m.Epoch,
 		wake: make(chan struct{}, 1), peers: map[volume.ReplicaID]*peer{}, barriers: map[uint64]*barrier{},
-		live: make(chan struct{}), fenced: make(chan struct{}), detached: make(chan struct{}), over: make(chan struct{}),
+		live: make(chan struct{}), detached: make(chan struct{}), over: make(chan struct{}),
 	}
 	e.requests.init()
 	e.ctx, e.cancel = context.WithCancel(context.Background())

@@ -360,27 +360,6 @@ func TestFenced(t *testing.T) {
 	}
 }
 
-func TestFence(t *testing.T) {
-	w := newWorld(t, 2, 8*mib)
-	old := w.attach("n1", false)
-	m, err := w.Commit(t.Context(), volName, replication.Change{Detach: &replication.Detach{}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := w.cfg
-	cfg.Node = "n9"
-	start := time.Now()
-	if err := Fence(t.Context(), cfg, m); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(start); took < time.Duration(w.cfg.Timing.Lease)/2 {
-		t.Errorf("it took %v: the lease was not waited out", took)
-	}
-	if err := old.ReadAt(t.Context(), make([]byte, 4096), 0); !errors.Is(err, block.ErrClosed) {
-		t.Errorf("read by the old engine: %v", err)
-	}
-}
-
 // TestControllersAway: I/O waits, and is not answered with an error; Close and a deadline end it.
 func TestControllersAway(t *testing.T) {
 	w := newWorld(t, 2, 8*mib)

@@ -83,6 +83,14 @@ func (r *Replica) Poisoned() bool {
 	return r.poisoned
 }
 
+// LeaseUntil is until when an engine may serve reads because of what this replica answered; for the next one of the store in
+// this process.
+func (r *Replica) LeaseUntil() replication.Now {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.m.LeaseUntil()
+}
+
 // Forget says that a snapshot's layer was deleted from the store.
 func (r *Replica) Forget(s volume.SnapshotID) {
 	r.mu.Lock()

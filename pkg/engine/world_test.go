@@ -269,7 +269,7 @@ func (w *world) begin(node volume.NodeID, force bool) *Engine {
 	}
 	cfg := w.cfg
 	cfg.Node = node
-	e, err := Open(cfg, m, false)
+	e, err := Open(cfg, m)
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -252,7 +252,7 @@ func forceDetach(v *view, c command.ForceDetach) (command.Result, error) {
 	} else if !a.Detaching {
 		return nil, fmt.Errorf("volume %s is attached to node %s and not being detached: %w", rec.ID, a.Node, volume.ErrInUse)
 	}
-	rec, err = command.Change(rec, replication.Change{Detach: &replication.Detach{}})
+	rec, err = command.Change(rec, replication.Change{Detach: &replication.Detach{Silent: c.Silent}})
 	if err != nil {
 		return nil, err
 	}

@@ -60,10 +60,11 @@ type Attach struct {
 
 // Detach ends an attachment. A clean one is asked for by the engine, or its node, after the engine stopped. The other is
 // forced: the epoch rises, and the caller has replicas fenced and leases waited out (Config.FenceOnly) before it goes on.
-// Epoch 0 is whichever is there.
+// Epoch 0 is whichever is there. Silent is set where it is forced because the node does not answer.
 type Detach struct {
-	Epoch volume.Epoch `json:"epoch,omitempty"`
-	Clean bool         `json:"clean,omitempty"`
+	Epoch  volume.Epoch `json:"epoch,omitempty"`
+	Clean  bool         `json:"clean,omitempty"`
+	Silent bool         `json:"silent,omitempty"`
 }
 
 // Reconfigure changes the in-sync set. It is the engine's, a compare-and-set on epoch and version. Removed members become
@@ -206,6 +207,10 @@ func (m *Membership) detach(d Detach) error {
 	if m.Owner == "" {
 		return nil
 	}
+	m.Silent = ""
+	if d.Silent {
+		m.Silent = m.Owner
+	}
 	m.Owner, m.Clean, m.SkipLease, m.Barrier = "", d.Clean || m.Clean, false, nil
 	if !d.Clean {
 		m.Epoch++
@@ -248,6 +253,9 @@ func (m *Membership) reconfigure(r Reconfigure, without Rules) error {
 		}
 		a := &m.Members[i]
 		a.Role, a.RemovedAt, a.RemovedBarriers, a.Incarnation, a.BootID = RoleISR, 0, 0, p.Incarnation, p.BootID
+		if a.Node == m.Silent {
+			m.Silent = ""
+		}
 	}
 	for _, p := range r.Boots {
 		i := m.index(p.ID)

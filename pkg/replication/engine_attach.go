@@ -19,9 +19,15 @@ func (e *Engine) attachProgress() {
 }
 
 func (e *Engine) fencingProgress() {
-	var there, good PeerSet
+	var there, good, silent PeerSet
 	for _, m := range e.members {
-		if m == nil || !m.open || !e.isr.Has(m.slot) {
+		if m == nil || !e.isr.Has(m.slot) {
+			continue
+		}
+		if !m.open {
+			if m.rec.Node == e.m.Silent {
+				silent = silent.With(m.slot)
+			}
 			continue
 		}
 		there = there.With(m.slot)
@@ -33,7 +39,7 @@ func (e *Engine) fencingProgress() {
 	if there == 0 {
 		return
 	}
-	if there != e.isr && e.now < e.firstFence+e.cfg.Timing.AttachWait {
+	if there|silent != e.isr && e.now < e.firstFence+e.cfg.Timing.AttachWait {
 		return
 	}
 	if e.now < e.leased && !e.m.SkipLease && !e.cfg.Rules.WithoutLeaseWait {

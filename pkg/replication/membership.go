@@ -27,6 +27,9 @@ type Membership struct {
 	// epoch found it.
 	Clean     bool `json:"clean,omitempty"`
 	SkipLease bool `json:"skipLease,omitempty"`
+	// Silent is the node that the last engine was taken from because it did not answer; "" where it did, or has come back. An
+	// attach does not wait for its replicas.
+	Silent volume.NodeID `json:"silent,omitempty"`
 	// MinInSync is how many members must be in sync for writes to be acknowledged; at least 1.
 	MinInSync int `json:"minInSync"`
 	// Members in the order in which they were added; at most MaxMembers.

@@ -119,9 +119,9 @@ func (s *script) do(f []string) {
 		for _, h := range w.hosts {
 			h.conn++
 		}
-	case "detach": // detach [force]
-		if has("force") {
-			s.change(Change{Detach: &Detach{}})
+	case "detach": // detach [force|silent]
+		if has("force") || has("silent") {
+			s.change(Change{Detach: &Detach{Silent: has("silent")}})
 			break
 		}
 		w.e.Detach(w.now)

@@ -59,6 +59,7 @@ type Protocol struct {
 	Owner     NodeID   `json:"owner,omitempty"`
 	Clean     bool     `json:"clean,omitempty"`
 	SkipLease bool     `json:"skipLease,omitempty"`
+	Silent    NodeID   `json:"silent,omitempty"`
 	Barrier   *Barrier `json:"barrier,omitempty"`
 	Barriers  uint64   `json:"barriers,omitempty"`
 }

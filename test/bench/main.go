@@ -27,6 +27,7 @@ var benchmarks = []struct {
 	{"store", benchStore},
 	{"replication", benchReplication},
 	{"rpc", benchRPC},
+	{"failover", benchFailover},
 	{"idle", benchIdle},
 }
 

@@ -300,7 +300,7 @@ func engineUp(ctx context.Context, dir string, n int, secure bool) (uri string, 
 	e, err := engine.Open(engine.Config{
 		Node: "n1", Controllers: cluster, Peers: peers, Logger: slog.New(slog.DiscardHandler),
 		Geometry: replication.DefaultGeometry(), Timing: replication.DefaultTiming(),
-	}, m, false)
+	}, m)
 	if err != nil {
 		return "", nil, err
 	}

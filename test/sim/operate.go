@@ -158,7 +158,7 @@ func (v *vol) moveForced(to int) {
 		v.attach(n, true)
 		return
 	}
-	m, err := v.apply(replication.Change{Detach: &replication.Detach{}})
+	m, err := v.apply(replication.Change{Detach: &replication.Detach{Silent: w.chance(0.5)}})
 	if err != nil {
 		return
 	}
