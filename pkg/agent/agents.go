@@ -98,7 +98,7 @@ func (n *Node) ResizeReplica(ctx context.Context, node volume.NodeID, pool volum
 }
 
 // DeleteSnapshot implements control.Agents.
-func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID) error {
+func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, upTo uint64) error {
 	p, err := n.pool(node, pool)
 	if err != nil {
 		return err
@@ -106,10 +106,10 @@ func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volu
 	if err := n.notExported(string(id)); err != nil {
 		return err
 	}
-	if err := p.DeleteSnapshot(ctx, id); err != nil {
+	if err := p.DeleteSnapshot(ctx, id, upTo); err != nil {
 		return err
 	}
-	n.host.forget(p, id)
+	n.host.forget(p, id, upTo)
 	return nil
 }
 

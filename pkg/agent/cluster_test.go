@@ -394,6 +394,17 @@ func TestSnapshotsOfReplicas(t *testing.T) {
 	write(t, filepath.Join(at, "file"), "four")
 	_, err = n.CutSnapshot(t.Context(), "n1", s)
 	wantErr(t, "a cut after the writes went on", err, volume.ErrBusy)
+	// The order comes after the controllers have given the snapshot up.
+	if _, err := c.cluster.Commit(t.Context(), vol1, replication.Change{AbortBarrier: &replication.AbortBarrier{Number: s.Barrier.Number}}); err != nil {
+		t.Fatal(err)
+	}
+	s = c.snapshot("n1", "snap-4", false)
+	if _, err := c.cluster.Commit(t.Context(), vol1, replication.Change{AbortBarrier: &replication.AbortBarrier{Number: s.Barrier.Number}}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = n.CutSnapshot(t.Context(), "n1", s)
+	wantErr(t, "a cut that was given up", err, volume.ErrBusy)
+	wantErr(t, "a hold that was given up", n.Drain(t.Context(), "n1", s), volume.ErrBusy)
 	c.unstage("n1")
 	for _, id := range []volume.SnapshotID{"snap-1", "snap-2"} {
 		var first string

@@ -267,15 +267,15 @@ func (h *replicaHost) all() []*hosted {
 	return out
 }
 
-// forget tells the open replicas of a pool that a snapshot is deleted.
-func (h *replicaHost) forget(p Pool, s volume.SnapshotID) {
+// forget tells the open replicas of a pool that a snapshot is deleted, as Pool.DeleteSnapshot does it.
+func (h *replicaHost) forget(p Pool, s volume.SnapshotID, upTo uint64) {
 	for _, x := range h.all() {
 		if x.pool != p {
 			continue // one whose disk hangs keeps its lock
 		}
 		<-x.lock
 		if x.r != nil {
-			x.r.Forget(s)
+			x.r.Forget(s, upTo)
 		}
 		x.unlock()
 	}

@@ -47,7 +47,7 @@ func (n *Node) CutSnapshot(ctx context.Context, node volume.NodeID, s control.Sn
 		// Cut now it would be of another instant than the others of its group.
 		return nil, fmt.Errorf("volume %s was held for snapshot %s, and its writes have gone on: %w", v.id, s.ID, volume.ErrBusy)
 	}
-	if _, err := n.learn(ctx, v, i); err != nil {
+	if err := n.pending(ctx, v, i, s); err != nil {
 		return nil, err
 	}
 	thaw, err := n.freeze(ctx, v, s)
@@ -63,6 +63,15 @@ func (n *Node) CutSnapshot(ctx context.Context, node volume.NodeID, s control.Sn
 		return nil, errors.Join(fmt.Errorf("volume %s: %w", v.id, late), err, volume.ErrBusy)
 	}
 	return cut.Holders, err
+}
+
+// pending returns volume.ErrBusy unless the controllers still want a snapshot: one that they gave up meanwhile is not to be cut.
+func (n *Node) pending(ctx context.Context, v *vol, i *instance, s control.SnapshotSpec) error {
+	m, err := n.learn(ctx, v, i)
+	if b := m.Barrier; err == nil && (b == nil || b.Number != s.Barrier.Number) {
+		err = fmt.Errorf("snapshot %s of volume %s was given up: %w", s.ID, v.id, volume.ErrBusy)
+	}
+	return err
 }
 
 // freeze freezes the volume's filesystem where that is asked for and there is one; else thaw is nil. The freeze is recorded
@@ -103,7 +112,7 @@ func (n *Node) Drain(ctx context.Context, node volume.NodeID, s control.Snapshot
 			return err
 		}
 	}
-	if _, err := n.learn(ctx, v, i); err != nil {
+	if err := n.pending(ctx, v, i, s); err != nil {
 		return err
 	}
 	thaw, err := n.freeze(ctx, v, s)

@@ -54,6 +54,7 @@ type (
 		Node volume.NodeID
 		Pool volume.PoolID
 		ID   volume.SnapshotID
+		UpTo uint64 `json:",omitempty"`
 	}
 	setQoS struct {
 		Node   volume.NodeID
@@ -116,7 +117,7 @@ var nodeMethods = []grpc.MethodDesc{
 		return none{}, a.Release(ctx, r.Node, r.Spec)
 	}),
 	unary(nodeService, "DeleteSnapshot", func(a control.Agents, ctx context.Context, r *atSnapshot) (none, error) {
-		return none{}, a.DeleteSnapshot(ctx, r.Node, r.Pool, r.ID)
+		return none{}, a.DeleteSnapshot(ctx, r.Node, r.Pool, r.ID, r.UpTo)
 	}),
 	unary(nodeService, "Detach", func(a control.Agents, ctx context.Context, r *onVolume) (bool, error) {
 		return a.Detach(ctx, r.Node, r.Volume, r.Epoch)
@@ -243,8 +244,8 @@ func (a *Agents) Release(ctx context.Context, n volume.NodeID, s control.Snapsho
 	return do(ctx, a, n, "Release", &snapshotSpec{n, s})
 }
 
-func (a *Agents) DeleteSnapshot(ctx context.Context, n volume.NodeID, pool volume.PoolID, id volume.SnapshotID) error {
-	return do(ctx, a, n, "DeleteSnapshot", &atSnapshot{n, pool, id})
+func (a *Agents) DeleteSnapshot(ctx context.Context, n volume.NodeID, pool volume.PoolID, id volume.SnapshotID, upTo uint64) error {
+	return do(ctx, a, n, "DeleteSnapshot", &atSnapshot{n, pool, id, upTo})
 }
 
 func (a *Agents) Detach(ctx context.Context, n volume.NodeID, id volume.ID, epoch volume.Epoch) (clean bool, err error) {

@@ -111,7 +111,7 @@ func (s *Service) freeFilledIn(ctx context.Context, xs []volume.Snapshot, r volu
 		if x.State == volume.Creating || slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
 			continue
 		}
-		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, x.ID); err != nil {
+		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, x.ID, 0); err != nil {
 			return fmt.Errorf("free snapshot %s, filled in on node %s: %w", x.ID, r.Node, err)
 		}
 	}

@@ -360,7 +360,7 @@ func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s cont
 	return holders, err
 }
 
-func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID) error {
+func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, _ uint64) error {
 	return a.do(ctx, "DeleteSnapshot", node, func() error {
 		delete(a.snapshots, volume.SnapshotID(fmt.Sprintf("%s@%s", id, pool)))
 		return nil

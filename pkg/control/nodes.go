@@ -42,7 +42,9 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 	if err := s.countFilledIn(ctx, u, known); err != nil {
 		return err
 	}
-	s.watchStrays(node, u, known)
+	if err := s.freeGivenUp(ctx, node, u, s.watchStrays(node, u, known), known); err != nil {
+		return err
+	}
 	replicas := changed(u.Replicas, known.replicas)
 	snapshots := changed(u.Snapshots, known.snapshots)
 	for first := true; first || len(replicas) > 0 || len(snapshots) > 0; first = false {
@@ -103,10 +105,12 @@ type usage struct {
 	snapshots map[volume.SnapshotID]int64
 	// filled are the replicas there of volumes whose snapshots the node does not hold by the records: they may be filled in.
 	filled map[volume.SnapshotID]volume.Replica
+	// givenUp are the barriers that cut no snapshot after all, by the snapshots' ids, of which there is no record.
+	givenUp map[volume.SnapshotID]uint64
 }
 
 func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, error) {
-	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}, map[volume.SnapshotID]volume.Replica{}}
+	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}, map[volume.SnapshotID]volume.Replica{}, map[volume.SnapshotID]uint64{}}
 	vs, err := s.store.Volumes(ctx, "", 0)
 	if err != nil {
 		return u, err
@@ -117,6 +121,9 @@ func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, erro
 	}
 	here := map[volume.ID]volume.Replica{}
 	for _, v := range vs {
+		for _, b := range v.GivenUp {
+			u.givenUp[b.Snapshot] = max(u.givenUp[b.Snapshot], b.Number)
+		}
 		for _, r := range slices.Concat(v.Replicas, v.Leaving) {
 			if r.Node == node {
 				u.replicas[r.ID] = r.PhysicalBytes
@@ -125,6 +132,7 @@ func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, erro
 		}
 	}
 	for _, x := range ss {
+		delete(u.givenUp, x.ID)
 		if i := slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Node == node }); i >= 0 {
 			u.snapshots[x.ID] = x.Holders[i].PhysicalBytes
 		} else if r, ok := here[x.Volume]; ok && x.State == volume.Ready {
@@ -153,8 +161,9 @@ func take[T any](from *[]T, n int) []T {
 	return head
 }
 
-// watchStrays remembers what two reports in a row show and no record knows: what one shows may just have been deleted.
-func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) {
+// watchStrays remembers, and returns, what two reports in a row show and no record knows: what one shows may just have been
+// deleted.
+func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) map[string]Stray {
 	found := map[string]Stray{}
 	for id, n := range u.Replicas {
 		if _, ok := known.replicas[id]; !ok && len(found) < maxStrays {
@@ -176,9 +185,29 @@ func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) {
 		}
 	}
 	s.suspects[node], s.strays[node] = found, sure
+	return sure
 }
 
-// Strays lists what nodes hold and no record knows, in order. Nothing deletes it by itself.
+// freeGivenUp has a node let go of what it sealed for snapshots that were given up, whatever it was that kept it from doing so
+// when it was asked first. Only what the volume's record says was given up: an old copy of the records may have been restored,
+// and what it does not know is to be found by people.
+func (s *Service) freeGivenUp(ctx context.Context, node volume.NodeID, u Usage, strays map[string]Stray, known usage) error {
+	for _, x := range strays {
+		number, ok := known.givenUp[x.Snapshot]
+		if !ok {
+			continue
+		}
+		for _, p := range u.Pools {
+			if err := s.agents.DeleteSnapshot(ctx, node, p.ID, x.Snapshot, number); err != nil {
+				return fmt.Errorf("free snapshot %s, which was given up, on node %s: %w", x.Snapshot, node, err)
+			}
+		}
+		s.record(ctx, "snapshot.free", string(x.Snapshot), fmt.Sprintf("it was given up, and node %s had sealed it", node), nil)
+	}
+	return nil
+}
+
+// Strays lists what nodes hold and no record knows, in order. What was not given up by the records stays until an admin says.
 func (s *Service) Strays(ctx context.Context) ([]Stray, error) {
 	nodes, err := s.store.Nodes(ctx)
 	if err != nil {

@@ -216,7 +216,7 @@ func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool vol
 		return err
 	}
 	s.record(ctx, "snapshot.move", string(id), fmt.Sprintf("pool %s holds it no more", pool), nil)
-	return s.agents.DeleteSnapshot(ctx, x.Holders[i].Node, pool, id)
+	return s.agents.DeleteSnapshot(ctx, x.Holders[i].Node, pool, id, 0)
 }
 
 // Commit applies a change that a volume's engine asks for, and returns the record after it. An error that wraps

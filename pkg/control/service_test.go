@@ -497,6 +497,49 @@ func TestStraysAreShownAndKept(t *testing.T) {
 	w.check()
 }
 
+// What a node sealed for a snapshot that was given up, and lets go of neither when it is asked nor when it is restarted, is found
+// by its report. What was given up by nobody stays.
+func TestSealsOfGivenUpSnapshotsAreFreed(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld(t)
+	v := w.mustCreate(create("v"))
+	w.mustAttach(v.ID, "n1")
+	w.agents.scripted["CutSnapshot"] = fmt.Errorf("it took too long: %w", volume.ErrBusy)
+	w.mustSnapshot("s", v.ID)
+	got := w.get(v.ID).GivenUp
+	if len(got) != 1 || got[0].Number != 1 {
+		t.Fatalf("given up: %+v", got)
+	}
+	late, other := got[0].Snapshot, volume.SnapshotID("snap-00000000000000000000")
+	for _, id := range []volume.SnapshotID{late, other} {
+		w.agents.snapshots[id+"@p1"] = fakeReplica{pool: "p1"}
+	}
+	for pass := range 4 {
+		w.now = w.now.Add(time.Minute)
+		u := control.Usage{Pools: []volume.Pool{pool("p1", "n1", 100*gib)}, Snapshots: map[volume.SnapshotID]int64{}}
+		_, ss := w.agents.held()
+		for _, id := range ss {
+			u.Snapshots[volume.SnapshotID(strings.TrimSuffix(string(id), "@p1"))] = 1
+		}
+		wantErr(t, w.ReportUsage(ctx, "n1", u), nil)
+		if _, there := w.agents.snapshots[late+"@p1"]; there != (pass == 0) {
+			t.Errorf("pass %d: it is there: %t", pass, there)
+		}
+	}
+	if xs, err := w.Strays(ctx); err != nil || len(xs) != 1 || xs[0].Snapshot != other {
+		t.Errorf("strays %+v %v", xs, err)
+	}
+	delete(w.agents.snapshots, other+"@p1")
+	for i := range 2 * volume.MaxGivenUp {
+		w.agents.scripted["CutSnapshot"] = volume.ErrBusy
+		w.mustSnapshot(fmt.Sprint("t", i), v.ID)
+	}
+	if got = w.get(v.ID).GivenUp; len(got) != volume.MaxGivenUp || got[0].Snapshot == late {
+		t.Errorf("%d given up are remembered", len(got))
+	}
+	w.check()
+}
+
 func TestUsageReportOfAnySize(t *testing.T) {
 	ctx := context.Background()
 	w := newWorld(t)

@@ -266,7 +266,7 @@ func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot)
 		wg.Go(func() {
 			if why := c.silent[h.Node]; why != "" {
 				errs[i] = fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable)
-			} else if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID); err != nil {
+			} else if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID, v.Barriers); err != nil {
 				errs[i] = fmt.Errorf("free snapshot %s on node %s: %w", x.ID, h.Node, err)
 			}
 		})

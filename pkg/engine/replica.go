@@ -91,11 +91,19 @@ func (r *Replica) LeaseUntil() replication.Now {
 	return r.m.LeaseUntil()
 }
 
-// Forget says that a snapshot's layer was deleted from the store.
-func (r *Replica) Forget(s volume.SnapshotID) {
+// Forget says that a snapshot's layer was deleted from the store, unless a barrier above upTo has cut it; 0 is any.
+func (r *Replica) Forget(s volume.SnapshotID, upTo uint64) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.m.Forget(s)
+	if r.closed {
+		r.mu.Unlock()
+		return
+	}
+	r.ops.Add(1)
+	defer r.ops.Done()
+	r.m.Forget(s, upTo)
+	fx := r.take()
+	r.mu.Unlock()
+	r.carryOut(fx)
 }
 
 var errReplicaClosed = fmt.Errorf("replica is closed: %w", volume.ErrUnavailable)
@@ -253,12 +261,12 @@ func (r *Replica) perform(op *replication.StoreOp) *replicaEffects {
 	return r.take()
 }
 
-// status is what an engine is told of an operation that failed. A seal that was refused has lost nothing, unless the store
-// itself has failed (volume.ErrUnavailable): it must not be taken for a failed sync.
+// status is what an engine is told of an operation that failed. A seal or a resize that was refused has lost nothing, unless the
+// store itself has failed (volume.ErrUnavailable): it must not be taken for a failed sync, or a failed replica.
 func status(op replication.StoreKind, err error) replication.Status {
 	refused := errors.Is(err, volume.ErrBusy) || errors.Is(err, volume.ErrNoSpace) || errors.Is(err, volume.ErrExists)
 	switch {
-	case op == replication.StoreSeal && refused && !errors.Is(err, volume.ErrUnavailable):
+	case (op == replication.StoreSeal || op == replication.StoreResize) && refused && !errors.Is(err, volume.ErrUnavailable):
 		return replication.StatusRefused
 	case errors.Is(err, block.ErrRange):
 		return replication.StatusRange

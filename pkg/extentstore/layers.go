@@ -42,7 +42,7 @@ func (h *Replica) Seal(ctx context.Context, s volume.SnapshotID, number uint64) 
 		return err
 	}
 	defer h.life.RUnlock()
-	return h.r.p.cut(ctx, cutting{replica: h.r.id, snap: s, number: number, replace: true})
+	return h.r.p.cut(ctx, &cutting{replica: h.r.id, snap: s, number: number, replace: true})
 }
 
 // Snapshot opens a snapshot of the pool for reading.

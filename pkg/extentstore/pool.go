@@ -61,6 +61,7 @@ type Pool struct {
 	layers    map[uint64]*chain
 	replicas  map[volume.ReplicaID]*replica
 	snapshots map[volume.SnapshotID]*snapshot
+	cuts      cuts
 	nextLayer uint64
 	purges    []purge
 	closed    bool
@@ -142,6 +143,7 @@ func start(dir string, d deps, o Options) (_ *Pool, err error) {
 		kicked: make(chan struct{}, 1), flushMe: make(chan struct{}, 1), compactMe: make(chan struct{}, 1),
 	}
 	p.freed.some = make(chan struct{}, 1)
+	p.cuts.over = map[volume.SnapshotID]uint64{}
 	p.copyBuf = disk.Aligned(layer.ExtentSize)
 	p.cachePages = max(8, o.CacheBytes/1200)
 	for i := range p.stripes {

@@ -63,7 +63,7 @@ func TestScrubFindsDamage(t *testing.T) {
 	// What is damaged can be deleted all the same.
 	must(t, d.Close())
 	must(t, p.DeleteReplica(ctx, "r"))
-	must(t, p.DeleteSnapshot(ctx, "s"))
+	must(t, p.DeleteSnapshot(ctx, "s", 0))
 	settle(t, p)
 	if r := reasons(p); len(r) > 0 || p.alloc.used != 0 {
 		t.Fatalf("%v, %d slots", r, p.alloc.used)
@@ -87,7 +87,7 @@ func TestMergeCarriesChecksums(t *testing.T) {
 	settle(t, p)
 	rot(t, m, 2)
 	f.n.Store(0)
-	must(t, p.DeleteSnapshot(ctx, "a"))
+	must(t, p.DeleteSnapshot(ctx, "a", 0))
 	settle(t, p)
 	// An extent to verify and copy 15 blocks of, and the page they are in to sum.
 	if n := f.n.Load(); n > layer.PageSpan+2*layer.ExtentSize {
@@ -123,7 +123,7 @@ func TestMergeDoesNotHideDamage(t *testing.T) {
 				settle(t, p)
 			}
 			rot(t, m, p.layers[1].slotAt(t, p, 1))
-			must(t, p.DeleteSnapshot(ctx, "a"))
+			must(t, p.DeleteSnapshot(ctx, "a", 0))
 			for {
 				if more, err := p.step(); !more {
 					break

@@ -158,15 +158,18 @@ func (p *Pool) DeleteReplica(ctx context.Context, id volume.ReplicaID) error {
 }
 
 // DeleteSnapshot forgets a snapshot; what only it held is freed or merged in the background. One that is not there is
-// nil; one that is being read is volume.ErrBusy.
-func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error {
+// nil; one that is being read is volume.ErrBusy. A cut of it that is under way comes to nothing, and so does one of a barrier
+// up to that number which is asked for later: an order that was given up may still be on its way. With a number, what
+// a later barrier has cut under the name stays.
+func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID, upTo uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.ready(); err != nil {
 		return err
 	}
+	p.cuts.giveUp(id, upTo)
 	s := p.snapshots[id]
-	if s == nil {
+	if s == nil || upTo > 0 && s.number > upTo {
 		return nil
 	}
 	if s.readers > 0 {
@@ -178,152 +181,6 @@ func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) error {
 	s.layer.snap = nil
 	delete(p.snapshots, id)
 	p.urgent = true
-	p.kick()
-	return nil
-}
-
-// Cut seals a replica's present state as a snapshot: all writes that returned before the call are in it. Writes wait for
-// a short moment that does not depend on the replica's size. A snapshot of that id of the same replica is nil.
-func (p *Pool) Cut(ctx context.Context, id volume.ReplicaID, snap volume.SnapshotID) error {
-	return p.cut(ctx, cutting{replica: id, snap: snap})
-}
-
-// cutting says what is to be sealed as what.
-type cutting struct {
-	replica volume.ReplicaID
-	snap    volume.SnapshotID
-	number  uint64 // of the barrier
-	// replace: a snapshot of that name with another number is of an earlier try, and makes way.
-	replace bool
-}
-
-// done tells whether the snapshot is there already. Pool.mu is held.
-func (c cutting) done(p *Pool) (bool, error) {
-	s := p.snapshots[c.snap]
-	switch {
-	case s == nil:
-		return false, nil
-	case s.replica != c.replica:
-		return false, fmt.Errorf("snapshot %s is of replica %s: %w", c.snap, s.replica, volume.ErrExists)
-	case !c.replace || s.number == c.number:
-		return true, nil
-	case s.readers > 0:
-		return false, fmt.Errorf("snapshot %s of barrier %d is being read: %w", c.snap, s.number, volume.ErrBusy)
-	}
-	return false, nil
-}
-
-func (p *Pool) cut(ctx context.Context, c cutting) error {
-	if err := volume.CheckName("snapshot id", string(c.snap)); err != nil {
-		return err
-	}
-	if err := p.use(); err != nil {
-		return err
-	}
-	defer p.users.RUnlock()
-	r, done, err := p.cutState(c)
-	if done || err != nil {
-		return err
-	}
-	// Most of what is dirty goes out before the barrier.
-	if err := p.flushBeforeCut(ctx, r); err != nil {
-		return err
-	}
-	if !p.opts.broken.cutWithoutBarrier {
-		r.gate.Lock()
-		defer r.gate.Unlock()
-	}
-	if !p.opts.broken.cutWithoutFlush {
-		if err := p.flushHead(r); err != nil {
-			return err
-		}
-	}
-	return p.seal(r, c)
-}
-
-// flushHead makes durable what a replica and its journal have.
-func (p *Pool) flushHead(r *replica) error {
-	var journals []*journal
-	p.mu.Lock()
-	if r.log != nil {
-		journals = append(journals, r.log)
-	}
-	p.mu.Unlock()
-	return p.flushAll([]*chain{r.head.Load()}, journals)
-}
-
-// flushBeforeCut flushes until little is left to be flushed while writes are kept out, or writes come as fast as that.
-func (p *Pool) flushBeforeCut(ctx context.Context, r *replica) error {
-	for range 5 {
-		if err := errors.Join(ctx.Err(), p.waitRoom(ctx)); err != nil {
-			return err
-		}
-		l := r.head.Load()
-		if err := p.flushHead(r); err != nil {
-			return err
-		}
-		l.dirtyMu.Lock()
-		left := len(l.dirty)
-		l.dirtyMu.Unlock()
-		if left < 100 {
-			break
-		}
-	}
-	return nil
-}
-
-// cutState tells whether the snapshot is there already.
-func (p *Pool) cutState(c cutting) (_ *replica, done bool, err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
-		return nil, false, err
-	}
-	if done, err := c.done(p); done || err != nil {
-		return nil, done, err
-	}
-	r := p.replicas[c.replica]
-	if r == nil {
-		return nil, false, noReplica(p, c.replica)
-	}
-	return r, false, nil
-}
-
-// seal makes the head the snapshot's layer and opens a new one, in one transaction. Writes are kept out.
-func (p *Pool) seal(r *replica, c cutting) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
-		return err
-	}
-	if p.replicas[r.id] != r {
-		return noReplica(p, r.id)
-	}
-	if done, err := c.done(p); done || err != nil {
-		return err
-	}
-	old := r.head.Load()
-	s := &snapshot{id: c.snap, layer: old, number: c.number, size: r.size.Load(), volume: r.volume, tenant: r.tenant, replica: r.id}
-	head := p.newLayer(old)
-	rec := r.record()
-	rec.head = head.id
-	err := p.commitOps([]op{
-		{snapshotKey(c.snap), s.record().encode()},
-		{layerKey(head.id), head.record().encode()},
-		{replicaKey(r.id), rec.encode()},
-	})
-	if err != nil {
-		return err
-	}
-	p.adopt(head, old)
-	if earlier := p.snapshots[c.snap]; earlier != nil {
-		earlier.layer.snap = nil
-		p.urgent = true
-	}
-	old.snap, old.head = s, nil
-	head.head = r
-	p.snapshots[c.snap] = s
-	r.head.Store(head)
 	p.kick()
 	return nil
 }

@@ -42,8 +42,9 @@ type Replica struct {
 	persist persister
 	size    int64
 	snaps   []SealedSnapshot
-	sealing bool
-	seals   []Message // orders that wait for one that runs
+	sealing SealedSnapshot // without an ID it is none
+	dropped bool           // the layer of sealing was deleted meanwhile, or will not be there
+	seals   []Message      // orders that wait for one that runs
 	missed  []MissedTag
 
 	// session is the newest one, of the epoch in st. It serves once open, and data once configured.
@@ -288,7 +289,7 @@ func (r *Replica) seal(m *Message) {
 		r.answer(m, StatusRefused)
 		return
 	}
-	if r.sealing && !r.cfg.Rules.WithoutSealOrder {
+	if r.sealing.ID != "" && !r.cfg.Rules.WithoutSealOrder {
 		// One given up by the engine may still run, and must not come after this one.
 		r.seals = append(r.seals, *m)
 		return
@@ -302,15 +303,15 @@ func (r *Replica) seal(m *Message) {
 	case at < 0 && len(r.snaps) >= MaxSnapshots:
 		r.answer(m, StatusRefused)
 	default:
-		r.sealing = true
+		r.sealing, r.dropped = SealedSnapshot{ID: s.Snapshot, Number: s.Number}, false
 		r.store(m, StoreOp{Kind: StoreSeal, Snapshot: s.Snapshot, Number: s.Number, Sync: !r.cfg.Rules.WithoutSealFlush})
 	}
 }
 
 // nextSeal goes on with the orders that waited for one to end.
 func (r *Replica) nextSeal() {
-	r.sealing = false
-	for len(r.seals) > 0 && !r.sealing {
+	r.sealing = SealedSnapshot{}
+	for len(r.seals) > 0 && r.sealing.ID == "" {
 		m := r.seals[0]
 		r.seals = r.seals[1:]
 		if r.serves(&m) && m.Epoch == r.st.Epoch && !r.poisoned {
@@ -323,12 +324,24 @@ func (r *Replica) nextSeal() {
 
 func (r *Replica) sealed(s *Seal) {
 	r.snaps = slices.DeleteFunc(r.snaps, func(l SealedSnapshot) bool { return l.ID == s.Snapshot })
-	r.snaps = append(r.snaps, SealedSnapshot{ID: s.Snapshot, Number: s.Number})
+	if !r.dropped {
+		r.snaps = append(r.snaps, SealedSnapshot{ID: s.Snapshot, Number: s.Number})
+	}
 }
 
-// Forget tells the machine that a snapshot's layer was deleted from the store.
-func (r *Replica) Forget(id volume.SnapshotID) {
-	r.snaps = slices.DeleteFunc(r.snaps, func(l SealedSnapshot) bool { return l.ID == id })
+// Forget tells the machine that a snapshot's layer was deleted from the store, unless a barrier of a number above upTo has
+// cut it; upTo 0 is any. Orders to seal it that wait are refused.
+func (r *Replica) Forget(id volume.SnapshotID, upTo uint64) {
+	is := func(s volume.SnapshotID, number uint64) bool { return s == id && (upTo == 0 || number <= upTo) }
+	r.snaps = slices.DeleteFunc(r.snaps, func(l SealedSnapshot) bool { return is(l.ID, l.Number) })
+	r.dropped = r.dropped || is(r.sealing.ID, r.sealing.Number)
+	r.seals = slices.DeleteFunc(r.seals, func(m Message) bool {
+		forget := is(m.Seal.Snapshot, m.Seal.Number)
+		if forget {
+			r.answer(&m, StatusRefused)
+		}
+		return forget
+	})
 }
 
 // answer ends a request.

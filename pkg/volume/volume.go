@@ -43,9 +43,15 @@ type Volume struct {
 	// PhysicalBytes is what the layers of all its replicas, those that leave included, occupied when their nodes last
 	// reported, in bytes.
 	PhysicalBytes int64 `json:"physicalBytes"`
+	// GivenUp are the last barriers whose snapshots were given up and are forgotten, at most MaxGivenUp: what a node may still
+	// have of them is garbage.
+	GivenUp []Barrier `json:"givenUp,omitempty"`
 
 	Protocol
 }
+
+// MaxGivenUp bounds Volume.GivenUp.
+const MaxGivenUp = 16
 
 // Protocol is what the replication protocol keeps of a volume, beside its sizes, its replicas and MinInSync. Package
 // replication says what each part means: its Membership is made of these.

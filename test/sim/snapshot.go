@@ -336,7 +336,7 @@ func (v *vol) cleanLayers() {
 				continue
 			}
 			p.disk.dropLayer(l.id)
-			p.machine.Forget(l.id)
+			p.machine.Forget(l.id, l.number)
 			w.count.LayersDeleted++
 		}
 	}
