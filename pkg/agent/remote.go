@@ -21,7 +21,9 @@ func (n *Node) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID,
 	if _, err := n.learn(ctx, v, i); err != nil {
 		return err
 	}
-	if err := i.grown(ctx, size); err != nil {
+	if err := i.grown(ctx, size); errors.Is(err, volume.ErrNoSpace) {
+		return fmt.Errorf("volume %s: %w", id, err)
+	} else if err != nil {
 		return fmt.Errorf("volume %s is not grown yet (%s): %w: %w", id, why(i.e.Status()), err, volume.ErrUnavailable)
 	}
 	if v.eng == nil {
@@ -33,11 +35,16 @@ func (n *Node) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID,
 // growLook is how often it is looked whether an engine exposes a size.
 const growLook = 5 * time.Millisecond
 
-// grown waits until the engine exposes a size.
+// grown waits until the engine exposes a size; volume.ErrNoSpace: a replica has no room for it.
 func (i *instance) grown(ctx context.Context, size int64) error {
 	tick := time.NewTicker(growLook)
 	defer tick.Stop()
 	for i.e.Size() < size {
+		for _, m := range i.e.Status().Members {
+			if m.InSync && m.NoRoom >= size {
+				return fmt.Errorf("replica %s on node %s has no room to grow to %d bytes: %w", m.ID, m.Node, m.NoRoom, volume.ErrNoSpace)
+			}
+		}
 		select {
 		case <-tick.C:
 		case <-i.e.Over():

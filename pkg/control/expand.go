@@ -54,10 +54,10 @@ func (s *Service) ExpandVolume(ctx context.Context, id volume.ID, required, limi
 	return x.Volume, nil
 }
 
-// completeExpand takes a volume to its Target. It gives the reservation back only where no replica can have grown: when
-// all refuse and fresh tells that none was asked before. A replica that has grown cannot shrink, and a device
-// or a copy made from it would be larger than the record; from then on there is only the way ahead. The caller has the
-// volume's lock.
+// completeExpand takes a volume to its Target. Where an engine runs it exposes nothing before all replicas have the size, and a
+// refusal of one ends the expand: those that have grown are larger than what is exposed, which is nothing to anybody. Where
+// none runs it gives the reservation back only where no replica can have grown: when all refuse and fresh tells that none was
+// asked before. The caller has the volume's lock.
 func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh bool) (volume.Volume, error) {
 	if v.Target == 0 {
 		return v, nil
@@ -65,13 +65,22 @@ func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh boo
 	grown, err := s.grow(ctx, v)
 	if err != nil {
 		err = fmt.Errorf("expand volume %s: %w", v.ID, err)
-		if !fresh || grown || !unresized(err) {
+		if v.Owner == "" && (!fresh || grown) || !unresized(err) {
 			return v, unfinished(err)
 		}
 		ctx, cancel := s.undoing(ctx)
 		defer cancel()
-		if abort := s.propose(ctx, command.AbortExpand{Volume: v.ID, Target: v.Target}); abort != nil {
+		x, abort := s.proposeVolume(ctx, command.AbortExpand{Volume: v.ID, Target: v.Target})
+		switch {
+		case abort != nil:
 			return v, fmt.Errorf("volume %s: an expand was refused (%v) and is not undone yet (%v): %w", v.ID, err, abort, volume.ErrUnavailable)
+		case x.Volume.Size >= v.Target: // the engine was faster
+			return x.Volume, unfinished(err)
+		}
+		if v.Owner != "" {
+			if err := s.agents.OpenEngine(ctx, v.Owner, v.ID, v.Epoch); err != nil {
+				s.o.Logger.Info("engine will learn later that an expand was given up", "volume", v.ID, "error", err)
+			}
 		}
 		return v, err
 	}
@@ -80,15 +89,14 @@ func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh boo
 }
 
 // grow has every replica that is in sync grow to the Target: by the engine, where one runs. The others grow when they are
-// brought up. It tells whether one may have grown although not all have.
+// brought up. It tells whether one may have grown although not all have, where no engine runs.
 func (s *Service) grow(ctx context.Context, v volume.Volume) (grown bool, err error) {
 	if v.Owner != "" {
 		r := volume.Replica{Node: v.Owner}
 		if i := slices.IndexFunc(v.Replicas, func(r volume.Replica) bool { return r.Node == v.Owner }); i >= 0 {
 			r = v.Replicas[i]
 		}
-		err := s.agents.ExpandVolume(ctx, r, v.ID, v.Target)
-		return len(v.InSync()) > 1, err
+		return false, s.agents.ExpandVolume(ctx, r, v.ID, v.Target)
 	}
 	rs := v.InSync()
 	errs := make([]error, len(rs))

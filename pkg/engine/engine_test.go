@@ -301,6 +301,31 @@ func TestExpand(t *testing.T) {
 	}
 }
 
+// A member that has no room to grow keeps its place, and nothing is exposed before it has room.
+func TestExpandWithoutRoom(t *testing.T) {
+	w := newWorld(t, 2, 8*mib)
+	w.hosts["r2"].disk.full.Store(true)
+	e := w.attach("n1", false)
+	m, err := w.Commit(t.Context(), volName, replication.Change{ExpandIntent: &replication.ExpandIntent{Target: 12 * mib}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Learn(m)
+	for deadline := time.Now().Add(10 * time.Second); e.Status().Members[1].NoRoom != 12*mib; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("nothing is said of it: %+v", e.Status().Members)
+		}
+	}
+	if err := e.WriteAt(t.Context(), make([]byte, 4096), 8*mib); !errors.Is(err, block.ErrRange) {
+		t.Errorf("write behind the end: %v", err)
+	}
+	if m := w.members(); len(m.ISR()) != 2 || m.Size != 8*mib {
+		t.Errorf("in sync %v, %d bytes", m.ISR(), m.Size)
+	}
+	w.hosts["r2"].disk.full.Store(false)
+	w.waitFor("expanded", func(m replication.Membership) bool { return m.Size == 12*mib && m.Target == 0 && len(m.ISR()) == 2 })
+}
+
 func TestDetachAndAttachElsewhere(t *testing.T) {
 	w := newWorld(t, 3, 8*mib)
 	loads := parts(t, 4, 2*mib)

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/block/blocktest"
@@ -29,6 +30,7 @@ type disk struct {
 	snaps  []sealed
 	open   bool
 	writes int64 // bytes
+	full   atomic.Bool
 }
 
 type sealed struct {
@@ -301,6 +303,9 @@ func (s *memStore) Allocated(_ context.Context, id, base volume.SnapshotID, from
 }
 
 func (s *memStore) Resize(_ context.Context, size int64) error {
+	if s.full.Load() {
+		return fmt.Errorf("no room for %d bytes: %w", size, volume.ErrNoSpace)
+	}
 	s.dev.Grow(size)
 	return nil
 }

@@ -242,6 +242,9 @@ type expandState struct {
 	target int64
 	sent   PeerSet
 	done   PeerSet
+	// refused have no room for it, and are asked again after until.
+	refused PeerSet
+	until   Now
 }
 
 // expandProgress gives all members and targets the size that was asked for.
@@ -253,6 +256,9 @@ func (e *Engine) expandProgress() {
 	if x.target != e.m.Target {
 		*x = expandState{target: e.m.Target}
 	}
+	if e.now < x.until {
+		return
+	}
 	for _, m := range e.members {
 		if m == nil || !m.ready || x.sent.Has(m.slot) || x.done.Has(m.slot) || !e.isr.Has(m.slot) && m.rs == nil {
 			continue
@@ -263,14 +269,18 @@ func (e *Engine) expandProgress() {
 		e.send(m, KindResize, nil, func(a *Message) {
 			x.sent = x.sent.Without(s)
 			switch {
-			case a.Status != StatusOK && e.isr.Has(s) && e.lastMember(m):
-				e.retryAt = min(e.retryAt, e.now+Second)
+			case a.Status != StatusOK && e.isr.Has(s) && (a.Status == StatusRefused || e.lastMember(m)):
+				// A member without room is as good as before: it is the expand that comes to nothing.
+				if x.until = e.now + Second; a.Status == StatusRefused && x.target == target {
+					x.refused = x.refused.With(s)
+				}
+				e.retryAt = min(e.retryAt, x.until)
 			case a.Status != StatusOK:
 				if e.fail(m); m.rs != nil {
 					e.dropTarget(m)
 				}
 			case x.target == target:
-				x.done = x.done.With(s)
+				x.done, x.refused = x.done.With(s), x.refused.Without(s)
 				m.fence.Size = max(m.fence.Size, target)
 			}
 		}).Len = target

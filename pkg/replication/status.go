@@ -33,6 +33,8 @@ type MemberStatus struct {
 	Connected bool
 	// Failed: it is to be removed from the in-sync set.
 	Failed bool
+	// NoRoom is the size in bytes that it is to grow to and has no room for; 0 is none.
+	NoRoom int64
 	// Resync is its return, nil where none is under way.
 	Resync *ResyncStatus
 	// Snapshots are those that it has sealed, as far as it was asked.
@@ -77,6 +79,9 @@ func (e *Engine) Status() EngineStatus {
 			continue
 		}
 		ms := MemberStatus{ID: m.id, Node: m.rec.Node, InSync: e.isr.Has(m.slot), Connected: m.open, Failed: e.failed.Has(m.slot)}
+		if e.expand.refused.Has(m.slot) && e.m.Target > e.size {
+			ms.NoRoom = e.expand.target
+		}
 		if m.fence != nil {
 			for _, x := range m.fence.Snapshots {
 				ms.Snapshots = append(ms.Snapshots, x.ID)

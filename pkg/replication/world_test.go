@@ -35,6 +35,7 @@ type memStore struct {
 	snaps            []SealedSnapshot
 	layers           map[volume.SnapshotID][]byte
 	failSync, failIO bool
+	full             bool // no room to grow
 }
 
 func newMemStore(size int64) *memStore {
@@ -143,6 +144,9 @@ func (s *memStore) do(op StoreOp, g Geometry) StoreResult {
 		s.snaps = append(s.snaps, SealedSnapshot{op.Snapshot, op.Number})
 		s.layers[op.Snapshot] = bytes.Clone(s.data)
 	case StoreResize:
+		if s.full {
+			return StoreResult{Status: StatusRefused}
+		}
 		s.data = append(s.data, make([]byte, op.Len-s.size)...)
 		s.disk = append(s.disk, make([]byte, op.Len-s.size)...)
 		s.size = op.Len
