@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -497,44 +496,6 @@ func TestEngineWithoutDevice(t *testing.T) {
 	}
 	_, err = n.Engine(t.Context(), "n1", vol1)
 	wantErr(t, "no engine", err, volume.ErrNotFound)
-}
-
-// TestLateCallsOfAnOlderEpoch: what is asked for in one epoch and arrives in a later one neither ends an engine nor begins one.
-func TestLateCallsOfAnOlderEpoch(t *testing.T) {
-	c := newTrio(t)
-	c.create(16*mib, "n1", 1, 2)
-	n := c.nodes["n1"]
-	old := c.cluster.epoch(vol1)
-	at := c.stage("n1")
-	write(t, filepath.Join(at, "a"), "of the first")
-	c.unstage("n1")
-	c.detach("n1")
-	c.assign("n1")
-	wantErr(t, "an engine that was asked for before", n.OpenEngine(t.Context(), "n1", vol1, old), volume.ErrBusy)
-	if _, err := n.Engine(t.Context(), "n1", vol1); !errors.Is(err, volume.ErrNotFound) {
-		t.Errorf("an engine runs: %v", err)
-	}
-	at = c.stage("n1")
-	write(t, filepath.Join(at, "b"), "of the second")
-	now := c.cluster.epoch(vol1)
-	_, err := n.Detach(t.Context(), "n1", vol1, old)
-	wantErr(t, "the end of one before", err, volume.ErrStale)
-	write(t, filepath.Join(at, "c"), "goes on")
-	// While another operation has the volume, too: it is what the end would be forced in.
-	v, _ := n.known(vol1)
-	<-v.lock
-	_, err = n.Detach(t.Context(), "n1", vol1, old)
-	v.lock <- struct{}{}
-	wantErr(t, "the end of one before, while the volume is busy", err, volume.ErrStale)
-	write(t, filepath.Join(at, "d"), "goes on")
-	if got := c.cluster.epoch(vol1); got != now {
-		t.Errorf("epoch %d, was %d", got, now)
-	}
-	if err := n.OpenEngine(t.Context(), "n1", vol1, old); err != nil { // it runs: nothing is begun
-		t.Error(err)
-	}
-	c.unstage("n1")
-	c.detach("n1")
 }
 
 // TestLeaseOfClosedReplica: a replica that was closed because nobody used it knows, when it is opened again in the same

@@ -195,6 +195,15 @@ func (n *Node) closeEngine(v *vol) error {
 	return nil
 }
 
+// setFilesystem records what is known of a volume's filesystem; volume.ErrInUse: the volume was taken from this node meanwhile.
+func setFilesystem(ctx context.Context, c Cluster, id volume.ID, fs volume.Filesystem) error {
+	err := c.SetFilesystem(ctx, id, fs)
+	if errors.Is(err, volume.ErrDenied) {
+		return fmt.Errorf("%v: %w", err, volume.ErrInUse)
+	}
+	return err
+}
+
 // filesystemID is the UUID of a volume's own filesystem. It follows from the volume's id, so that a clone's can be
 // told from its source's without a record.
 func filesystemID(id volume.ID) uuid.UUID {
@@ -250,7 +259,7 @@ func (n *Node) mountAnchor(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 	} else {
 		if cv.Filesystem.Phase != volume.Formatted {
 			// Its user made it through the raw device.
-			if err := c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatted, Type: plan.Type}); err != nil {
+			if err := setFilesystem(ctx, c, v.id, volume.Filesystem{Phase: volume.Formatted, Type: plan.Type}); err != nil {
 				return err
 			}
 		}
@@ -309,14 +318,14 @@ func (n *Node) written(ctx context.Context, v *vol) (bool, error) {
 func (n *Node) format(ctx context.Context, c Cluster, v *vol, fsType string) error {
 	// mkfs is not cut off when the caller gives up, nor is the record of its success.
 	ctx = context.WithoutCancel(ctx)
-	if err := c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatting, Type: fsType}); err != nil {
+	if err := setFilesystem(ctx, c, v.id, volume.Filesystem{Phase: volume.Formatting, Type: fsType}); err != nil {
 		return err
 	}
 	n.log.Info("formatting", "volume", v.id, "device", v.eng.path, "filesystem", fsType)
 	if err := n.cfg.Mounter.Format(v.eng.path, fsType, filesystemID(v.id)); err != nil {
 		return fmt.Errorf("volume %s: %w", v.id, err)
 	}
-	return c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatted, Type: fsType})
+	return setFilesystem(ctx, c, v.id, volume.Filesystem{Phase: volume.Formatted, Type: fsType})
 }
 
 // growBeforeUse grows a filesystem that only the anchor mounts yet.

@@ -116,6 +116,18 @@ func (c *fakeCluster) AddHolder(_ context.Context, id volume.SnapshotID, r volum
 	return nil
 }
 
+// Ended implements Cluster, as control does.
+func (c *fakeCluster) Ended(_ context.Context, engines map[volume.ID]volume.Epoch) (ended []volume.ID, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for id, epoch := range engines {
+		if v, ok := c.volumes[id]; !ok || v.State == volume.Deleting || v.Epoch > epoch {
+			ended = append(ended, id)
+		}
+	}
+	return ended, c.down
+}
+
 // Membership implements engine.Controllers.
 func (c *fakeCluster) Membership(ctx context.Context, id volume.ID) (replication.Membership, error) {
 	v, err := c.Volume(ctx, id)

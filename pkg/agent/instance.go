@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,9 @@ const (
 	liveLimit = 30 * time.Second
 	// endLimit bounds how long an engine's end waits for its replicas to have everything durably.
 	endLimit = 5 * time.Second
+	// pastEvery is how often the controllers are asked whether engines are of the past, pastLimit how long for an answer.
+	pastEvery = 5 * time.Second
+	pastLimit = 5 * time.Second
 	// maxPast bounds the volumes whose last engine is remembered.
 	maxPast = 4096
 )
@@ -191,6 +195,40 @@ func (n *Node) watch(v *vol, i *instance) {
 	}
 	n.endInstance(held)
 	held.set(func(s *state) { s.failed = reason })
+}
+
+// endThePast ends engines whose epoch is over and that nobody has told so, until the node is closed: they may have nothing
+// left to ask for, and nobody to refuse it.
+func (n *Node) endThePast(c Cluster) {
+	tick := time.NewTicker(pastEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-n.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		running, epochs := map[volume.ID]*instance{}, map[volume.ID]volume.Epoch{}
+		for _, v := range n.all() {
+			if i := v.get().inst; i != nil && !i.over() {
+				running[v.id], epochs[v.id] = i, i.epoch
+			}
+		}
+		if len(running) == 0 {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(n.ctx, pastLimit)
+		ended, err := c.Ended(ctx, epochs)
+		cancel()
+		if err != nil {
+			n.log.Debug("which engines are of the past is not known", "err", err)
+		}
+		for _, id := range ended {
+			if i := running[id]; i != nil {
+				i.e.Learn(replication.Membership{Volume: id, Epoch: i.epoch, Revision: math.MaxUint64, Deleted: true})
+			}
+		}
+	}
 }
 
 // endInstance ends the volume's engine, if it has one. Its device is gone already.

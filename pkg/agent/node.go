@@ -186,6 +186,7 @@ func (n *Node) Start(c Cluster) {
 	n.wg.Go(func() { n.restoreAll(c) })
 	n.wg.Go(func() { n.host.sweep(n.ctx) })
 	n.wg.Go(n.pace)
+	n.wg.Go(func() { n.endThePast(c) })
 }
 
 // Ready returns nil once Start was called and the restoring of what was in use before has been attempted; what could not

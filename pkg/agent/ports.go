@@ -20,6 +20,8 @@ type Cluster interface {
 	ReportUsage(ctx context.Context, node volume.NodeID, u control.Usage) error
 	// AddHolder records that a replica has filled in a snapshot; volume.ErrNotFound where there is none, any more.
 	AddHolder(ctx context.Context, id volume.SnapshotID, r volume.ReplicaID) error
+	// Ended tells which engines, each with its epoch, are of the past: another epoch has begun, or the volume is deleted.
+	Ended(ctx context.Context, engines map[volume.ID]volume.Epoch) ([]volume.ID, error)
 	engine.Controllers
 }
 

@@ -147,7 +147,7 @@ func (n *Node) bringUp(ctx context.Context, c Cluster, v *vol, cv volume.Volume,
 	if s.Capability.Access == volume.AccessBlock {
 		if fs := cv.Filesystem; fs.Phase == volume.Formatting {
 			// An mkfs was cut off and may be run again, which must not be once somebody has the raw device.
-			if err := c.SetFilesystem(ctx, v.id, volume.Filesystem{Phase: volume.Formatted, Type: fs.Type}); err != nil {
+			if err := setFilesystem(ctx, c, v.id, volume.Filesystem{Phase: volume.Formatted, Type: fs.Type}); err != nil {
 				return err
 			}
 		}

@@ -225,13 +225,13 @@ func TestWhoMayAsk(t *testing.T) {
 			t.Errorf("asks a node: %v", err)
 		}
 		c := NewCluster(func() []grpc.ClientConnInterface { return []grpc.ClientConnInterface{cc} })
-		if err := c.RegisterNode(t.Context(), volume.Node{ID: "n3"}); !errors.Is(err, volume.ErrInvalid) {
+		if err := c.RegisterNode(t.Context(), volume.Node{ID: "n3"}); !errors.Is(err, volume.ErrDenied) {
 			t.Errorf("registers another: %v", err)
 		}
-		if err := c.RegisterNode(t.Context(), volume.Node{ID: "n2", Roles: []volume.NodeRole{volume.RoleStorage, volume.RoleController}}); !errors.Is(err, volume.ErrInvalid) {
+		if err := c.RegisterNode(t.Context(), volume.Node{ID: "n2", Roles: []volume.NodeRole{volume.RoleStorage, volume.RoleController}}); !errors.Is(err, volume.ErrDenied) {
 			t.Errorf("makes itself a controller: %v", err)
 		}
-		if _, err := c.Commit(t.Context(), "v", replication.Change{Attach: &replication.Attach{Node: "n3"}}); !errors.Is(err, volume.ErrInvalid) {
+		if _, err := c.Commit(t.Context(), "v", replication.Change{Attach: &replication.Attach{Node: "n3"}}); !errors.Is(err, volume.ErrDenied) {
 			t.Errorf("attaches to another: %v", err)
 		}
 	})
@@ -248,8 +248,46 @@ func TestWhoMayAsk(t *testing.T) {
 }
 
 func (r *recorder) Join(context.Context, Join) (Joined, error) { return Joined{}, nil }
-func (r *recorder) Commit(_ context.Context, id volume.ID, c replication.Change) (replication.Membership, error) {
-	return replication.Membership{Volume: id, Epoch: 7}, r.err
+func (r *recorder) CommitBy(_ context.Context, n volume.NodeID, id volume.ID, c replication.Change) (replication.Membership, error) {
+	return replication.Membership{Volume: id, Epoch: 7}, r.note(n, id)
+}
+func (r *recorder) SetFilesystemBy(_ context.Context, n volume.NodeID, id volume.ID, fs volume.Filesystem) error {
+	return r.note(n, id, fs)
+}
+func (r *recorder) AddHolderBy(_ context.Context, n volume.NodeID, id volume.SnapshotID, replica volume.ReplicaID) error {
+	return r.note(n, id, replica)
+}
+func (r *recorder) Ended(_ context.Context, engines map[volume.ID]volume.Epoch) ([]volume.ID, error) {
+	return []volume.ID{"gone"}, r.note(engines)
+}
+
+// TestTheCallerIsNamed: what only the node may ask that runs an engine, or has a volume attached, is asked in the name that its
+// certificate has, and a refusal keeps its code.
+func TestTheCallerIsNamed(t *testing.T) {
+	r := &recorder{}
+	cc, _ := pair(t, Services{Controller: r}, pki.RoleStorage) // n2
+	c := NewCluster(func() []grpc.ClientConnInterface { return []grpc.ClientConnInterface{cc} })
+	fs := volume.Filesystem{Phase: volume.Formatting, Type: "ext4"}
+	for name, call := range map[string]func() error{
+		"[n2 v]": func() error {
+			_, err := c.Commit(t.Context(), "v", replication.Change{Reconfigure: &replication.Reconfigure{}})
+			return err
+		},
+		"[n2 v {formatting ext4}]": func() error { return c.SetFilesystem(t.Context(), "v", fs) },
+		"[n2 s r]":                 func() error { return c.AddHolder(t.Context(), "s", "r") },
+	} {
+		if err := call(); err != nil || fmt.Sprint(r.got) != name {
+			t.Errorf("arrived as %v, not %s; %v", r.got, name, err)
+		}
+		r.err = fmt.Errorf("n3 has it: %w", volume.ErrDenied)
+		if err := call(); !errors.Is(err, volume.ErrDenied) {
+			t.Errorf("%s is refused with %v", name, err)
+		}
+		r.err = nil
+	}
+	if got, err := c.Ended(t.Context(), map[volume.ID]volume.Epoch{"v": 3}); err != nil || fmt.Sprint(got, r.got) != "[gone] [map[v:3]]" {
+		t.Errorf("%v, arrived as %v; %v", got, r.got, err)
+	}
 }
 
 // TestCommit: a refusal brings the current record along, an unknown outcome is ErrUnavailable.

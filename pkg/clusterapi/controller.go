@@ -20,14 +20,17 @@ const controllerService = "ballast.cluster.v1.Controller"
 // Controller is what a controller answers to nodes.
 type Controller interface {
 	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
-	SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error
+	// The methods that end in By are asked by a node, and volume.ErrDenied where it is not the one that may.
+	SetFilesystemBy(ctx context.Context, node volume.NodeID, id volume.ID, fs volume.Filesystem) error
 	RegisterNode(ctx context.Context, n volume.Node) error
 	ReportUsage(ctx context.Context, node volume.NodeID, u control.Usage) error
-	// Commit and Membership as package engine asks of its Controllers.
-	Commit(ctx context.Context, id volume.ID, c replication.Change) (replication.Membership, error)
+	// CommitBy and Membership as package engine asks of its Controllers.
+	CommitBy(ctx context.Context, node volume.NodeID, id volume.ID, c replication.Change) (replication.Membership, error)
 	Membership(ctx context.Context, id volume.ID) (replication.Membership, error)
-	// AddHolder records that a replica has filled in a snapshot.
-	AddHolder(ctx context.Context, id volume.SnapshotID, replica volume.ReplicaID) error
+	// AddHolderBy records that a replica has filled in a snapshot.
+	AddHolderBy(ctx context.Context, node volume.NodeID, id volume.SnapshotID, replica volume.ReplicaID) error
+	// Ended tells which engines are of the past.
+	Ended(ctx context.Context, engines map[volume.ID]volume.Epoch) ([]volume.ID, error)
 	// Nodes are those of the cluster: where they are, and which of them are controllers.
 	Nodes(ctx context.Context) ([]volume.Node, error)
 	// Join lets a node in. Anybody may ask; the claim says whether they may.
@@ -75,6 +78,7 @@ type (
 		ID      volume.SnapshotID
 		Replica volume.ReplicaID
 	}
+	ended struct{ Engines map[volume.ID]volume.Epoch }
 	renew struct {
 		Node volume.NodeID
 		CSR  []byte
@@ -88,7 +92,11 @@ var controllerDesc = grpc.ServiceDesc{
 			return c.Volume(ctx, r.ID)
 		}),
 		unary(controllerService, "SetFilesystem", func(c Controller, ctx context.Context, r *setFilesystem) (none, error) {
-			return none{}, c.SetFilesystem(ctx, r.ID, r.Filesystem)
+			node, err := callerNode(ctx)
+			if err != nil {
+				return none{}, err
+			}
+			return none{}, c.SetFilesystemBy(ctx, node, r.ID, r.Filesystem)
 		}),
 		unary(controllerService, "RegisterNode", func(c Controller, ctx context.Context, r *volume.Node) (none, error) {
 			if err := isCaller(ctx, r.ID); err != nil {
@@ -106,12 +114,16 @@ var controllerDesc = grpc.ServiceDesc{
 			return none{}, c.ReportUsage(ctx, r.Node, r.Usage)
 		}),
 		unary(controllerService, "Commit", func(c Controller, ctx context.Context, r *commit) (committed, error) {
+			node, err := callerNode(ctx)
+			if err != nil {
+				return committed{}, err
+			}
 			if a := r.Change.Attach; a != nil {
 				if err := isCaller(ctx, a.Node); err != nil {
 					return committed{}, err
 				}
 			}
-			m, err := c.Commit(ctx, r.ID, r.Change)
+			m, err := c.CommitBy(ctx, node, r.ID, r.Change)
 			if err == nil || unknown(err) {
 				return committed{Membership: m}, err
 			}
@@ -121,7 +133,14 @@ var controllerDesc = grpc.ServiceDesc{
 			return c.Membership(ctx, r.ID)
 		}),
 		unary(controllerService, "AddHolder", func(c Controller, ctx context.Context, r *addHolder) (none, error) {
-			return none{}, c.AddHolder(ctx, r.ID, r.Replica)
+			node, err := callerNode(ctx)
+			if err != nil {
+				return none{}, err
+			}
+			return none{}, c.AddHolderBy(ctx, node, r.ID, r.Replica)
+		}),
+		unary(controllerService, "Ended", func(c Controller, ctx context.Context, r *ended) ([]volume.ID, error) {
+			return c.Ended(ctx, r.Engines)
 		}),
 		unary(controllerService, "Nodes", func(c Controller, ctx context.Context, _ *none) ([]volume.Node, error) {
 			return c.Nodes(ctx)
@@ -216,6 +235,11 @@ func (c *Cluster) Membership(ctx context.Context, id volume.ID) (replication.Mem
 func (c *Cluster) AddHolder(ctx context.Context, id volume.SnapshotID, replica volume.ReplicaID) error {
 	_, err := ask[none](ctx, c, "AddHolder", &addHolder{id, replica})
 	return err
+}
+
+// Ended tells which engines are of the past.
+func (c *Cluster) Ended(ctx context.Context, engines map[volume.ID]volume.Epoch) ([]volume.ID, error) {
+	return ask[[]volume.ID](ctx, c, "Ended", &ended{engines})
 }
 
 // Nodes are those of the cluster.

@@ -109,27 +109,35 @@ func caller(ctx context.Context) (pki.Peer, error) {
 	return pki.PeerIn(info.State)
 }
 
-// isCaller returns volume.ErrInvalid unless the caller is that node: nobody speaks for another.
-func isCaller(ctx context.Context, node volume.NodeID) error {
+// callerNode is the node at the other end, by its certificate.
+func callerNode(ctx context.Context) (volume.NodeID, error) {
 	p, err := caller(ctx)
-	if err != nil {
-		return fmt.Errorf("%w: %w", err, volume.ErrInvalid)
+	if err != nil || p.Kind != pki.KindNode || p.Name == "" {
+		return "", fmt.Errorf("the caller is no node of the cluster (%v): %w", err, volume.ErrDenied)
 	}
-	if p.Name != string(node) {
-		return fmt.Errorf("%s may not speak for node %s: %w", p.Identity, node, volume.ErrInvalid)
+	return volume.NodeID(p.Name), nil
+}
+
+// isCaller returns volume.ErrDenied unless the caller is that node: nobody speaks for another.
+func isCaller(ctx context.Context, node volume.NodeID) error {
+	switch is, err := callerNode(ctx); {
+	case err != nil:
+		return err
+	case is != node:
+		return fmt.Errorf("node %s may not speak for node %s: %w", is, node, volume.ErrDenied)
 	}
 	return nil
 }
 
-// mayBe returns volume.ErrInvalid where the caller calls itself a controller and its certificate does not: it would get the
+// mayBe returns volume.ErrDenied where the caller calls itself a controller and its certificate does not: it would get the
 // role with its next certificate.
 func mayBe(ctx context.Context, roles []volume.NodeRole) error {
 	p, err := caller(ctx)
 	if err != nil {
-		return fmt.Errorf("%w: %w", err, volume.ErrInvalid)
+		return fmt.Errorf("%w: %w", err, volume.ErrDenied)
 	}
 	if slices.Contains(roles, volume.RoleController) && !p.Has(pki.RoleController) {
-		return fmt.Errorf("%s is no controller; give it a join token of that role: %w", p.Identity, volume.ErrInvalid)
+		return fmt.Errorf("%s is no controller; give it a join token of that role: %w", p.Identity, volume.ErrDenied)
 	}
 	return nil
 }

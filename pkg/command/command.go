@@ -96,10 +96,11 @@ type FreeReplica struct {
 }
 
 // Commit is a change that a volume's engine asks for: of the in-sync set, or of the exposed size, a compare-and-set on epoch
-// and version; or a new epoch for an engine that the owner starts anew. It is refused as package replication says. It
-// answers Volume.
+// and version; or a new epoch for an engine that the owner starts anew. It is refused as package replication says, and with
+// volume.ErrDenied where the node that asks does not run the engine; "" is the controllers' own process. It answers Volume.
 type Commit struct {
 	Volume volume.ID          `json:"volume"`
+	Node   volume.NodeID      `json:"node,omitempty"`
 	Change replication.Change `json:"change"`
 }
 
@@ -213,9 +214,11 @@ type ModifyVolume struct {
 	DataLocality *volume.DataLocality `json:"dataLocality,omitempty"`
 }
 
-// SetFilesystem moves the record that gates mkfs; only forward. It answers Volume.
+// SetFilesystem moves the record that gates mkfs; only forward. It is refused with volume.ErrDenied where the volume is not
+// attached to the node that asks, if one does. It answers Volume.
 type SetFilesystem struct {
 	Volume     volume.ID         `json:"volume"`
+	Node       volume.NodeID     `json:"node,omitempty"`
 	Filesystem volume.Filesystem `json:"filesystem"`
 }
 
@@ -247,9 +250,11 @@ type FinishSnapshot struct {
 	Cut
 }
 
-// AddHolder says that a replica of its volume has filled in a snapshot. It answers Snapshot.
+// AddHolder says that a replica of its volume has filled in a snapshot. It is refused with volume.ErrDenied where the node
+// that says so, if one does, does not run the volume's engine. It answers Snapshot.
 type AddHolder struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
+	Node     volume.NodeID     `json:"node,omitempty"`
 	Replica  volume.ReplicaID  `json:"replica"`
 }
 

@@ -67,6 +67,7 @@ var reasons = []struct {
 	{"no-barrier", replication.ErrNoBarrier},
 	{"barrier-pending", replication.ErrBarrierPending},
 	{"invalid", volume.ErrInvalid},
+	{"denied", volume.ErrDenied},
 	{"not-found", volume.ErrNotFound},
 	{"exists", volume.ErrExists},
 	{"in-use", volume.ErrInUse},

@@ -179,10 +179,16 @@ func (s *Service) forget(id volume.ID) {
 	delete(s.staleQoS, id)
 }
 
-// SetFilesystem moves the record that gates mkfs, only forward: volume.ErrInUse where it says Formatted already.
+// SetFilesystem is SetFilesystemBy for a node of this process.
 func (s *Service) SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error {
+	return s.SetFilesystemBy(ctx, "", id, fs)
+}
+
+// SetFilesystemBy moves the record that gates mkfs, only forward: volume.ErrInUse where it says Formatted already, ErrDenied
+// where the volume is not attached to the node that asks.
+func (s *Service) SetFilesystemBy(ctx context.Context, node volume.NodeID, id volume.ID, fs volume.Filesystem) error {
 	if _, err := s.live(ctx, id); err != nil {
 		return err
 	}
-	return s.propose(ctx, command.SetFilesystem{Volume: id, Filesystem: fs})
+	return s.propose(ctx, command.SetFilesystem{Volume: id, Node: node, Filesystem: fs})
 }

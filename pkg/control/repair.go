@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/placement"
@@ -219,11 +222,16 @@ func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool vol
 	return s.agents.DeleteSnapshot(ctx, x.Holders[i].Node, pool, id, 0)
 }
 
-// Commit applies a change that a volume's engine asks for, and returns the record after it. An error that wraps
-// volume.ErrUnavailable, or is ctx's, means that the outcome is unknown; any other that it was refused, as package
-// replication says, and the record is the current one.
+// Commit is CommitBy for an engine of this process.
 func (s *Service) Commit(ctx context.Context, id volume.ID, c replication.Change) (replication.Membership, error) {
-	x, err := s.proposeVolume(ctx, command.Commit{Volume: id, Change: c})
+	return s.CommitBy(ctx, "", id, c)
+}
+
+// CommitBy applies a change that a volume's engine on a node asks for, and returns the record after it. An error that wraps
+// volume.ErrUnavailable, or is ctx's, means that the outcome is unknown; any other that it was refused, as package
+// replication says or with volume.ErrDenied where that node does not run the engine, and the record is the current one.
+func (s *Service) CommitBy(ctx context.Context, node volume.NodeID, id volume.ID, c replication.Change) (replication.Membership, error) {
+	x, err := s.proposeVolume(ctx, command.Commit{Volume: id, Node: node, Change: c})
 	if err == nil {
 		return command.Membership(x.Volume), nil
 	}
@@ -258,7 +266,44 @@ func (s *Service) Engine(ctx context.Context, id volume.ID) (volume.EngineReport
 	return s.o.Engines.Engine(ctx, v.Owner, id)
 }
 
-// AddHolder records that a replica has filled in a snapshot.
+// AddHolder is AddHolderBy for an engine of this process.
 func (s *Service) AddHolder(ctx context.Context, id volume.SnapshotID, replica volume.ReplicaID) error {
-	return s.propose(ctx, command.AddHolder{Snapshot: id, Replica: replica})
+	return s.AddHolderBy(ctx, "", id, replica)
+}
+
+// AddHolderBy records that a replica has filled in a snapshot, as the node says that runs the volume's engine, or else it is
+// volume.ErrDenied.
+func (s *Service) AddHolderBy(ctx context.Context, node volume.NodeID, id volume.SnapshotID, replica volume.ReplicaID) error {
+	return s.propose(ctx, command.AddHolder{Snapshot: id, Node: node, Replica: replica})
+}
+
+// maxEngines bounds the engines that are asked for in one call.
+const maxEngines = 16 << 10
+
+// Ended tells which engines, each with its epoch, are of the past: another epoch has begun, or the volume is deleted.
+func (s *Service) Ended(ctx context.Context, engines map[volume.ID]volume.Epoch) ([]volume.ID, error) {
+	if len(engines) > maxEngines {
+		return nil, fmt.Errorf("%d engines are asked for at once: %w", len(engines), volume.ErrInvalid)
+	}
+	var mu sync.Mutex
+	var ended []volume.ID
+	var group errgroup.Group
+	group.SetLimit(16) // reads that wait at once share what they wait for
+	for id, epoch := range engines {
+		group.Go(func() error {
+			v, err := s.store.Volume(ctx, id)
+			if err != nil && !errors.Is(err, volume.ErrNotFound) {
+				return err
+			}
+			if err != nil || v.State == volume.Deleting || v.Epoch > epoch {
+				mu.Lock()
+				defer mu.Unlock()
+				ended = append(ended, id)
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	slices.Sort(ended)
+	return ended, err
 }

@@ -3,6 +3,7 @@ package control_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -199,5 +200,66 @@ func TestAnEngineBegunMeanwhileIsNotClosedCleanly(t *testing.T) {
 	w.mustAttach(v.ID, "n2")
 	if now := w.get(v.ID); now.SkipLease {
 		t.Errorf("the lease of an engine that runs is not waited for: %+v", now)
+	}
+}
+
+// Only the node that runs a volume's engine changes who is in sync and who holds its snapshots, and only the one that it is
+// attached to says what is on it.
+func TestWhoMayAskForAChange(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.serve(w.mustAttach(w.mustCreate(replicated("v", 2)).ID, "n1"))
+	x := w.mustSnapshot("s", v.ID)
+	remove := replication.Change{Reconfigure: &replication.Reconfigure{Epoch: v.Epoch, ConfigVersion: v.ConfigVersion, Remove: []volume.ReplicaID{v.Replicas[1].ID}}}
+	fs := volume.Filesystem{Phase: volume.Formatting, Type: "ext4"}
+	for name, call := range map[string]func(node volume.NodeID) error{
+		"commit": func(n volume.NodeID) error { _, err := w.CommitBy(ctx, n, v.ID, remove); return err },
+		"attach": func(n volume.NodeID) error {
+			_, err := w.CommitBy(ctx, n, v.ID, replication.Change{Attach: &replication.Attach{Node: "n1"}})
+			return err
+		},
+		"set filesystem": func(n volume.NodeID) error { return w.SetFilesystemBy(ctx, n, v.ID, fs) },
+		"add holder":     func(n volume.NodeID) error { return w.AddHolderBy(ctx, n, x.ID, v.Replicas[1].ID) },
+	} {
+		before := w.get(v.ID)
+		wantErr(t, call("n2"), volume.ErrDenied)
+		if now := w.get(v.ID); now.Revision != before.Revision || now.Filesystem != before.Filesystem {
+			t.Errorf("%s changed the record: %+v", name, now)
+		}
+	}
+	// One that was the owner is told that it is none any more, so that its engine ends.
+	wantErr(t, w.Detach(ctx, v.ID, ""), nil)
+	w.serve(w.mustAttach(v.ID, "n2"))
+	m, err := w.CommitBy(ctx, "n1", v.ID, remove)
+	if wantErr(t, err, replication.ErrStaleEpoch); m.Epoch <= v.Epoch {
+		t.Errorf("%+v", m)
+	}
+	wantErr(t, w.SetFilesystemBy(ctx, "n1", v.ID, fs), volume.ErrDenied)
+	wantErr(t, w.SetFilesystemBy(ctx, "n2", v.ID, fs), nil)
+	wantErr(t, w.AddHolderBy(ctx, "n2", x.ID, v.Replicas[1].ID), nil)
+	v = w.get(v.ID)
+	remove.Reconfigure.Epoch, remove.Reconfigure.ConfigVersion = v.Epoch, v.ConfigVersion
+	_, err = w.CommitBy(ctx, "n2", v.ID, remove)
+	wantErr(t, err, nil)
+}
+
+func TestEnginesOfThePast(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	runs, moved, deleted := w.mustCreate(create("a")), w.mustCreate(create("b")), w.mustCreate(create("c"))
+	engines := map[volume.ID]volume.Epoch{"vol-unknown": 1}
+	for _, v := range []volume.Volume{runs, moved, deleted} {
+		engines[v.ID] = w.serve(w.mustAttach(v.ID, "n1")).Epoch
+	}
+	wantErr(t, w.Detach(ctx, moved.ID, ""), nil)
+	w.mustAttach(moved.ID, "n2")
+	wantErr(t, w.Detach(ctx, deleted.ID, ""), nil)
+	w.silence(deleted.Replicas[0].Node, 5*time.Minute)
+	wantErr(t, w.DeleteVolume(ctx, deleted.ID), nil) // its record waits for the node
+	ended, err := w.Ended(ctx, engines)
+	want := []volume.ID{moved.ID, deleted.ID, "vol-unknown"}
+	slices.Sort(want)
+	if err != nil || !slices.Equal(ended, want) {
+		t.Errorf("%v, want %v; %v", ended, want, err)
 	}
 }

@@ -23,16 +23,29 @@ func change(v *view, id volume.ID, c replication.Change) (command.Result, error)
 }
 
 func commit(v *view, c command.Commit) (command.Result, error) {
+	rec, err := findReady(v, c.Volume)
+	if err != nil {
+		return nil, err
+	}
 	if c.Change.Attach != nil {
-		rec, err := findReady(v, c.Volume)
-		if err != nil {
-			return nil, err
-		}
 		if a := rec.Attachment; rec.Owner != c.Change.Attach.Node || a != nil && a.Detaching {
 			return nil, fmt.Errorf("volume %s is not for node %s to open: %w", rec.ID, c.Change.Attach.Node, replication.ErrAttached)
 		}
 	}
-	return change(v, c.Volume, c.Change)
+	// Who was the owner asks in an older epoch, and is told of the newer one rather.
+	r, err := change(v, c.Volume, c.Change)
+	if err == nil {
+		err = isOwner(rec, c.Node)
+	}
+	return r, err
+}
+
+// isOwner returns volume.ErrDenied where a node speaks for the engine of a volume that it does not run.
+func isOwner(rec volume.Volume, node volume.NodeID) error {
+	if node != "" && node != rec.Owner {
+		return fmt.Errorf("node %s does not run the engine of volume %s, node %q does: %w", node, rec.ID, rec.Owner, volume.ErrDenied)
+	}
+	return nil
 }
 
 func openEngine(v *view, c command.OpenEngine) (command.Result, error) {

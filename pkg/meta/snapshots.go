@@ -148,6 +148,9 @@ func addHolder(v *view, c command.AddHolder) (command.Result, error) {
 	if !ok || i < 0 || rec.State != volume.Ready {
 		return nil, fmt.Errorf("snapshot %s is not ready, or %s is no replica of its volume: %w", rec.ID, c.Replica, volume.ErrNotFound)
 	}
+	if err := isOwner(vol, c.Node); err != nil {
+		return nil, err
+	}
 	r := vol.Replicas[i]
 	if !slices.ContainsFunc(rec.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
 		rec.Holders = append(slices.Clone(rec.Holders), volume.Replica{ID: r.ID, Node: r.Node, Pool: r.Pool})

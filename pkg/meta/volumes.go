@@ -388,6 +388,9 @@ func setFilesystem(v *view, c command.SetFilesystem) (command.Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	if a := rec.Attachment; c.Node != "" && (a == nil || a.Node != c.Node) {
+		return nil, fmt.Errorf("volume %s is not attached to node %s: %w", rec.ID, c.Node, volume.ErrDenied)
+	}
 	now := rec.Filesystem
 	if now == c.Filesystem {
 		return command.Volume{Volume: rec}, nil

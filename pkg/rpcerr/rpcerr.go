@@ -32,6 +32,7 @@ var table = []struct {
 	{volume.ErrStale, codes.Aborted, "stale"},
 
 	{volume.ErrInvalid, codes.InvalidArgument, "invalid"},
+	{volume.ErrDenied, codes.PermissionDenied, "denied"},
 	{volume.ErrNotFound, codes.NotFound, "not-found"},
 	{volume.ErrExists, codes.AlreadyExists, "exists"},
 	{volume.ErrInUse, codes.FailedPrecondition, "in-use"},

@@ -25,6 +25,8 @@ var (
 	ErrUnavailable = errors.New("unavailable")
 	// ErrStale: a paging token or a version is no longer valid.
 	ErrStale = errors.New("stale")
+	// ErrDenied: whoever asks may not; nothing was changed.
+	ErrDenied = errors.New("permission denied")
 	// ErrDataLoss: stored bytes are known to be lost or damaged.
 	ErrDataLoss = errors.New("data loss")
 )
