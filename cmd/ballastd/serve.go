@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -18,6 +17,7 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/admin"
 	"github.com/ballast-csi/ballast/pkg/audit"
+	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/driver"
 	"github.com/ballast-csi/ballast/pkg/keylock"
 	"github.com/ballast-csi/ballast/pkg/metrics"
@@ -25,11 +25,7 @@ import (
 
 // serve runs the daemon until ctx ends or something fails for good.
 func serve(ctx context.Context, cfg config, log *slog.Logger) (err error) {
-	if os.Getenv("GOMAXPROCS") == "" {
-		// Goroutines that compute (hashes, TLS) would keep the runtime from looking at the network as soon as there is one for
-		// each processor; with more threads than processors the kernel shares them out.
-		runtime.GOMAXPROCS(max(4, 2*runtime.NumCPU()))
-	}
+	disk.UseProcessors()
 	if os.Getenv("GOGC") == "" {
 		// The heap is small and mostly idle: a larger one would be resident for nothing.
 		debug.SetGCPercent(50)

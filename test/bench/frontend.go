@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -43,6 +45,13 @@ var workloads = []workload{
 	{"1 MiB sequential write, QD 4", "write", "1m", 4},
 }
 
+// wantedLoads, where it is set, matches the names of those to be measured.
+var wantedLoads *regexp.Regexp
+
+func chosen(all []workload) []workload {
+	return slices.DeleteFunc(slices.Clone(all), func(l workload) bool { return wantedLoads != nil && !wantedLoads.MatchString(l.name) })
+}
+
 // show makes a result of runFio one for people.
 func (l workload) show(v float64) string {
 	if l.block == "1m" {
@@ -72,7 +81,7 @@ func benchFrontend(ctx context.Context, w io.Writer) (err error) {
 		paths = append(paths, path)
 	}
 	fmt.Fprintf(w, "| Workload | fuseloop | QEMU's export | plain loop | fuseloop / QEMU | fuseloop / plain |\n|---|---|---|---|---|---|\n")
-	for _, load := range workloads {
+	for _, load := range chosen(workloads) {
 		m, err := inTurns(load, len(paths), func(i int) (float64, error) {
 			return runFio(ctx, load, "--ioengine=io_uring", "--direct=1", "--allow_file_create=0", "--filename="+paths[i])
 		})

@@ -10,11 +10,14 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime/pprof"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ballast-csi/ballast/pkg/disk"
 )
 
 // benchmarks in the order in which "all" runs them.
@@ -31,6 +34,9 @@ var benchmarks = []struct {
 	{"idle", benchIdle},
 }
 
+// replicaCommand is the first argument of the processes that the replication benchmark starts.
+const replicaCommand = "replica"
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
@@ -45,10 +51,19 @@ func run(ctx context.Context, args []string, w io.Writer) (err error) {
 	for _, b := range benchmarks {
 		names = append(names, b.name)
 	}
+	disk.UseProcessors() // as ballastd does
+	if len(args) > 2 && args[0] == replicaCommand {
+		return replicaProcess(ctx, args[1:])
+	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	profile := flags.String("cpuprofile", "", "write a CPU profile of this process to the `file`")
+	flags.Func("workload", "measure only workloads whose names match the `expression`", func(s string) (err error) {
+		wantedLoads, err = regexp.Compile(s)
+		return err
+	})
 	flags.Usage = func() {
-		fmt.Fprintf(flags.Output(), "usage: bench [-cpuprofile file] all|%s ...\n", strings.Join(names, "|"))
+		fmt.Fprintf(flags.Output(), "usage: bench [options] all|%s ...\n", strings.Join(names, "|"))
+		flags.PrintDefaults()
 	}
 	if err := flags.Parse(args); err != nil {
 		return err

@@ -35,7 +35,7 @@ func benchNBD(ctx context.Context, w io.Writer) (err error) {
 		uris = append(uris, uri)
 	}
 	fmt.Fprintf(w, "| Workload | Ballast | nbdkit | Ballast / nbdkit |\n|---|---|---|---|\n")
-	for _, load := range workloads {
+	for _, load := range chosen(workloads) {
 		m, err := inTurns(load, len(uris), func(i int) (float64, error) {
 			return runFio(ctx, load, "--ioengine=nbd", "--uri="+uris[i])
 		})

@@ -25,6 +25,11 @@ func (d *Daemon) Cost() (Cost, error) {
 	if pid == 0 {
 		return Cost{}, errors.New("the daemon does not run")
 	}
+	return ProcessCost(pid)
+}
+
+// ProcessCost is what a process uses now.
+func ProcessCost(pid int) (Cost, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return Cost{}, err
