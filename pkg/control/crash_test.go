@@ -362,11 +362,12 @@ func TestStruckAtEveryStep(t *testing.T) {
 				}
 				t.Run(fmt.Sprintf("%s/%s/%s", u.name, m, after), func(t *testing.T) {
 					t.Parallel()
+					w := newWorld(t)
 					for k := 1; ; k++ {
 						if k > 30 {
 							t.Fatal("the use case has no end")
 						}
-						if !strike(t, u, m, k, after) {
+						if !strike(w, u, m, k, after) {
 							return
 						}
 						if t.Failed() {
@@ -379,9 +380,9 @@ func TestStruckAtEveryStep(t *testing.T) {
 	}
 }
 
-// strike tells whether there was a step k.
-func strike(t *testing.T, u useCase, m mode, k int, after string) (reached bool) {
-	w := newWorld(t)
+// strike tells whether there was a step k. It leaves an empty world.
+func strike(w *world, u useCase, m mode, k int, after string) (reached bool) {
+	t := w.t
 	arg := u.setup(w)
 	w.check()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -413,9 +414,9 @@ func strike(t *testing.T, u useCase, m mode, k int, after string) (reached bool)
 		u.done(w, arg)
 	case "reconcile":
 		w.reconcile()
-		w.check()
-		w.deleteAll()
 	}
+	w.check()
+	w.deleteAll()
 	w.check()
 	return reached
 }
@@ -426,9 +427,9 @@ func TestStruckOften(t *testing.T) {
 	for _, u := range append(useCases(), severalCases()...) {
 		t.Run(u.name, func(t *testing.T) {
 			t.Parallel()
+			w := newWorld(t)
 			for seed := range uint64(15) {
 				rng := rand.New(rand.NewPCG(seed, 7))
-				w := newWorld(t)
 				arg := u.setup(w)
 				for range 3 {
 					ctx, cancel := context.WithCancel(context.Background())
