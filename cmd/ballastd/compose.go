@@ -73,7 +73,10 @@ func (d *daemon) open(ctx context.Context) (parts closers, err error) {
 		return parts, err
 	}
 	parts.add(node.Close)
-	service := control.New(store, node, control.Options{Logger: d.log, Audit: d.trail, Engines: node})
+	if err := d.metrics.WatchEngines(node.Engines); err != nil {
+		return parts, err
+	}
+	service := control.New(store, node, control.Options{Logger: d.log, Audit: d.trail})
 	node.Start(service)
 	loop := reconcile.Start(service, reconcile.Options{Logger: d.log})
 	parts.add(loop.Close)

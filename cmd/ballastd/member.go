@@ -18,6 +18,7 @@ import (
 	"github.com/ballast-csi/ballast/pkg/clusterapi"
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/meta/metaraft"
+	"github.com/ballast-csi/ballast/pkg/metrics"
 	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/reconcile"
 	"github.com/ballast-csi/ballast/pkg/replicanet"
@@ -65,6 +66,9 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 		return err
 	}
 	parts.add(node.Close)
+	if err := d.metrics.WatchEngines(node.Engines); err != nil {
+		return err
+	}
 
 	services := clusterapi.Services{Node: node}
 	var removed func(volume.NodeID) bool
@@ -140,9 +144,12 @@ func (d *daemon) openController(id *identity, dir *directory, known []string, pa
 	}
 	parts.add(store.Close)
 	d.member.store = store
+	if err := d.metrics.WatchRaft(func() metrics.Raft { return metrics.Raft(store.Stats()) }); err != nil {
+		return nil, nil, err
+	}
 	// This controller's own node is asked as all others are.
 	agents := clusterapi.NewAgents(dir)
-	service := control.New(store, agents, control.Options{Logger: d.log, Audit: d.trail, Engines: agents})
+	service := control.New(store, agents, control.Options{Logger: d.log, Audit: d.trail})
 	loop := reconcile.Start(service, reconcile.Options{Logger: d.log, Leads: func() bool {
 		_, self := store.Leader()
 		return self

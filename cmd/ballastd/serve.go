@@ -177,7 +177,7 @@ func (d *daemon) serveAll(group *errgroup.Group, ls listeners) error {
 	}
 
 	options := admin.Options{
-		Control: lateAdmin{&d.cluster, d.gate}, Exporter: &d.node, Engines: &d.cluster, Audit: d.trail, Node: d.cfg.node, Version: version, Unary: unary, Stream: stream,
+		Control: lateAdmin{&d.cluster, d.gate}, Exporter: &d.node, Audit: d.trail, Node: d.cfg.node, Version: version, Unary: unary, Stream: stream,
 	}
 	if d.cfg.cluster != nil {
 		options.Cluster = &d.member

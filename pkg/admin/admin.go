@@ -84,8 +84,6 @@ type Options struct {
 	Audit    *Trail
 	// Cluster is nil on a node that is alone.
 	Cluster Cluster
-	// Engines is nil where nothing can be told of them.
-	Engines Engines
 	// Node is the name of the node that serves the API.
 	Node volume.NodeID
 	// Version is that of the build.

@@ -90,7 +90,7 @@ func (s *Service) kept(ctx context.Context, out *adminpb.ClusterReply, attention
 		return err
 	}
 	out.Nodes = nodes
-	conditions, err := s.conditions(ctx)
+	unwell, err := s.unwell(ctx)
 	if err != nil {
 		return err
 	}
@@ -104,7 +104,7 @@ func (s *Service) kept(ctx context.Context, out *adminpb.ClusterReply, attention
 				out.Resyncing++
 			}
 		}
-		switch worst := worstOf(conditions[v.ID]); worst {
+		switch worst := worstOf(unwell[v.ID].Conditions); worst {
 		case "":
 			out.Healthy++
 		case volume.Degraded:

@@ -6,6 +6,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -90,10 +91,10 @@ func volumeToProto(v volume.Volume, conditions []volume.Condition) *adminpb.Volu
 }
 
 // volumeInFull adds what its engine tells.
-func volumeInFull(v volume.Volume, conditions []volume.Condition, e *volume.EngineReport, at places) *adminpb.Volume {
-	p := volumeToProto(v, conditions)
-	p.Replicas = replicasOf(v, e, at)
-	if e != nil {
+func volumeInFull(v volume.Volume, h control.Health, at places) *adminpb.Volume {
+	p := volumeToProto(v, h.Conditions)
+	p.Replicas = replicasOf(v, h.Engine, at)
+	if e := h.Engine; e != nil {
 		p.Engine = &adminpb.Engine{Phase: e.Phase, Epoch: uint64(e.Epoch), Waiting: int64(e.Waiting), DirtyBytes: e.Dirty}
 	}
 	return p

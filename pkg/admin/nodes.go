@@ -138,6 +138,10 @@ func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) 
 	if err != nil {
 		return nil, err
 	}
+	unwell, err := s.unwell(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &adminpb.ListDrainBlockersReply{}
 	for _, b := range bs {
 		p := &adminpb.DrainBlocker{Volume: string(b.Volume), Reason: b.Reason}
@@ -149,7 +153,7 @@ func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) 
 			return nil, err
 		}
 		p.VolumeName = v.Name
-		for _, x := range replicasOf(v, s.engine(ctx, v, false), at) {
+		for _, x := range replicasOf(v, unwell[b.Volume].Engine, at) {
 			if x.Resync != nil {
 				p.Resyncs = append(p.Resyncs, x)
 			}

@@ -11,25 +11,6 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// Engines tells how the engines of volumes are. volume.ErrNotFound: none runs.
-type Engines interface {
-	Engine(ctx context.Context, id volume.ID) (volume.EngineReport, error)
-}
-
-// engine asks the engine of a volume, where it may have something to tell: one whose replicas are all in sync is not asked
-// unless that is what the request is about. What cannot be asked is left out: the conditions say why.
-func (s *Service) engine(ctx context.Context, v volume.Volume, always bool) *volume.EngineReport {
-	behind := func(r volume.Replica) bool { return r.Role != volume.InSync }
-	if s.o.Engines == nil || v.Owner == "" || !always && !slices.ContainsFunc(v.Replicas, behind) {
-		return nil
-	}
-	r, err := s.o.Engines.Engine(ctx, v.ID)
-	if err != nil {
-		return nil
-	}
-	return &r
-}
-
 // leaving is the role of a replica that its node has yet to free.
 const leaving = "leaving"
 
@@ -80,13 +61,14 @@ func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasReque
 			return nil, err
 		}
 	}
+	engines := map[volume.ID]*volume.EngineReport{}
 	out := &adminpb.ListReplicasReply{}
 	add := func(v volume.Volume) bool {
 		on := func(x volume.Replica) bool { return r.Node == "" || string(x.Node) == r.Node }
 		if !slices.ContainsFunc(v.Replicas, on) && !slices.ContainsFunc(v.Leaving, on) {
 			return true
 		}
-		for _, p := range replicasOf(v, s.engine(ctx, v, false), at) {
+		for _, p := range replicasOf(v, engines[v.ID], at) {
 			if r.Node == "" || p.Node == r.Node {
 				p.Volume, p.VolumeName = string(v.ID), v.Name
 				out.Replicas = append(out.Replicas, p)
@@ -99,8 +81,20 @@ func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasReque
 		if err != nil {
 			return nil, err
 		}
+		h, err := s.o.Control.Health(ctx, v.ID)
+		if err != nil && !errors.Is(err, volume.ErrNotFound) {
+			return nil, err
+		}
+		engines[v.ID] = h.Engine
 		add(v)
 		return out, ctx.Err()
+	}
+	unwell, err := s.unwell(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for id, h := range unwell {
+		engines[id] = h.Engine
 	}
 	return out, errors.Join(s.everyVolume(ctx, add), ctx.Err())
 }

@@ -10,16 +10,16 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// conditions of every volume that is not well.
-func (s *Service) conditions(ctx context.Context) (map[volume.ID][]volume.Condition, error) {
-	m := map[volume.ID][]volume.Condition{}
+// unwell are the volumes that have conditions.
+func (s *Service) unwell(ctx context.Context) (map[volume.ID]control.Health, error) {
+	m := map[volume.ID]control.Health{}
 	for token := ""; ; {
 		hs, next, err := s.o.Control.Unhealthy(ctx, control.Page{Max: pageSize, Token: token, All: true})
 		if err != nil {
 			return nil, err
 		}
 		for _, h := range hs {
-			m[h.Volume] = h.Conditions
+			m[h.Volume] = h
 		}
 		if token = next; token == "" {
 			return m, nil
@@ -32,10 +32,10 @@ func (s *Service) ListVolumes(ctx context.Context, r *adminpb.ListVolumesRequest
 	if r.Max < 0 {
 		return nil, fmt.Errorf("max is negative: %w", volume.ErrInvalid)
 	}
-	var conditions map[volume.ID][]volume.Condition
+	var unwell map[volume.ID]control.Health
 	if r.WithHealth {
 		var err error
-		if conditions, err = s.conditions(ctx); err != nil {
+		if unwell, err = s.unwell(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -52,11 +52,7 @@ func (s *Service) ListVolumes(ctx context.Context, r *adminpb.ListVolumesRequest
 		if r.Tenant != "" && v.Tenant != r.Tenant {
 			continue
 		}
-		var e *volume.EngineReport
-		if r.WithHealth {
-			e = s.engine(ctx, v, false)
-		}
-		out.Volumes = append(out.Volumes, volumeInFull(v, conditions[v.ID], e, at))
+		out.Volumes = append(out.Volumes, volumeInFull(v, unwell[v.ID], at))
 	}
 	return out, nil
 }
@@ -75,7 +71,7 @@ func (s *Service) GetVolume(ctx context.Context, r *adminpb.GetRequest) (*adminp
 	if err != nil {
 		return nil, err
 	}
-	return volumeInFull(v, h.Conditions, s.engine(ctx, v, true), at), nil
+	return volumeInFull(v, h, at), nil
 }
 
 // CreateVolume implements adminpb.AdminServer.

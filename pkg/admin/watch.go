@@ -58,7 +58,7 @@ func (s *Service) look(ctx context.Context, kind adminpb.Kind, ref string) ([]*a
 			v, err := s.GetVolume(ctx, &adminpb.GetRequest{Ref: ref})
 			return append(out, &adminpb.Event{Object: &adminpb.Event_Volume{Volume: v}}), err
 		}
-		conditions, err := s.conditions(ctx)
+		unwell, err := s.unwell(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -67,7 +67,7 @@ func (s *Service) look(ctx context.Context, kind adminpb.Kind, ref string) ([]*a
 			return nil, err
 		}
 		err = s.everyVolume(ctx, func(v volume.Volume) bool {
-			p := volumeInFull(v, conditions[v.ID], s.engine(ctx, v, false), at)
+			p := volumeInFull(v, unwell[v.ID], at)
 			out = append(out, &adminpb.Event{Object: &adminpb.Event_Volume{Volume: p}})
 			return true
 		})

@@ -2,7 +2,9 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -10,6 +12,7 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/placement"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -18,7 +21,12 @@ const silentAfter = 2 * time.Minute
 
 // Why implements adminpb.AdminServer.
 func (s *Service) Why(ctx context.Context, r *adminpb.WhyRequest) (*adminpb.WhyReply, error) {
-	text, err := s.why(ctx, r.Kind, r.Ref)
+	brief, cancel := context.WithTimeout(ctx, stateWait)
+	defer cancel()
+	text, err := s.why(brief, r.Kind, r.Ref)
+	if unread := errors.Is(err, volume.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded); unread && ctx.Err() == nil && s.o.Cluster != nil {
+		text, err = s.whyUnreadable(ctx, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -32,11 +40,7 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 		if err != nil {
 			return "", err
 		}
-		text, err := s.o.Control.Why(ctx, v.ID)
-		if err != nil {
-			return "", err
-		}
-		return strings.TrimSpace(text + " " + whyEngine(v, s.engine(ctx, v, true))), nil
+		return s.o.Control.Why(ctx, v.ID)
 	case adminpb.Kind_SNAPSHOT:
 		sn, err := s.resolveSnapshot(ctx, ref)
 		if err != nil {
@@ -58,7 +62,7 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 		if err != nil {
 			return "", err
 		}
-		return whyNode(n, s.o.Now()), nil
+		return s.whyNodeInFull(ctx, n)
 	case adminpb.Kind_GROUP:
 		g, err := s.group(ctx, ref)
 		if err != nil {
@@ -78,41 +82,81 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 	return "", fmt.Errorf("kind %v is unknown: %w", kind, volume.ErrInvalid)
 }
 
-func bytesText(n int64) string { return humanize.IBytes(uint64(max(0, n))) }
-
-// whyEngine says what the engine of a volume is doing, where that is more than serving it.
-func whyEngine(v volume.Volume, e *volume.EngineReport) string {
-	if e == nil {
-		return ""
+// whyUnreadable is said where the state cannot be read: of whatever was asked, that is what there is to say.
+func (s *Service) whyUnreadable(ctx context.Context, cause error) (string, error) {
+	cs, err := s.o.Cluster.Controllers(ctx)
+	if err != nil {
+		return "", cause
 	}
-	var say []string
-	switch e.Phase {
-	case "fencing":
-		say = append(say, fmt.Sprintf("Its engine on node %s is making sure that no earlier one can serve it any more: seconds, once a replica that is in sync answers.", v.Owner))
-	case "committing", "marking":
-		say = append(say, fmt.Sprintf("Its engine on node %s is starting: it agrees with the controllers and the replicas on who is in sync.", v.Owner))
-	}
-	if e.Waiting > 0 {
-		say = append(say, fmt.Sprintf("%d requests of the workload are not answered yet.", e.Waiting))
-	}
-	if e.Dirty > 0 {
-		say = append(say, fmt.Sprintf("%s that were being written when the engine before it ended are compared among the replicas; they can be used meanwhile.", bytesText(e.Dirty)))
-	}
-	for _, r := range e.Resyncs {
-		text := fmt.Sprintf("Replica %s is being brought up: %s are done, %s are left", r.Replica, bytesText(r.Done), bytesText(r.Left))
-		if r.Rate > 0 {
-			text += fmt.Sprintf(", at %s/s", bytesText(r.Rate))
-			if seconds := r.Left / r.Rate; seconds < 1e6 { // more is no forecast
-				text += fmt.Sprintf(" about %s more", time.Duration(seconds)*time.Second)
-			}
+	var away []string
+	voters, answer := 0, 0
+	for _, c := range cs {
+		switch {
+		case c.Voter && c.Answers:
+			voters, answer = voters+1, answer+1
+		case c.Voter:
+			voters, away = voters+1, append(away, string(c.ID))
 		}
-		if r.Snapshots > 0 {
-			text += fmt.Sprintf(", and %d snapshots", r.Snapshots)
-		}
-		say = append(say, text+".")
 	}
-	return strings.Join(say, " ")
+	if answer > voters/2 {
+		return "", cause
+	}
+	slices.Sort(away)
+	return fmt.Sprintf("That cannot be told: the controllers have no majority. %d of %d answer (not %s). Volumes whose replicas are all well go on; "+
+		"where a replica fails I/O waits, nothing can be created, attached or changed, and nothing is lost. "+
+		"Next: bring %d of these controllers back with the disks that they had: see that the host is up, its network too, and ballastd runs there.",
+		answer, voters, strings.Join(away, ", "), voters/2+1-answer), nil
 }
+
+// whyNodeInFull adds what else concerns a node's admin.
+func (s *Service) whyNodeInFull(ctx context.Context, n volume.Node) (string, error) {
+	text := whyNode(n, s.o.Now())
+	strays, err := s.o.Control.Strays(ctx)
+	if err != nil {
+		return "", err
+	}
+	count := 0
+	for _, x := range strays {
+		if x.Node == n.ID {
+			count++
+		}
+	}
+	if count > 0 {
+		text += fmt.Sprintf(" %s there in no record: quarantined, kept, served to nobody and never deleted by themselves, since the records may be what is wrong. "+
+			"`ballastctl pool strays` lists them and says how to look at one.", isOrAre(count, "replica or snapshot", "replicas or snapshots"))
+	}
+	if s.o.Cluster == nil || s.silent(n) || n.State != volume.NodeActive {
+		return text, nil
+	}
+	blockers, err := s.o.Control.DrainBlockers(ctx, n.ID)
+	if err != nil || len(blockers) == 0 {
+		return text, err
+	}
+	return text + fmt.Sprintf(" It must stay up just now: stopping it would make %s wait, so `ballastctl node drain %s` is refused. "+
+		"`ballastctl node drain %s --wait` drains it as soon as other replicas are in sync; a volume with one replica needs a second (`ballastctl volume set VOLUME --replicas 2`).",
+		s.blockedVolumes(ctx, blockers), n.ID, n.ID), nil
+}
+
+func (s *Service) blockedVolumes(ctx context.Context, bs []placement.Blocker) string {
+	var names []string
+	for _, b := range bs {
+		name := string(b.Volume)
+		if v, err := s.o.Control.Volume(ctx, b.Volume); err == nil {
+			name = v.Name
+		}
+		names = append(names, name)
+	}
+	return fmt.Sprintf("%s (%s)", countOf("volume", names), firstOf(names))
+}
+
+func isOrAre(n int, one, several string) string {
+	if n == 1 {
+		return "1 " + one + " is"
+	}
+	return fmt.Sprintf("%d %s are", n, several)
+}
+
+func bytesText(n int64) string { return humanize.IBytes(uint64(max(0, n))) }
 
 func whySnapshot(s volume.Snapshot, volumeName string) string {
 	source := "its volume is deleted, which does not affect it"
@@ -121,7 +165,7 @@ func whySnapshot(s volume.Snapshot, volumeName string) string {
 	}
 	switch s.State {
 	case volume.Creating:
-		return fmt.Sprintf("Snapshot %s is being cut. It becomes ready when a holder has made it durable; where the daemon restarted meanwhile, the same request made again finishes it.", s.Name)
+		return fmt.Sprintf("Snapshot %s is being cut: its volume's writes are held for a second at most, and it becomes ready when every replica in sync has sealed it. If the engine ends or the replicas in sync change meanwhile, it is given up and deleted by itself. Nothing needs to be done; the same request made again finishes it or begins anew.", s.Name)
 	case volume.Deleting:
 		return fmt.Sprintf("Snapshot %s is being deleted. Its space is freed in the background; nothing needs to be done.", s.Name)
 	}

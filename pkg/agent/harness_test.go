@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -653,6 +654,16 @@ func wantErr(t *testing.T, what string, err, want error) {
 	if !errors.Is(err, want) {
 		t.Errorf("%s: %v, want %v", what, err, want)
 	}
+}
+
+// conditions are all that the controllers are told of.
+func (h *host) conditions(r volume.Replica, id volume.ID) ([]volume.Condition, error) {
+	h.t.Helper()
+	o, err := h.node.Observe(h.t.Context(), nodeID, []control.Subject{{Volume: id, Replica: r}})
+	if err != nil {
+		return nil, err
+	}
+	return slices.Concat(o[0].Replica, o[0].Device), nil
 }
 
 func reasons(cs []volume.Condition) string {

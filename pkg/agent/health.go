@@ -10,17 +10,25 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/mount"
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// Conditions implements control.Agents.
-func (n *Node) Conditions(_ context.Context, node volume.NodeID, r volume.Replica, id volume.ID) ([]volume.Condition, error) {
+// Observe implements control.Agents.
+func (n *Node) Observe(_ context.Context, node volume.NodeID, of []control.Subject) ([]control.Observation, error) {
 	if err := n.here(node); err != nil {
 		return nil, err
 	}
-	return n.conditions(id, r), nil
+	out := make([]control.Observation, len(of))
+	for i, s := range of {
+		out[i].Replica, out[i].Device = n.replicaConditions(s.Replica), n.deviceConditions(s.Volume)
+		if r, runs := n.engine(s.Volume); runs {
+			out[i].Engine = &r
+		}
+	}
+	return out, nil
 }
 
 // Health returns what is wrong with a volume as this node sees it, dead paths included. It returns volume.ErrNotFound for
@@ -38,10 +46,11 @@ func (n *Node) Health(ctx context.Context, id volume.ID) ([]volume.Condition, er
 	i := slices.IndexFunc(cv.Replicas, func(r volume.Replica) bool { return r.Node == n.cfg.ID })
 	var out []volume.Condition
 	if i >= 0 {
-		out = n.conditions(id, cv.Replicas[i])
+		out = n.replicaConditions(cv.Replicas[i])
 	} else if !known && (cv.Attachment == nil || cv.Attachment.Node != n.cfg.ID) {
 		return nil, fmt.Errorf("volume %s is not on node %s: %w", id, n.cfg.ID, volume.ErrNotFound)
 	}
+	out = append(out, n.deviceConditions(id)...)
 	if known {
 		if dead := v.get().dead; dead > 0 {
 			out = append(out, volume.Condition{
@@ -53,17 +62,28 @@ func (n *Node) Health(ctx context.Context, id volume.ID) ([]volume.Condition, er
 	return out, nil
 }
 
-func (n *Node) conditions(id volume.ID, r volume.Replica) []volume.Condition {
+// replicaConditions are what is wrong with a replica here; one without an ID has no troubles.
+func (n *Node) replicaConditions(r volume.Replica) []volume.Condition {
+	bad := func(reason, format string, a ...any) []volume.Condition {
+		return []volume.Condition{{Severity: volume.Inaccessible, Reason: reason, Message: fmt.Sprintf(format, a...)}}
+	}
+	p, ok := n.pools[r.Pool]
+	switch {
+	case r.ID == "":
+		return nil
+	case !ok:
+		return bad("PoolMissing", "pool %s is not open on node %s; bring its disk back and restart ballastd", r.Pool, n.cfg.ID)
+	case !p.HasReplica(r.ID):
+		return bad("ReplicaMissing", "pool %s has no replica %s; was its directory replaced? Bring the old one back, or restore a snapshot", r.Pool, r.ID)
+	}
+	return p.Conditions(r.ID)
+}
+
+// deviceConditions are what is wrong with a volume's engine, device and filesystem here.
+func (n *Node) deviceConditions(id volume.ID) []volume.Condition {
 	var out []volume.Condition
 	add := func(s volume.Severity, reason, message string) {
 		out = append(out, volume.Condition{Severity: s, Reason: reason, Message: message})
-	}
-	if p, ok := n.pools[r.Pool]; !ok {
-		add(volume.Inaccessible, "PoolMissing", fmt.Sprintf("pool %s is not open on node %s; bring its disk back and restart ballastd", r.Pool, n.cfg.ID))
-	} else if !p.HasReplica(r.ID) {
-		add(volume.Inaccessible, "ReplicaMissing", fmt.Sprintf("pool %s has no replica %s; was its directory replaced? Bring the old one back, or restore a snapshot", r.Pool, r.ID))
-	} else {
-		out = append(out, p.Conditions(r.ID)...)
 	}
 	v, known := n.known(id)
 	if !known {

@@ -28,7 +28,7 @@ func TestLifecycle(t *testing.T) {
 			}
 			write(t, filepath.Join(at, "file"), "content")
 			wantContent(t, filepath.Join(staging, "file"), "content")
-			if got, err := h.node.Conditions(t.Context(), nodeID, h.replica(vol1), vol1); err != nil || len(got) > 0 {
+			if got, err := h.conditions(h.replica(vol1), vol1); err != nil || len(got) > 0 {
 				t.Errorf("conditions %v, %v", got, err)
 			}
 			wantErr(t, "unstage while published", h.node.Unstage(t.Context(), vol1, staging), volume.ErrInUse)

@@ -416,7 +416,7 @@ func TestPoint26_OnlineExpand(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			cs, err := h.node.Conditions(t.Context(), nodeID, h.replica(vol1), vol1)
+			cs, err := h.conditions(h.replica(vol1), vol1)
 			deferred := reasons(cs) == "Degraded/FilesystemNotGrown" && fsType == "ext4"
 			if err != nil || len(cs) > 0 && !deferred {
 				t.Errorf("conditions %v, %v", cs, err)
@@ -433,7 +433,7 @@ func TestPoint26_OnlineExpand(t *testing.T) {
 			if u, err := h.node.Stats(t.Context(), vol1, staging); err != nil || u.Total < 480*mib {
 				t.Errorf("usage after staging again %+v, %v", u, err)
 			}
-			if cs, err := h.node.Conditions(t.Context(), nodeID, h.replica(vol1), vol1); err != nil || len(cs) > 0 {
+			if cs, err := h.conditions(h.replica(vol1), vol1); err != nil || len(cs) > 0 {
 				t.Errorf("conditions %v, %v", cs, err)
 			}
 			h.unstage(vol1, staging)

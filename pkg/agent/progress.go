@@ -1,28 +1,34 @@
 package agent
 
 import (
-	"context"
-	"fmt"
 	"sync"
 	"time"
 
-	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-var _ control.Engines = (*Node)(nil)
-
-// Engine implements control.Engines.
-func (n *Node) Engine(_ context.Context, node volume.NodeID, id volume.ID) (volume.EngineReport, error) {
-	if err := n.here(node); err != nil {
-		return volume.EngineReport{}, err
+// Engines tells how the engines that run here are.
+func (n *Node) Engines() map[volume.ID]volume.EngineReport {
+	out := map[volume.ID]volume.EngineReport{}
+	for _, v := range n.all() {
+		if r, runs := n.engine(v.id); runs {
+			out[v.id] = r
+		}
 	}
+	return out
+}
+
+// engine tells how the engine of a volume is, where one runs here.
+func (n *Node) engine(id volume.ID) (_ volume.EngineReport, runs bool) {
 	v, known := n.known(id)
-	if !known || v.get().inst == nil {
-		return volume.EngineReport{}, fmt.Errorf("node %s runs no engine of volume %s: %w", n.cfg.ID, id, volume.ErrNotFound)
+	if !known {
+		return volume.EngineReport{}, false
 	}
 	i := v.get().inst
+	if i == nil {
+		return volume.EngineReport{}, false
+	}
 	s := i.e.Status()
 	r := volume.EngineReport{
 		Phase: s.Phase, Epoch: s.Epoch, Waiting: s.Waiting, Dirty: int64(s.Dirty) * replication.DefaultGeometry().Region,
@@ -39,7 +45,7 @@ func (n *Node) Engine(_ context.Context, node volume.NodeID, id volume.ID) (volu
 			Rate: rate, Snapshots: m.Resync.Snapshots, Since: volume.Timestamp(since.UnixNano()),
 		})
 	}
-	return r, nil
+	return r, true
 }
 
 // rateOver is the least time that a rate is measured over.

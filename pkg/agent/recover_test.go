@@ -180,7 +180,7 @@ func TestRestoreIsRetried(t *testing.T) {
 	h.node.Start(h.cluster)
 	<-h.node.recovered
 	wantErr(t, "ready", h.node.Ready(t.Context()), nil)
-	if cs, err := h.node.Conditions(t.Context(), nodeID, h.replica(vol1), vol1); err != nil || reasons(cs) != "Inaccessible/DeviceNotRestored" {
+	if cs, err := h.conditions(h.replica(vol1), vol1); err != nil || reasons(cs) != "Inaccessible/DeviceNotRestored" {
 		t.Errorf("conditions %v, %v", cs, err)
 	}
 	_, err := h.node.Stats(t.Context(), vol1, h.w("t"))
@@ -192,7 +192,7 @@ func TestRestoreIsRetried(t *testing.T) {
 	h.cluster.down = nil
 	h.cluster.mu.Unlock()
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		cs, err := h.node.Conditions(t.Context(), nodeID, h.replica(vol1), vol1)
+		cs, err := h.conditions(h.replica(vol1), vol1)
 		if err == nil && len(cs) == 0 {
 			break
 		}
@@ -326,7 +326,7 @@ func TestConditions(t *testing.T) {
 	h.stage(vol1, h.w("s"), fsCap("ext4"))
 	conditions := func() string {
 		t.Helper()
-		cs, err := h.node.Conditions(t.Context(), nodeID, h.replica(vol1), vol1)
+		cs, err := h.conditions(h.replica(vol1), vol1)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -358,11 +358,14 @@ func TestConditions(t *testing.T) {
 
 	other := h.replica(vol1)
 	other.Pool = "pool-9"
-	if cs, err := h.node.Conditions(t.Context(), nodeID, other, vol1); err != nil || reasons(cs) != "Inaccessible/PoolMissing" {
+	if cs, err := h.conditions(other, vol1); err != nil || reasons(cs) != "Inaccessible/PoolMissing" {
 		t.Errorf("conditions %v, %v", cs, err)
 	}
 	other = h.replica("vol-9")
-	if cs, err := h.node.Conditions(t.Context(), nodeID, other, "vol-9"); err != nil || reasons(cs) != "Inaccessible/ReplicaMissing" {
+	if cs, err := h.conditions(volume.Replica{}, vol1); err != nil || len(cs) > 0 {
+		t.Errorf("a node that has no replica of the volume: %v, %v", cs, err)
+	}
+	if cs, err := h.conditions(other, "vol-9"); err != nil || reasons(cs) != "Inaccessible/ReplicaMissing" {
 		t.Errorf("conditions %v, %v", cs, err)
 	}
 	_, err := h.node.Health(t.Context(), "vol-9")

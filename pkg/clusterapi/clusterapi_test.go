@@ -20,7 +20,7 @@ import (
 
 // recorder notes what arrives, and answers with an error when it has one.
 type recorder struct {
-	Node
+	control.Agents
 	Controller
 	got []any
 	err error
@@ -131,11 +131,11 @@ func (r *recorder) Detach(_ context.Context, n volume.NodeID, id volume.ID, e vo
 func (r *recorder) SetQoS(_ context.Context, n volume.NodeID, id volume.ID, q volume.QoS) error {
 	return r.note(n, id, q)
 }
-func (r *recorder) Engine(_ context.Context, n volume.NodeID, id volume.ID) (volume.EngineReport, error) {
-	return volume.EngineReport{Phase: "live", Epoch: 9, Resyncs: []volume.Resync{{Replica: "r", Left: 1 << 40}}}, r.note(n, id)
-}
-func (r *recorder) Conditions(_ context.Context, n volume.NodeID, at volume.Replica, id volume.ID) ([]volume.Condition, error) {
-	return []volume.Condition{{Severity: volume.Degraded, Reason: "X", Message: "y"}}, r.note(n, at, id)
+func (r *recorder) Observe(_ context.Context, n volume.NodeID, of []control.Subject) ([]control.Observation, error) {
+	return []control.Observation{
+		{Replica: []volume.Condition{{Severity: volume.Degraded, Reason: "X", Message: "y"}}},
+		{Engine: &volume.EngineReport{Phase: "live", Epoch: 9, Resyncs: []volume.Resync{{Replica: "r", Left: 1 << 40}}}},
+	}, r.note(n, of)
 }
 func (r *recorder) Extents(_ context.Context, h volume.Replica, s, base volume.SnapshotID, off int64, fn func(control.Extent) error) error {
 	for i := range int64(2*batchExtents + 1) {
@@ -151,7 +151,7 @@ func TestAgents(t *testing.T) {
 	r := &recorder{}
 	cc, _ := pair(t, Services{Node: r}, pki.RoleController)
 	client := reflect.ValueOf(NewAgents(dialed{cc}))
-	port := reflect.TypeFor[Node]()
+	port := reflect.TypeFor[control.Agents]()
 	for i := range port.NumMethod() {
 		m := port.Method(i)
 		t.Run(m.Name, func(t *testing.T) {
@@ -207,6 +207,11 @@ func fill(v reflect.Value, n int) {
 		v.SetUint(uint64(n))
 	case reflect.Bool:
 		v.SetBool(true)
+	case reflect.Slice:
+		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
+		for i := range v.Len() {
+			fill(v.Index(i), n%1000*10+i)
+		}
 	case reflect.Struct:
 		for i := range v.NumField() {
 			fill(v.Field(i), n*100+i)

@@ -40,6 +40,10 @@ type (
 		Size    int64        `json:",omitempty"`
 		Epoch   volume.Epoch `json:",omitempty"`
 	}
+	observe struct {
+		Node volume.NodeID
+		Of   []control.Subject
+	}
 	onVolume struct {
 		Node    volume.NodeID
 		Volume  volume.ID
@@ -72,13 +76,7 @@ type (
 // batchExtents bounds the extents in one message.
 const batchExtents = 4096
 
-// Node is what a node answers to controllers.
-type Node interface {
-	control.Agents
-	control.Engines
-}
-
-// nodeMethods of the service, whose server is a Node.
+// nodeMethods of the service, whose server is a control.Agents.
 var nodeMethods = []grpc.MethodDesc{
 	unary(nodeService, "CreateReplica", func(a control.Agents, ctx context.Context, r *createReplica) (none, error) {
 		return none{}, a.CreateReplica(ctx, r.Node, r.Spec)
@@ -125,16 +123,13 @@ var nodeMethods = []grpc.MethodDesc{
 	unary(nodeService, "SetQoS", func(a control.Agents, ctx context.Context, r *setQoS) (none, error) {
 		return none{}, a.SetQoS(ctx, r.Node, r.Volume, r.QoS)
 	}),
-	unary(nodeService, "Engine", func(n Node, ctx context.Context, r *onVolume) (volume.EngineReport, error) {
-		return n.Engine(ctx, r.Node, r.Volume)
-	}),
-	unary(nodeService, "Conditions", func(a control.Agents, ctx context.Context, r *ofVolume) ([]volume.Condition, error) {
-		return a.Conditions(ctx, r.Node, r.Replica, r.Volume)
+	unary(nodeService, "Observe", func(a control.Agents, ctx context.Context, r *observe) ([]control.Observation, error) {
+		return a.Observe(ctx, r.Node, r.Of)
 	}),
 }
 
 var nodeDesc = grpc.ServiceDesc{
-	ServiceName: nodeService, HandlerType: (*Node)(nil), Methods: nodeMethods,
+	ServiceName: nodeService, HandlerType: (*control.Agents)(nil), Methods: nodeMethods,
 	Streams: []grpc.StreamDesc{{StreamName: "Extents", ServerStreams: true, Handler: serveExtents}},
 }
 
@@ -167,7 +162,7 @@ func serveExtents(srv any, s grpc.ServerStream) error {
 	return nil
 }
 
-// Agents is control.Agents and control.Engines by calls to the nodes.
+// Agents is control.Agents by calls to the nodes.
 type Agents struct{ dial Dialer }
 
 // Dialer finds the way to a node; volume.ErrUnavailable where none is known.
@@ -175,7 +170,7 @@ type Dialer interface {
 	Node(ctx context.Context, id volume.NodeID) (grpc.ClientConnInterface, error)
 }
 
-var _ Node = (*Agents)(nil)
+var _ control.Agents = (*Agents)(nil)
 
 // NewAgents returns the nodes that d finds.
 func NewAgents(d Dialer) *Agents { return &Agents{dial: d} }
@@ -256,12 +251,8 @@ func (a *Agents) SetQoS(ctx context.Context, n volume.NodeID, id volume.ID, q vo
 	return do(ctx, a, n, "SetQoS", &setQoS{n, id, q})
 }
 
-func (a *Agents) Conditions(ctx context.Context, n volume.NodeID, r volume.Replica, id volume.ID) ([]volume.Condition, error) {
-	return node[[]volume.Condition](ctx, a, n, "Conditions", &ofVolume{Node: n, Replica: r, Volume: id})
-}
-
-func (a *Agents) Engine(ctx context.Context, n volume.NodeID, id volume.ID) (volume.EngineReport, error) {
-	return node[volume.EngineReport](ctx, a, n, "Engine", &onVolume{Node: n, Volume: id})
+func (a *Agents) Observe(ctx context.Context, n volume.NodeID, of []control.Subject) ([]control.Observation, error) {
+	return node[[]control.Observation](ctx, a, n, "Observe", &observe{n, of})
 }
 
 func (a *Agents) Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -28,7 +29,7 @@ const (
 
 // Services of a server; what is nil is not served.
 type Services struct {
-	Node       Node
+	Node       control.Agents
 	Controller Controller
 }
 

@@ -149,6 +149,10 @@ type fakeAgents struct {
 	down       map[volume.NodeID]bool
 	conditions []volume.Condition
 	troubled   volume.NodeID // the only one that has the conditions; "" is all
+	atDevice   map[volume.NodeID][]volume.Condition
+	running    *volume.EngineReport // on runner
+	runner     volume.NodeID
+	observed   int // calls of Observe
 	// scripted is what the next call of a method answers, once; "device" is a resize after the replica has grown.
 	scripted map[string]error
 	// onFence and onDetach happen before those are answered.
@@ -399,16 +403,30 @@ func (a *fakeAgents) SetQoS(ctx context.Context, node volume.NodeID, id volume.I
 	})
 }
 
-func (a *fakeAgents) Conditions(_ context.Context, node volume.NodeID, _ volume.Replica, _ volume.ID) ([]volume.Condition, error) {
+func (a *fakeAgents) Observe(ctx context.Context, node volume.NodeID, of []control.Subject) ([]control.Observation, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.observed++
+	if a.hangs == node {
+		a.mu.Unlock()
+		<-ctx.Done()
+		a.mu.Lock()
+		return nil, ctx.Err()
+	}
 	if a.down[node] {
 		return nil, fmt.Errorf("node %s is down: %w", node, volume.ErrUnavailable)
 	}
-	if a.troubled != "" && a.troubled != node {
-		return nil, nil
+	out := make([]control.Observation, len(of))
+	for i, s := range of {
+		if s.Replica.ID != "" && (a.troubled == "" || a.troubled == node) {
+			out[i].Replica = slices.Clone(a.conditions)
+		}
+		out[i].Device = slices.Clone(a.atDevice[node])
+		if a.running != nil && node == a.runner {
+			out[i].Engine = a.running
+		}
 	}
-	return a.conditions, nil
+	return out, nil
 }
 
 func (a *fakeAgents) Extents(_ context.Context, h volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {

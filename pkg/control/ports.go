@@ -108,16 +108,11 @@ type Agents interface {
 	Detach(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) (clean bool, err error)
 	// SetQoS changes the limits of a volume where it is attached; elsewhere it does nothing.
 	SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error
-	// Conditions reports what is wrong with a volume on that node.
-	Conditions(ctx context.Context, node volume.NodeID, r volume.Replica, id volume.ID) ([]volume.Condition, error)
+	// Observe tells how volumes are on that node: one observation for each subject, in order.
+	Observe(ctx context.Context, node volume.NodeID, of []Subject) ([]Observation, error)
 	// Extents calls fn with the runs of a snapshot that may differ from base, in order and not overlapping, from offset
 	// on; with base "" the runs that were ever written. It stops at fn's first error and returns it.
 	Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(Extent) error) error
-}
-
-// Engines tell how the engines of volumes are. Engine returns volume.ErrNotFound where the node runs none for the volume.
-type Engines interface {
-	Engine(ctx context.Context, node volume.NodeID, id volume.ID) (volume.EngineReport, error)
 }
 
 // Store is the cluster's state: a deterministic state machine behind Propose. meta implements it, later over raft.

@@ -254,18 +254,6 @@ func (s *Service) Membership(ctx context.Context, id volume.ID) (replication.Mem
 	return command.Membership(v), nil
 }
 
-// Engine asks how the engine of a volume is; volume.ErrNotFound where none runs.
-func (s *Service) Engine(ctx context.Context, id volume.ID) (volume.EngineReport, error) {
-	v, err := s.live(ctx, id)
-	if err != nil {
-		return volume.EngineReport{}, err
-	}
-	if v.Owner == "" || s.o.Engines == nil {
-		return volume.EngineReport{}, fmt.Errorf("volume %s has no engine that can be asked: %w", id, volume.ErrNotFound)
-	}
-	return s.o.Engines.Engine(ctx, v.Owner, id)
-}
-
 // AddHolder is AddHolderBy for an engine of this process.
 func (s *Service) AddHolder(ctx context.Context, id volume.SnapshotID, replica volume.ReplicaID) error {
 	return s.AddHolderBy(ctx, "", id, replica)

@@ -107,8 +107,26 @@ type Stray struct {
 	PhysicalBytes int64
 }
 
-// Health is a volume's conditions; none is healthy.
+// Subject is a volume that a node is asked about.
+type Subject struct {
+	Volume volume.ID
+	// Replica is the one that the node has of it; without an ID it has none.
+	Replica volume.Replica
+}
+
+// Observation is how a volume is as one node sees it.
+type Observation struct {
+	// Replica is what is wrong with the replica there and its pool; Device with what its workload there uses: engine,
+	// device, filesystem. That is of the past where another node has the volume now.
+	Replica, Device []volume.Condition `json:",omitempty"`
+	// Engine is nil where the node does not run the volume's.
+	Engine *volume.EngineReport `json:",omitempty"`
+}
+
+// Health is what is wrong with a volume; no condition is healthy.
 type Health struct {
 	Volume     volume.ID
 	Conditions []volume.Condition
+	// Engine is how its engine is, nil where none can be asked.
+	Engine *volume.EngineReport
 }

@@ -22,8 +22,6 @@ type Options struct {
 	Logger *slog.Logger
 	// Audit gets every change; nil drops them.
 	Audit Audit
-	// Engines tell how they are; nil: nothing is known of them.
-	Engines Engines
 	// Now is the clock.
 	Now func() time.Time
 	// NodeTimeout is the silence after which a node counts as down: 2 minutes.

@@ -442,7 +442,7 @@ func TestHealth(t *testing.T) {
 	w.agents.conditions = nil
 	w.now = w.now.Add(time.Hour)
 	health(volume.Inaccessible)
-	if why, _ := w.Why(ctx, v.ID); !strings.Contains(why, "node n1 has not reported for 1h0m0s") {
+	if why, _ := w.Why(ctx, v.ID); !strings.Contains(why, "Node n1 has not reported for 1h0m0s") {
 		t.Errorf("why: %s", why)
 	}
 	w.register("n1") // without its pool

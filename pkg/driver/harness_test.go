@@ -321,8 +321,13 @@ func (a *fakeAgents) Detach(_ context.Context, n volume.NodeID, id volume.ID, _ 
 
 func (a *fakeAgents) SetQoS(context.Context, volume.NodeID, volume.ID, volume.QoS) error { return nil }
 
-func (a *fakeAgents) Conditions(context.Context, volume.NodeID, volume.Replica, volume.ID) (c []volume.Condition, err error) {
-	return c, a.locked(func() { c = slices.Clone(a.conditions) })
+func (a *fakeAgents) Observe(_ context.Context, _ volume.NodeID, of []control.Subject) ([]control.Observation, error) {
+	out := make([]control.Observation, len(of))
+	return out, a.locked(func() {
+		for i := range out {
+			out[i].Replica = slices.Clone(a.conditions)
+		}
+	})
 }
 
 func (a *fakeAgents) Extents(ctx context.Context, _ volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {

@@ -1,7 +1,6 @@
 package metrics
 
 import (
-	"context"
 	"maps"
 	"slices"
 
@@ -22,7 +21,7 @@ var (
 
 // engineCollector reads how the engines of this node are when it is scraped.
 type engineCollector struct {
-	look func(context.Context) (map[volume.ID]volume.EngineReport, error)
+	look func() map[volume.ID]volume.EngineReport
 }
 
 // Describe implements prometheus.Collector.
@@ -32,25 +31,16 @@ func (engineCollector) Describe(ch chan<- *prometheus.Desc) {
 	}
 }
 
-// Collect implements prometheus.Collector. What cannot be read has no series.
+// Collect implements prometheus.Collector.
 func (c engineCollector) Collect(ch chan<- prometheus.Metric) {
-	ctx, cancel := context.WithTimeout(context.Background(), scrapeTimeout)
-	defer cancel()
-	engines, err := c.look(ctx)
-	if err != nil {
-		return
-	}
+	engines := c.look()
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	ids := slices.Sorted(maps.Keys(engines))
 	for _, id := range ids[:min(len(ids), maxVolumes)] {
 		e := engines[id]
-		live := 0.0
-		if e.Phase == "live" {
-			live = 1
-		}
-		gauge(descEngineLive, live, string(id))
+		gauge(descEngineLive, truth(e.Phase == "live"), string(id))
 		gauge(descEngineWaiting, float64(e.Waiting), string(id))
 		gauge(descEngineDirty, float64(e.Dirty), string(id))
 		for _, r := range e.Resyncs {

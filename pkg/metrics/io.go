@@ -26,14 +26,14 @@ type ioMetrics struct {
 func newIOMetrics() ioMetrics {
 	labels := []string{"volume", "op"}
 	counter := func(name, help string) *prometheus.CounterVec {
-		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "ballast_volume_io_" + name, Help: help}, labels)
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "ballast_replica_io_" + name, Help: help}, labels)
 	}
 	return ioMetrics{
-		operations: counter("operations_total", "Requests that the kernel's device of the volume got."),
+		operations: counter("operations_total", "Requests to the replica of the volume that this node has, from its engine, here or elsewhere."),
 		bytes:      counter("bytes_total", "Bytes of these requests."),
 		errors:     counter("errors_total", "Requests of these that were answered with an error."),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name:    "ballast_volume_io_duration_seconds",
+			Name:    "ballast_replica_io_duration_seconds",
 			Help:    "How long these requests took.",
 			Buckets: []float64{.00005, .0002, .001, .005, .025, .1, .5, 2.5, 10},
 		}, labels),

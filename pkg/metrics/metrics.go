@@ -28,13 +28,11 @@ type State struct {
 	Conditions map[volume.ID][]volume.Condition
 	Nodes      []volume.Node
 	Quotas     []volume.Quota
-	// Raft is nil on a node that is alone.
-	Raft *Raft
 }
 
 // Raft is how a controller's share of the cluster's log is.
 type Raft struct {
-	Leads                    bool
+	Leads, HasLeader         bool
 	Term, Applied, Committed uint64
 	Voters                   int
 }
@@ -77,8 +75,12 @@ func (m *Metrics) Watch(look func(context.Context) (State, error)) error {
 	return m.registry.Register(stateCollector{look})
 }
 
+// WatchRaft shows this controller's share of the log from now on; also where the state cannot be read, which is when it is
+// looked at. It is called once; look is called for each scrape.
+func (m *Metrics) WatchRaft(look func() Raft) error { return m.registry.Register(raftCollector{look}) }
+
 // WatchEngines shows the engines of this node from now on. It is called once; look is called for each scrape.
-func (m *Metrics) WatchEngines(look func(context.Context) (map[volume.ID]volume.EngineReport, error)) error {
+func (m *Metrics) WatchEngines(look func() map[volume.ID]volume.EngineReport) error {
 	return m.registry.Register(engineCollector{look})
 }
 

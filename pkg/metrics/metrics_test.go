@@ -6,13 +6,18 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
 	"github.com/ballast-csi/ballast/pkg/block"
@@ -59,7 +64,6 @@ func TestStateIsShown(t *testing.T) {
 			{Severity: volume.Inaccessible, Reason: "PoolFull", Message: "b"},
 		}},
 		Nodes:  []volume.Node{{ID: "n1", LastSeen: 5e9, Pools: []volume.Pool{{Name: "default", Capacity: 100, Used: 40, Provisioned: 150, OverProvision: 2}}}},
-		Raft:   &Raft{Leads: true, Term: 7, Applied: 41, Committed: 42, Voters: 3},
 		Quotas: []volume.Quota{{Tenant: "shop", Limit: volume.Amounts{Volumes: 3}, Used: volume.Amounts{Volumes: 2}}},
 	}
 	var lookErr error
@@ -70,7 +74,10 @@ func TestStateIsShown(t *testing.T) {
 		"vol-1": {Phase: "live", Waiting: 4, Resyncs: []volume.Resync{{Replica: "rep-3", Done: 100, Left: 50, Rate: 25}}},
 		"vol-2": {Phase: "fencing", Dirty: 1 << 20},
 	}
-	if err := m.WatchEngines(func(context.Context) (map[volume.ID]volume.EngineReport, error) { return engines, lookErr }); err != nil {
+	if err := m.WatchEngines(func() map[volume.ID]volume.EngineReport { return engines }); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.WatchRaft(func() Raft { return Raft{Leads: true, HasLeader: true, Term: 7, Applied: 41, Committed: 42, Voters: 3} }); err != nil {
 		t.Fatal(err)
 	}
 	code, body := get(t, m.Handler(well()), "/metrics")
@@ -99,6 +106,7 @@ func TestStateIsShown(t *testing.T) {
 		`ballast_volumes_health{health="Degraded"} 0`,
 		`ballast_node_info{node="n1",state="active",zone=""} 1`,
 		`ballast_raft_leader 1`,
+		`ballast_raft_leader_known 1`,
 		`ballast_raft_term 7`,
 		`ballast_raft_applied_index 41`,
 		`ballast_raft_commit_index 42`,
@@ -128,8 +136,46 @@ func TestStateIsShown(t *testing.T) {
 	}
 
 	lookErr = errors.New("starting")
-	if _, body = get(t, m.Handler(well()), "/metrics"); !strings.Contains(body, "ballast_ready 0") || strings.Contains(body, "ballast_engine_live") {
-		t.Error("not shown as not ready")
+	if _, body = get(t, m.Handler(well()), "/metrics"); !strings.Contains(body, "ballast_ready 0") || strings.Contains(body, "ballast_volumes") || !strings.Contains(body, "ballast_raft_term 7") {
+		t.Error("not shown as not ready, with what is known of the log")
+	}
+}
+
+// docs/metrics.md lists every metric, and no other.
+func TestDocumented(t *testing.T) {
+	m := New("v1")
+	err := errors.Join(
+		m.Watch(func(context.Context) (State, error) { return State{}, nil }),
+		m.WatchEngines(func() map[volume.ID]volume.EngineReport { return nil }),
+		m.WatchRaft(func() Raft { return Raft{} }),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	descs := make(chan *prometheus.Desc)
+	go func() {
+		m.registry.Describe(descs)
+		close(descs)
+	}()
+	var there []string
+	name := regexp.MustCompile(`fqName: "(ballast_\w+)"`)
+	for d := range descs {
+		if found := name.FindStringSubmatch(d.String()); found != nil {
+			there = append(there, found[1])
+		}
+	}
+	text, err := os.ReadFile("../../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var listed []string
+	for _, found := range regexp.MustCompile("(?m)^\\| `(ballast_\\w+)`").FindAllStringSubmatch(string(text), -1) {
+		listed = append(listed, found[1])
+	}
+	slices.Sort(there)
+	slices.Sort(listed)
+	if d := cmp.Diff(there, listed); d != "" {
+		t.Errorf("metrics -, docs/metrics.md +\n%s", d)
 	}
 }
 
@@ -169,12 +215,12 @@ func TestIOIsCountedAndForgotten(t *testing.T) {
 	}
 	_, body := get(t, m.Handler(well()), "/metrics")
 	for _, line := range []string{
-		`ballast_volume_io_operations_total{op="write",volume="vol-1"} 3`,
-		`ballast_volume_io_bytes_total{op="write",volume="vol-1"} 12288`,
-		`ballast_volume_io_bytes_total{op="discard",volume="vol-1"} 8192`,
-		`ballast_volume_io_operations_total{op="flush",volume="vol-1"} 2`,
-		`ballast_volume_io_errors_total{op="flush",volume="vol-1"} 1`,
-		`ballast_volume_io_duration_seconds_count{op="read",volume="vol-1"} 1`,
+		`ballast_replica_io_operations_total{op="write",volume="vol-1"} 3`,
+		`ballast_replica_io_bytes_total{op="write",volume="vol-1"} 12288`,
+		`ballast_replica_io_bytes_total{op="discard",volume="vol-1"} 8192`,
+		`ballast_replica_io_operations_total{op="flush",volume="vol-1"} 2`,
+		`ballast_replica_io_errors_total{op="flush",volume="vol-1"} 1`,
+		`ballast_replica_io_duration_seconds_count{op="read",volume="vol-1"} 1`,
 	} {
 		if !strings.Contains(body, line) {
 			t.Errorf("no %q", line)

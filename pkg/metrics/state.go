@@ -41,15 +41,10 @@ var (
 	descPoolProvisioned = desc("pool_provisioned_bytes", "Sum of the sizes of the volumes placed in the pool.", "node", "pool")
 	descPoolRatio       = desc("pool_over_provision_ratio", "Provisioned bytes that the pool allows, as a multiple of its capacity.", "node", "pool")
 
-	descNodeSeen    = desc("node_last_seen_timestamp_seconds", "When the node last reported.", "node")
-	descNodeInfo    = desc("node_info", "Always 1; the labels describe the node. state is what an admin wants of it: active, drained or emptying.", "node", "zone", "state")
-	descQuotaUsed   = desc("quota_used", "What a tenant uses, in bytes or in number.", "tenant", "resource")
-	descRaftLeads   = desc("raft_leader", "1 on the controller that leads, else 0.")
-	descRaftTerm    = desc("raft_term", "Term of the controllers' log; each election begins one.")
-	descRaftApplied = desc("raft_applied_index", "Entry of the controllers' log up to which this controller has applied it.")
-	descRaftCommit  = desc("raft_commit_index", "Entry of the controllers' log up to which this controller knows it to be on a majority.")
-	descRaftVoters  = desc("raft_voters", "Controllers that count for a majority.")
-	descQuotaLimit  = desc("quota_limit", "What a tenant may use, in bytes or in number; without a series there is no limit.", "tenant", "resource")
+	descNodeSeen   = desc("node_last_seen_timestamp_seconds", "When the node last reported.", "node")
+	descNodeInfo   = desc("node_info", "Always 1; the labels describe the node. state is what an admin wants of it: active, drained or emptying.", "node", "zone", "state")
+	descQuotaUsed  = desc("quota_used", "What a tenant uses, in bytes or in number.", "tenant", "resource")
+	descQuotaLimit = desc("quota_limit", "What a tenant may use, in bytes or in number; without a series there is no limit.", "tenant", "resource")
 )
 
 // stateCollector reads the state when it is scraped.
@@ -65,7 +60,6 @@ func (stateCollector) Describe(ch chan<- *prometheus.Desc) {
 		descVolumeInSync, descVolumeWanted, descHealth, descReplicas,
 		descPoolCapacity, descPoolUsed, descPoolProvisioned, descPoolRatio,
 		descNodeSeen, descNodeInfo, descQuotaUsed, descQuotaLimit,
-		descRaftLeads, descRaftTerm, descRaftApplied, descRaftCommit, descRaftVoters,
 	} {
 		ch <- d
 	}
@@ -87,17 +81,6 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	volumes(s, gauge)
 	pools(s.Nodes, gauge)
 	quotas(s.Quotas, gauge)
-	if r := s.Raft; r != nil {
-		leads := 0.0
-		if r.Leads {
-			leads = 1
-		}
-		gauge(descRaftLeads, leads)
-		gauge(descRaftTerm, float64(r.Term))
-		gauge(descRaftApplied, float64(r.Applied))
-		gauge(descRaftCommit, float64(r.Committed))
-		gauge(descRaftVoters, float64(r.Voters))
-	}
 }
 
 type gaugeFunc func(d *prometheus.Desc, v float64, labels ...string)

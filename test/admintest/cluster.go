@@ -145,16 +145,14 @@ func (c *Cluster) Elsewhere() []volume.Node {
 	return slices.Clone(c.OtherControllers)
 }
 
-// Engine implements admin.Engines.
-func (c *Cluster) Engine(_ context.Context, id volume.ID) (volume.EngineReport, error) {
-	c.Mu.Lock()
-	defer c.Mu.Unlock()
+// engine is nil where none runs. Mu is held.
+func (c *Cluster) engine(id volume.ID) *volume.EngineReport {
 	r, ok := c.Reports[id]
 	if !ok {
-		return r, fmt.Errorf("no engine of volume %s runs: %w", id, volume.ErrNotFound)
+		return nil
 	}
 	r.Resyncs = slices.Clone(r.Resyncs)
-	return r, nil
+	return &r
 }
 
 // DrainBlockers implements admin.Control, by the rule for volumes that are attached nowhere.

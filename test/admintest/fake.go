@@ -29,7 +29,7 @@ var Now = time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC)
 // Ago is a timestamp before Now.
 func Ago(d time.Duration) volume.Timestamp { return volume.Timestamp(Now.Add(-d).UnixNano()) }
 
-// Cluster is an admin.Control, and with a CA an admin.Cluster and admin.Engines, in memory. It keeps the rules that callers
+// Cluster is an admin.Control, and with a CA an admin.Cluster, in memory. It keeps the rules that callers
 // rely on, and no more. Its fields are changed under Mu.
 type Cluster struct {
 	Mu        sync.Mutex
@@ -172,7 +172,7 @@ func serve(t testing.TB, c *Cluster, l net.Listener, server func(*admin.Service)
 		Control: c, Exporter: c, Audit: c.Trail, Node: "node-1", Version: "v1.2.3", Poll: 10 * time.Millisecond, Now: func() time.Time { return Now },
 	}
 	if c.CA != nil {
-		o.Cluster, o.Engines = c, c
+		o.Cluster = c
 	}
 	s := admin.New(o)
 	g := server(s)
@@ -411,7 +411,7 @@ func (c *Cluster) Health(_ context.Context, id volume.ID) (control.Health, error
 	if err == nil && v.State == volume.Deleting {
 		err = fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
 	}
-	return control.Health{Volume: id, Conditions: c.Sick[id]}, err
+	return control.Health{Volume: id, Conditions: c.Sick[id], Engine: c.engine(id)}, err
 }
 
 // Unhealthy implements admin.Control.
@@ -421,7 +421,7 @@ func (c *Cluster) Unhealthy(_ context.Context, p control.Page) ([]control.Health
 	var all []control.Health
 	for _, v := range c.Vols {
 		if cs := c.Sick[v.ID]; len(cs) > 0 {
-			all = append(all, control.Health{Volume: v.ID, Conditions: cs})
+			all = append(all, control.Health{Volume: v.ID, Conditions: cs, Engine: c.engine(v.ID)})
 		}
 	}
 	return page(all, p)

@@ -40,6 +40,31 @@ func (s *Store) Leader() (id volume.NodeID, self bool) {
 	return volume.NodeID(leader), r.State() == raft.Leader
 }
 
+// Stats is how this controller's share of the log is, as it knows itself.
+type Stats struct {
+	Leads bool
+	// HasLeader tells whether this controller knows of a leader, itself or another.
+	HasLeader                bool
+	Term, Applied, Committed uint64
+	Voters                   int
+}
+
+// Stats asks nobody.
+func (s *Store) Stats() Stats {
+	r := s.raft.Load()
+	if r == nil {
+		return Stats{}
+	}
+	_, leader := r.LeaderWithID()
+	out := Stats{Leads: r.State() == raft.Leader, HasLeader: leader != "", Term: r.CurrentTerm(), Applied: r.AppliedIndex(), Committed: r.CommitIndex()}
+	for _, x := range s.servers() {
+		if x.Suffrage == raft.Voter {
+			out.Voters++
+		}
+	}
+	return out
+}
+
 // Members returns the controllers of the cluster as this one knows them, and asks each how it is.
 func (s *Store) Members(ctx context.Context) ([]Member, error) {
 	if _, err := s.member(); err != nil {
