@@ -184,7 +184,7 @@ func (a *attention) controllers(cs []Controller) {
 	if len(joining) > 0 {
 		a.advice = append(a.advice, fmt.Sprintf("%s without a vote yet: catching up", countOf("controller", joining)))
 	}
-	if voters == 2 {
+	if voters == 2 && len(joining) == 0 {
 		a.advice = append(a.advice, "2 controllers do not survive the loss of either: make it 3 with ballastctl cluster join-token create --role controller,storage")
 	}
 }

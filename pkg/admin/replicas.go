@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
 	"github.com/ballast-csi/ballast/pkg/control"
@@ -68,7 +69,9 @@ func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasReque
 		if !slices.ContainsFunc(v.Replicas, on) && !slices.ContainsFunc(v.Leaving, on) {
 			return true
 		}
-		for _, p := range replicasOf(v, engines[v.ID], at) {
+		replicas := replicasOf(v, engines[v.ID], at)
+		slices.SortStableFunc(replicas, func(a, b *adminpb.Replica) int { return strings.Compare(a.Node, b.Node) })
+		for _, p := range replicas {
 			if r.Node == "" || p.Node == r.Node {
 				p.Volume, p.VolumeName = string(v.ID), v.Name
 				out.Replicas = append(out.Replicas, p)

@@ -303,7 +303,7 @@ func TestQuotas(t *testing.T) {
 	wantErr(t, err, volume.ErrQuota)
 	_, err = w.ExpandVolume(ctx, v.ID, 2*gib, 0)
 	wantErr(t, err, volume.ErrQuota)
-	if why, err := w.Why(ctx, v.ID); err != nil || !strings.Contains(why, "physical bytes") {
+	if why, err := w.Why(ctx, v.ID); err != nil || !strings.Contains(why, "on disk") {
 		t.Errorf("why: %s %v", why, err)
 	}
 	wantErr(t, w.DeleteSnapshot(ctx, x.ID), nil)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -69,7 +70,48 @@ func (s *clusterShow) form(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := s.step("each of them has a vote", func() error { return s.vote(ctx) }); err != nil {
+		return err
+	}
 	return s.ctl(ctx, "cluster", "status")
+}
+
+// vote waits until every controller has caught up and counts for a majority.
+func (s *clusterShow) vote(ctx context.Context) error {
+	var c struct {
+		Controllers []struct{ Voter bool }
+	}
+	return s.until(ctx, []string{"cluster", "status"}, &c, func() bool {
+		voters := 0
+		for _, x := range c.Controllers {
+			if x.Voter {
+				voters++
+			}
+		}
+		return voters == len(s.c.Nodes())
+	})
+}
+
+// until asks ballastctl, in JSON, until what it said will do.
+func (s *clusterShow) until(ctx context.Context, args []string, into any, done func() bool) error {
+	for begin := time.Now(); time.Since(begin) < 2*time.Minute; {
+		out, err := s.d.Ctl(ctx, append(args, "-o", "json")...)
+		if err != nil {
+			return err
+		}
+		if err := json.Unmarshal(out, into); err != nil {
+			return fmt.Errorf("%w in %s", err, out)
+		}
+		if done() {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return fmt.Errorf("ballastctl %s: it takes more than two minutes", strings.Join(args, " "))
 }
 
 func (s *clusterShow) make(ctx context.Context) error {
@@ -92,11 +134,22 @@ func (s *clusterShow) rate(ctx context.Context, when string) error {
 		return ctx.Err()
 	case <-time.After(span):
 	}
-	n := s.ledger.written.Load() - before
+	s.out.proof("%s", s.note(when, s.ledger.written.Load()-before, span))
+	return s.ledger.failed()
+}
+
+// during measures the writer while fn runs.
+func (s *clusterShow) during(when string, fn func() error) error {
+	begin, before := time.Now(), s.ledger.written.Load()
+	err := fn()
+	s.note(when, s.ledger.written.Load()-before, time.Since(begin))
+	return err
+}
+
+func (s *clusterShow) note(when string, n int64, span time.Duration) string {
 	line := fmt.Sprintf("%-34s %6.0f synced transactions a second", when, float64(n)/span.Seconds())
 	s.rates = append(s.rates, line)
-	s.out.proof("%s", line)
-	return s.ledger.failed()
+	return line
 }
 
 func (s *clusterShow) work(ctx context.Context) (err error) {
@@ -150,19 +203,21 @@ func (s *clusterShow) kill(ctx context.Context) error {
 	if err := s.rate(ctx, "with one node dead:"); err != nil {
 		return err
 	}
+	if err := s.step("a bulk load of 96 MiB, which "+dead.NodeID()+" misses", func() error { return s.load(96 * mib) }); err != nil {
+		return err
+	}
 	return s.ctl(ctx, "volume", "why", c.Name)
 }
 
 func (s *clusterShow) comeBack(ctx context.Context) error {
-	s.out.say("What %s missed is known, block by block: only that is copied, while the database goes on.", s.name(0))
+	s.out.say("What %s missed is known, extent by extent: only that is copied, while the database goes on,", s.name(0))
+	s.out.say("and no faster than the database can bear.")
 	if err := s.c.Nodes()[0].Launch(); err != nil {
 		return err
 	}
-	begin := time.Now()
-	if err := s.rate(ctx, "while "+s.name(0)+" comes back:"); err != nil {
-		return err
-	}
-	if err := s.step("all three replicas are in sync again", func() error { return s.inSync(ctx, begin) }); err != nil {
+	if err := s.step("all three replicas are in sync again", func() error {
+		return s.during("while "+s.name(0)+" is brought up:", func() error { return s.inSync(ctx) })
+	}); err != nil {
 		return err
 	}
 	if err := s.rate(ctx, "with three replicas again:"); err != nil {
@@ -172,48 +227,43 @@ func (s *clusterShow) comeBack(ctx context.Context) error {
 }
 
 // inSync draws a bar until every replica of the volume is in sync.
-func (s *clusterShow) inSync(ctx context.Context, begin time.Time) error {
-	var most int64
-	for time.Since(begin) < 2*time.Minute {
-		out, err := s.d.Ctl(ctx, "volume", "get", s.claims[0].Name, "-o", "json")
-		if err != nil {
-			return err
-		}
-		var v struct {
-			Replicas []struct {
-				Role string
-			}
-			Engine struct {
-				Resyncs []struct {
-					Done, Left int64 `json:",string"`
-				}
-			}
-		}
-		if err := json.Unmarshal(out, &v); err != nil {
-			return fmt.Errorf("%w in %s", err, out)
-		}
-		good := 0
-		for _, r := range v.Replicas {
-			if strings.EqualFold(r.Role, "in-sync") {
-				good++
-			}
-		}
-		var left int64
-		for _, r := range v.Engine.Resyncs {
-			left += r.Left
-		}
-		most = max(most, left)
-		s.out.bar("resync", most-left, most, good == len(s.c.Nodes()))
-		if good == len(s.c.Nodes()) {
-			return s.ledger.failed()
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(100 * time.Millisecond):
+func (s *clusterShow) inSync(ctx context.Context) error {
+	var v struct {
+		Replicas []struct {
+			Role   string
+			Resync *struct{ DoneBytes, LeftBytes, BytesPerSecond int64 }
 		}
 	}
-	return errors.New("it takes more than two minutes")
+	var copied int64
+	err := s.until(ctx, []string{"volume", "get", s.claims[0].Name}, &v, func() bool {
+		good := 0
+		for _, r := range v.Replicas {
+			if r.Role == "in-sync" {
+				good++
+			}
+			if x := r.Resync; x != nil {
+				copied = max(copied, x.DoneBytes+x.LeftBytes)
+				s.out.bar("resync", x.DoneBytes, x.DoneBytes+x.LeftBytes, x.BytesPerSecond)
+			}
+		}
+		v.Replicas = nil
+		return good == len(s.c.Nodes())
+	})
+	if err != nil {
+		return err
+	}
+	s.out.barEnd("resync", copied)
+	return s.ledger.failed()
+}
+
+// load writes a file of random bytes, as a bulk load beside the database does.
+func (s *clusterShow) load(size int64) error {
+	f, err := os.Create(filepath.Join(s.path(s.claims[0]), "bulk"))
+	if err != nil {
+		return err
+	}
+	_, err = io.CopyN(f, rand.NewChaCha8([32]byte{1}), size)
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 func (s *clusterShow) look(ctx context.Context) error {
@@ -229,8 +279,9 @@ func (s *clusterShow) look(ctx context.Context) error {
 		return err
 	}
 	s.out.proof("%s transactions in all, no error", humanize.Comma(committed))
+	s.out.say("What the database felt of it all:")
 	for _, line := range s.rates {
-		s.out.say("%s", line)
+		s.out.say("  %s", line)
 	}
 	for _, args := range [][]string{{"volume", "list"}, {"node", "list"}, {"audit", "--last", "6"}} {
 		if err := s.ctl(ctx, args...); err != nil {

@@ -73,25 +73,29 @@ func (s *screen) proof(format string, args ...any) {
 	fmt.Fprintf(s.w, "   %s %s\n", s.paint("1;32", "✓"), s.paint("1", fmt.Sprintf(format, args...)))
 }
 
-// bar draws how far something is, over what it drew before; on paper only its end.
-func (s *screen) bar(what string, done, total int64, end bool) {
-	if !s.colours && !end {
+const barColumns = 30
+
+// bar draws how far something is and how long it still takes, over what it drew before; on paper not at all.
+func (s *screen) bar(what string, done, total, rate int64) {
+	if !s.colours || total <= 0 {
 		return
 	}
-	const columns = 40
-	part := columns
-	if !end && total > 0 {
-		part = int(done * columns / total)
+	part := int(done * barColumns / total)
+	text := fmt.Sprintf("%s of %s", humanize.IBytes(uint64(done)), humanize.IBytes(uint64(total)))
+	if rate > 0 {
+		text += fmt.Sprintf(", %s/s, %s left", humanize.IBytes(uint64(rate)), (time.Duration((total-done)/rate) * time.Second).String())
 	}
-	line := fmt.Sprintf("   %s %s%s %s of %s", what, s.paint("36", strings.Repeat("█", part)), strings.Repeat("░", columns-part),
-		humanize.IBytes(uint64(done)), humanize.IBytes(uint64(total)))
+	fmt.Fprintf(s.w, "\r\x1b[K   %s %s%s %s", what, s.paint("36", strings.Repeat("█", part)), strings.Repeat("░", barColumns-part), text)
+	s.blank = false
+}
+
+// barEnd draws the bar's end.
+func (s *screen) barEnd(what string, total int64) {
+	over := ""
 	if s.colours {
-		line = "\r\x1b[K" + line
+		over = "\r\x1b[K"
 	}
-	fmt.Fprint(s.w, line)
-	if end {
-		fmt.Fprintln(s.w)
-	}
+	fmt.Fprintf(s.w, "%s   %s %s %s\n", over, what, s.paint("36", strings.Repeat("█", barColumns)), humanize.IBytes(uint64(total)))
 	s.blank = false
 }
 
