@@ -125,6 +125,10 @@ func (x sight) whyNobody(p *paragraph) {
 			break
 		}
 	}
+	if x.stranded {
+		p.does("bring back one of the nodes that have them (%s): %s", nodesOf(x.InSync()), safe)
+		return
+	}
 	p.does("bring back one of the nodes that have them (%s): %s; only if all of their disks are lost for good, `ballastctl salvage %s` shows what other replicas could give, "+
 		"and what a salvage would lose", nodesOf(x.InSync()), safe, x.Name)
 }
@@ -141,7 +145,9 @@ func (x sight) ioGoesOn(p *paragraph) {
 }
 
 func (x sight) whyAway(p *paragraph, a awayReplica) {
-	p.says("%s", a.why)
+	if a.Node != x.Owner || x.quietOwner == "" { // else it was said
+		p.says("%s", a.why)
+	}
 	switch {
 	case a.Role == volume.InSync && x.left > 0:
 		p.does("%s; its replica %s is brought up when it returns, and replaced on another node if it stays away", a.safe, a.ID)
@@ -196,6 +202,9 @@ func (x sight) whyCondition(p *paragraph, c volume.Condition) {
 		p.means("Its bytes are lost")
 		p.does("delete it, and restore a snapshot of it as another volume if one is held elsewhere (`ballastctl snapshot list --volume %s`)", x.Name)
 	case condOwner:
+		if x.stranded {
+			return
+		}
 		p.says("%s", x.quietOwner)
 		p.means("Whether its workload goes on there is not known; what was acknowledged is on the replicas in sync")
 		p.does("see that node %s is up and ballastd runs there; to use the volume elsewhere take it away (your orchestrator does, or `ballastctl volume detach %s`): "+
