@@ -109,8 +109,7 @@ func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volu
 	if err := p.DeleteSnapshot(ctx, id, upTo); err != nil {
 		return err
 	}
-	n.host.forget(p, id, upTo)
-	return nil
+	return n.host.forget(ctx, p, id, upTo)
 }
 
 // Detach implements control.Agents.

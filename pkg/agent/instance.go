@@ -71,7 +71,7 @@ func (n *Node) instance(ctx context.Context, c Cluster, v *vol, cv volume.Volume
 		}
 		v.inst = i
 		v.set(func(s *state) { s.inst, s.failed = i, "" })
-		n.wg.Go(func() { n.watch(v, i) })
+		n.spawn(func() { n.watch(v, i) })
 	}
 	i := v.inst
 	wait, cancel := context.WithTimeout(ctx, liveLimit)

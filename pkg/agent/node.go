@@ -249,6 +249,15 @@ func (n *Node) isClosed() bool {
 	return n.closed
 }
 
+// spawn runs fn in a goroutine that Close waits for; not at all once the node is being closed, which ends what fn would watch.
+func (n *Node) spawn(fn func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.closed {
+		n.wg.Go(fn)
+	}
+}
+
 func (n *Node) stopping() error {
 	return fmt.Errorf("node %s is stopping: %w", n.cfg.ID, volume.ErrUnavailable)
 }

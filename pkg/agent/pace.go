@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"time"
 
@@ -8,8 +9,12 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// lookEvery is how often an engine is looked at for resyncs that began or ended.
-const lookEvery = time.Second
+const (
+	// lookEvery is how often an engine is looked at for resyncs that began or ended.
+	lookEvery = time.Second
+	// tellLimit bounds a look's calls to the controllers: who looks has to notice the engine's end.
+	tellLimit = 3 * time.Second
+)
 
 // look sees to what an engine's resyncs have come to: whether there are any, for the pacing, and which snapshots replicas
 // have filled in, for the controllers.
@@ -18,6 +23,8 @@ func (n *Node) look(v *vol, i *instance) {
 	if err != nil {
 		return
 	}
+	ctx, cancel := context.WithTimeout(n.ctx, tellLimit)
+	defer cancel()
 	syncing := false
 	for _, m := range i.e.Status().Members {
 		syncing = syncing || m.Resync != nil
@@ -30,7 +37,7 @@ func (n *Node) look(v *vol, i *instance) {
 		}
 		told := true
 		for _, s := range m.Snapshots {
-			if err := c.AddHolder(n.ctx, s, m.ID); err != nil && !errors.Is(err, volume.ErrNotFound) {
+			if err := c.AddHolder(ctx, s, m.ID); err != nil && !errors.Is(err, volume.ErrNotFound) {
 				n.log.Warn("a replica has filled in a snapshot, which is not recorded yet", "volume", v.id, "replica", m.ID, "snapshot", s, "err", err)
 				told = false
 			}

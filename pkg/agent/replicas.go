@@ -267,18 +267,24 @@ func (h *replicaHost) all() []*hosted {
 	return out
 }
 
-// forget tells the open replicas of a pool that a snapshot is deleted, as Pool.DeleteSnapshot does it.
-func (h *replicaHost) forget(p Pool, s volume.SnapshotID, upTo uint64) {
+// forget tells the open replicas of a pool that a snapshot is deleted, as Pool.DeleteSnapshot does it. After an error it is to be
+// called again.
+func (h *replicaHost) forget(ctx context.Context, p Pool, s volume.SnapshotID, upTo uint64) error {
 	for _, x := range h.all() {
 		if x.pool != p {
-			continue // one whose disk hangs keeps its lock
+			continue
 		}
-		<-x.lock
+		select {
+		case <-x.lock:
+		case <-ctx.Done(): // its disk hangs
+			return fmt.Errorf("replica %s is being opened or closed: %w: %w", x.id, ctx.Err(), volume.ErrBusy)
+		}
 		if x.r != nil {
 			x.r.Forget(s, upTo)
 		}
 		x.unlock()
 	}
+	return nil
 }
 
 // sweep closes replicas that nobody has used for a while, until ctx ends.

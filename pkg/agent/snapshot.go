@@ -128,7 +128,7 @@ func (n *Node) Drain(ctx context.Context, node volume.NodeID, s control.Snapshot
 	}
 	h := &hold{number: s.Barrier.Number, thaw: thaw, over: make(chan struct{})}
 	v.held = h
-	n.wg.Go(func() { n.watchHold(v.id, h) })
+	n.spawn(func() { n.watchHold(v.id, h) })
 	return nil
 }
 

@@ -19,7 +19,7 @@ import (
 type driver struct{ waiters []chan bool }
 
 func (d *driver) Receive(_ *Link, m *replication.Message) {
-	Free(m.Data)
+	putBuffer(m.Data)
 	d.waiters[m.Op] <- true
 }
 

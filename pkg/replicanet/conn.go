@@ -22,6 +22,8 @@ const (
 	// that has so much to read does not read.
 	maxQueuedBytes  = 1 << 30
 	maxQueuedFrames = 1 << 18
+	// hungAfter is how long a link whose handler gives nothing back may keep others from receiving.
+	hungAfter = time.Second
 	// stuckAfter is how long a frame of a link that was closed may still be on its way out before the connection is given up.
 	stuckAfter = 200 * time.Millisecond
 )
@@ -30,6 +32,7 @@ var (
 	// errClosed: this side closed the connection or link.
 	errClosed = errors.New("closed")
 	errStuck  = errors.New("the peer does not read")
+	errHung   = errors.New("too much is under way that does not end")
 )
 
 // Owner is told when Data that was given to Send is not needed any more.
@@ -414,7 +417,11 @@ func (c *conn) receive(m *replication.Message, hd head, l *Link) error {
 		}
 		r := request{m.Session, m.Seq}
 		if l.lent[r] == nil {
+			if len(l.lent) == 0 {
+				l.moved = time.Now()
+			}
 			l.lent[r] = m.Data
+			l.held += len(m.Data)
 			return nil
 		}
 		err = fmt.Errorf("request %d of session %d comes twice: %w", m.Seq, m.Session, errWire)
@@ -427,7 +434,8 @@ func (c *conn) receive(m *replication.Message, hd head, l *Link) error {
 	return err
 }
 
-// hold waits until n more bytes may be received.
+// hold waits until n more bytes may be received. Links whose handlers hang are ended then: their engines begin anew, and send
+// nothing before what they had sent has ended.
 func (c *conn) hold(n int) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -438,7 +446,24 @@ func (c *conn) hold(n int) error {
 			c.mu.Lock()
 			continue
 		}
+		l, wait := c.hung()
+		if l != nil {
+			c.mu.Unlock()
+			if c.drop(l) {
+				l.close(errHung)
+				c.post(kindClose, l.num, nil)
+				c.flush()
+			}
+			c.mu.Lock()
+			continue
+		}
+		timer := time.AfterFunc(wait, func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.changed.Broadcast()
+		})
 		c.changed.Wait()
+		timer.Stop()
 	}
 	if c.broken != nil {
 		return c.broken
@@ -447,7 +472,25 @@ func (c *conn) hold(n int) error {
 	return nil
 }
 
-// unhold is the reverse; mu is held.
+// hung returns the link that holds most of those that have given nothing back for hungAfter, or in how long to look again; mu
+// is held.
+func (c *conn) hung() (most *Link, wait time.Duration) {
+	now := time.Now()
+	wait = hungAfter
+	for _, l := range c.links {
+		if l.held == 0 || len(c.links) == 1 {
+			continue
+		}
+		if left := hungAfter - now.Sub(l.moved); left > 0 {
+			wait = min(wait, left)
+		} else if most == nil || l.held > most.held {
+			most = l
+		}
+	}
+	return most, wait
+}
+
+// unhold is the reverse of hold; mu is held.
 func (c *conn) unhold(n int) {
 	full := c.budget > 0 && c.held+replication.MaxData > c.budget
 	c.held -= n
@@ -521,7 +564,7 @@ func (c *conn) end(l *Link) {
 	for _, data := range l.lent {
 		c.unhold(len(data)) // its memory is not used again: the handler may still be at it
 	}
-	l.lent = nil
+	l.lent, l.held = nil, 0
 }
 
 // await waits until nothing of a dropped link is being written and its owners have been told. If that takes long, the

@@ -3,6 +3,7 @@ package replicanet
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -16,7 +17,7 @@ type Handler interface {
 	//
 	// The Data of a request is the handler's until it sends the answer (the message of the same Session and Seq), or the
 	// link ends and it has no more use for it: every request with Data must be answered, or a server stops reading once
-	// too much of it is out. The Data of an answer is the handler's for good; Free may take it back.
+	// too much of it is out. The Data of an answer is the handler's for good.
 	Receive(l *Link, m *replication.Message)
 	// Closed is the last call of a link that ended otherwise than by its Close.
 	Closed(l *Link, err error)
@@ -41,6 +42,8 @@ type Link struct {
 	// Guarded by c.mu.
 	ended bool // nothing is sent any more
 	lent  map[request][]byte
+	held  int       // bytes in lent
+	moved time.Time // when something was given back last, or lent was empty
 }
 
 // request names a request among those of a link.
@@ -101,6 +104,8 @@ func (l *Link) Flush() { l.c.flush() }
 func (l *Link) answered(r request) {
 	if data := l.lent[r]; data != nil {
 		delete(l.lent, r)
+		l.held -= len(data)
+		l.moved = time.Now()
 		l.c.unhold(len(data))
 		putBuffer(data)
 	}
@@ -139,6 +144,3 @@ func (l *Link) close(err error) {
 		l.h.Closed(l, err)
 	}
 }
-
-// Free takes back the Data of an answer.
-func Free(data []byte) { putBuffer(data) }

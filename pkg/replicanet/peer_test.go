@@ -545,6 +545,42 @@ func (s *sleeper) Receive(l *Link, m *replication.Message) {
 	<-s.block
 }
 
+// TestHungStore: a volume whose store hangs takes all that a connection may receive, and another on it goes on.
+func TestHungStore(t *testing.T) {
+	both(t, func(t *testing.T, secure bool) {
+		const most = 8
+		hung, well := newReplica(t), newReplica(t)
+		well.got = make(chan replication.Message, 100)
+		_, addr := serve(t, acceptor(func(_ context.Context, _ *Link, v volume.ID, _ volume.ReplicaID) (Handler, error) {
+			if v == target("", 1).Volume {
+				return &hoarder{replica: hung, got: make(chan replication.Message, 1000)}, nil
+			}
+			return &collector{well}, nil
+		}), secure, func(s *Server) { s.budget = most * replication.MaxData })
+		c := dial(t, secure)
+		c.cfg.Conns = 1
+		waiting, served := newEngine(), newEngine()
+		one, other := open(t, c, target(addr, 1), waiting), open(t, c, target(addr, 2), served)
+		defer other.Close()
+		data := make([]byte, replication.MaxData)
+		for i := range 2 * most {
+			one.Send(&replication.Message{Kind: replication.KindWrite, Session: 2, Seq: uint64(i), Data: data})
+			one.Flush()
+		}
+		for i := range 2 * most {
+			other.Send(&replication.Message{Kind: replication.KindWrite, Session: 2, Seq: uint64(i), Data: data})
+			other.Flush()
+			within(t, "answer to the other volume", served.answers)
+		}
+		within(t, "end of the hung one's link", waiting.closed)
+		within(t, "end of it at the server", hung.closed)
+		one.Close()
+		if len(served.closed) > 0 {
+			t.Error("the link of the other volume ended")
+		}
+	})
+}
+
 // TestBudget: a server reads no more than its handlers can hold.
 func TestBudget(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {

@@ -20,7 +20,7 @@ const (
 	// maxLinks bounds the links of one connection, those being opened included.
 	maxLinks = 4096
 	// receiveBudget bounds the data received on one connection and not yet given back, in bytes. Reading stops there for
-	// all volumes of the connection, so it is more than one of them has under way while its store hangs.
+	// all volumes of the connection, until those whose stores hang are ended (hungAfter).
 	receiveBudget = 256 << 20
 )
 

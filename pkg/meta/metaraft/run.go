@@ -60,7 +60,9 @@ func (s *Store) startRaft() error {
 	s.transport = &transport{NetworkTransport: network, muted: s.muted, acks: s.acks}
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(s.o.ID)
-	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = t.heartbeat, t.heartbeat, t.heartbeat/2
+	// A leader that hears of no majority for as long as followers are patient steps down: half of that, the usual, makes one
+	// step down with each stall of a busy machine. No read depends on it.
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = t.heartbeat, t.heartbeat, t.heartbeat
 	c.CommitTimeout = t.heartbeat / 4 // followers that are read from learn earlier: nudge
 	c.ShutdownOnRemove = false        // announce says why, and Close ends it
 	c.SnapshotThreshold, c.TrailingLogs = t.snapshots, t.snapshots
