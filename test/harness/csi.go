@@ -14,6 +14,7 @@ import (
 type CSI struct {
 	csi.IdentityClient
 	csi.ControllerClient
+	csi.GroupControllerClient
 	csi.NodeClient
 	Metadata csi.SnapshotMetadataClient
 
@@ -46,11 +47,12 @@ func dialCSI(controller, node string) (*CSI, error) {
 		conns = append(conns, n)
 	}
 	return &CSI{
-		IdentityClient:   csi.NewIdentityClient(c),
-		ControllerClient: csi.NewControllerClient(c),
-		NodeClient:       csi.NewNodeClient(n),
-		Metadata:         csi.NewSnapshotMetadataClient(c),
-		conns:            conns,
+		IdentityClient:        csi.NewIdentityClient(c),
+		ControllerClient:      csi.NewControllerClient(c),
+		GroupControllerClient: csi.NewGroupControllerClient(c),
+		NodeClient:            csi.NewNodeClient(n),
+		Metadata:              csi.NewSnapshotMetadataClient(c),
+		conns:                 conns,
 	}, nil
 }
 
