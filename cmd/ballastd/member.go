@@ -74,6 +74,7 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 	var removed func(volume.NodeID) bool
 	// known are the controllers to ask until the directory has learned them.
 	known := append(id.controllers(), cc.controllers...)
+	asked := clusterapi.NewCluster(func() []grpc.ClientConnInterface { return dir.controllers(known) })
 	var renew func(ctx context.Context, node volume.NodeID, csr []byte) ([]byte, error)
 	if id.controller() {
 		service, isRemoved, err := d.openController(id, dir, known, parts)
@@ -83,12 +84,14 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 		services.Controller, removed = admission{Service: service, ca: id.ca}, isRemoved
 		renew = services.Controller.Renew
 		dir.list = service.Nodes
-		node.Start(service)
+		node.Start(nearest{own: service, others: asked, led: func() bool {
+			leader, _ := d.member.store.Leader()
+			return leader != ""
+		}})
 		if err := d.serveControl(node, service); err != nil {
 			return err
 		}
 	} else {
-		asked := clusterapi.NewCluster(func() []grpc.ClientConnInterface { return dir.controllers(known) })
 		dir.list, renew = asked.Nodes, asked.Renew
 		node.Start(asked)
 		d.node.Node = node

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/pki"
@@ -320,5 +321,42 @@ func TestCommit(t *testing.T) {
 	cc.Close()
 	if _, err := c.Commit(t.Context(), "v", change); !errors.Is(err, volume.ErrUnavailable) {
 		t.Errorf("without a connection: %v", err)
+	}
+}
+
+// silent is a controller that answers nothing.
+type silent struct {
+	grpc.ClientConnInterface
+	asked int
+}
+
+func (s *silent) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
+	s.asked++
+	<-ctx.Done()
+	return status.FromContextError(ctx.Err()).Err()
+}
+
+// A controller that does not answer is asked once in vain: the next call goes to another.
+func TestASilentControllerIsPassedOver(t *testing.T) {
+	r := &recorder{}
+	cc, _ := pair(t, Services{Controller: r}, pki.RoleStorage)
+	mute := &silent{}
+	c := NewCluster(func() []grpc.ClientConnInterface { return []grpc.ClientConnInterface{mute, cc} })
+	call := func(within time.Duration) error {
+		ctx, cancel := context.WithTimeout(t.Context(), within)
+		defer cancel()
+		_, err := c.Join(ctx, Join{})
+		return err
+	}
+	if err := call(50 * time.Millisecond); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("a controller that does not answer: %v", err)
+	}
+	for range 3 {
+		if err := call(10 * time.Second); err != nil {
+			t.Error(err)
+		}
+	}
+	if mute.asked != 1 {
+		t.Errorf("it was asked %d times", mute.asked)
 	}
 }

@@ -182,8 +182,12 @@ func ask[Resp, Req any](ctx context.Context, c *Cluster, name string, req *Req) 
 		at := (first + i) % len(ccs)
 		var resp Resp
 		resp, err = invoke[Resp](ctx, ccs[at], controllerService, name, req)
-		if !errors.Is(err, volume.ErrUnavailable) || ctx.Err() != nil {
+		switch {
+		case !errors.Is(err, volume.ErrUnavailable):
 			c.good.Store(int32(at))
+			return resp, err
+		case ctx.Err() != nil: // it did not answer in time: the next call goes elsewhere
+			c.good.CompareAndSwap(int32(first), int32(at+1))
 			return resp, err
 		}
 	}

@@ -161,6 +161,17 @@ func (r *faultRun) owned(nodes ...int) (own []*served) {
 	return own
 }
 
+// spare waits until nodes may be lost: volumes of other nodes have a replica in sync elsewhere. Else their devices fail, and
+// should: what was not flushed is lost.
+func (r *faultRun) spare(nodes ...int) error {
+	return r.each(r.served, func(s *served) error {
+		if slices.Contains(nodes, s.owner) {
+			return nil
+		}
+		return s.spared(nodes...)
+	})
+}
+
 // other picks a node that is not i.
 func (r *faultRun) other(i int) int { return (i + 1 + r.rnd.IntN(2)) % 3 }
 
@@ -209,6 +220,9 @@ func (r *faultRun) back(nodes ...int) error {
 
 // killNode: the node comes back while its volumes are taken from it, or after.
 func (r *faultRun) killNode(i int) error {
+	if err := r.spare(i); err != nil {
+		return err
+	}
 	own := r.owned(i)
 	for _, s := range own {
 		s.lose()
@@ -236,6 +250,9 @@ func (r *faultRun) killNode(i int) error {
 
 // crash: what was on the nodes comes back there.
 func (r *faultRun) crash(nodes ...int) error {
+	if err := r.spare(nodes...); err != nil {
+		return err
+	}
 	own := r.owned(nodes...)
 	for _, s := range own {
 		s.lose()
@@ -261,6 +278,9 @@ func (r *faultRun) crash(nodes ...int) error {
 
 // endNode: the node is stopped properly, over its volumes, and comes back.
 func (r *faultRun) endNode(i int) error {
+	if err := r.spare(i); err != nil {
+		return err
+	}
 	own := r.owned(i)
 	for _, s := range own {
 		s.lose()

@@ -149,6 +149,7 @@ func (w *world) close() {
 		}
 		errs = append(errs, w.Close())
 	}
+	errs = append(errs, harness.Sweep(filepath.Join(w.dir, "pods"))) // what a failed test did not take down
 	for _, d := range w.disks {
 		errs = append(errs, d.Close())
 	}

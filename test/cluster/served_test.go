@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -109,6 +110,25 @@ func (s *served) settle() error {
 			return fmt.Errorf("%s: %w", s, err)
 		}
 		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// spared waits until a replica that is in sync is on none of the nodes: they may then be lost without a loss.
+func (s *served) spared(nodes ...int) error {
+	for end := time.Now().Add(settledWithin); ; time.Sleep(50 * time.Millisecond) {
+		ctx, cancel := context.WithTimeout(s.w.t.Context(), 10*time.Second)
+		var v struct{ Replicas []struct{ Node, Role string } }
+		err := s.w.ctl(ctx, s.owner, &v, "volume", "get", s.claim.ID())
+		cancel()
+		for _, r := range v.Replicas {
+			lost := slices.ContainsFunc(nodes, func(i int) bool { return s.w.Nodes()[i].NodeID() == r.Node })
+			if r.Role == "in-sync" && !lost {
+				return nil
+			}
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%s has no other replica in sync: %+v %w; why: %s", s, v.Replicas, err, s.why())
+		}
 	}
 }
 

@@ -20,8 +20,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// filler is the file that takes the space of a full disk.
-const filler = "filler"
+const (
+	// filler is the file that takes the space of a full disk.
+	filler = "filler"
+	// fillRate in bytes a second, in pieces of fillChunk. Who keeps an eye on the space that is left can see it go.
+	fillRate, fillChunk = 400 << 20, 4 << 20
+)
 
 // Disk is one disk. Its methods may be called at once, except Close.
 type Disk struct {
@@ -107,22 +111,29 @@ func (d *Disk) Path() string { return filepath.Join(d.dir, "disk") }
 
 func (d *Disk) below() string { return filepath.Join(d.dir, "below") }
 
-// Fill takes all the space that is free now; what is freed later is not taken.
+// Fill takes all the space that is free now, as fast as a program might write it; what is freed later is not taken.
 func (d *Disk) Fill() error {
 	f, err := os.OpenFile(filepath.Join(d.below(), filler), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(d.below(), &fs); err != nil {
+		return err
+	}
 	st, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	end := st.Size()
-	for chunk := int64(64 << 20); chunk >= 4096; {
-		switch err := unix.Fallocate(int(f.Fd()), 0, end, chunk); {
+	at := st.Size()
+	left := int64(fs.Bavail) * fs.Frsize
+	for chunk := int64(fillChunk); left >= 4096 && chunk >= 4096; {
+		n := min(chunk, left/4096*4096)
+		switch err := unix.Fallocate(int(f.Fd()), 0, at, n); {
 		case err == nil:
-			end += chunk
+			at, left = at+n, left-n
+			time.Sleep(time.Duration(n) * time.Second / fillRate)
 		case errors.Is(err, unix.ENOSPC):
 			chunk /= 2
 		case !errors.Is(err, unix.EINTR):
