@@ -123,9 +123,7 @@ func (r *faultRun) published(at, gone int, all []*served) error {
 			if err != nil {
 				return err
 			}
-			has := slices.ContainsFunc(loops, func(l harness.Loop) bool {
-				return filepath.Base(filepath.Dir(l.Backing)) == s.claim.ID() || filepath.Base(l.Backing) == s.claim.ID()
-			})
+			has := slices.ContainsFunc(loops, func(l harness.Loop) bool { return strings.Contains(l.Backing, s.claim.ID()) })
 			if has != (i == s.owner) {
 				return fmt.Errorf("%s: node %s has a device of it: %v (%v)", s, n.NodeID(), has, loops)
 			}
