@@ -118,7 +118,9 @@ func (s *Service) groupOnce(ctx context.Context, r CreateGroup) (g Group, made b
 	}
 	cuts, err := s.cutTogether(ctx, g.Members)
 	if err == nil {
-		res, err = s.proposeGroup(ctx, command.FinishGroup{Group: g.ID, Cuts: cuts})
+		if res, err = s.proposeGroup(ctx, command.FinishGroup{Group: g.ID, Cuts: cuts}); errors.Is(err, volume.ErrNotFound) {
+			err = fmt.Errorf("group snapshot %s was taken for unfinished by another controller, and dropped: %w", g.ID, volume.ErrBusy)
+		}
 	}
 	switch {
 	case err == nil:

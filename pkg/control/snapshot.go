@@ -138,7 +138,9 @@ func (s *Service) tryCut(ctx context.Context, begin command.BeginSnapshot) (x vo
 	}
 	cut, err := s.cut(ctx, x)
 	if err == nil {
-		res, err = s.proposeSnapshot(ctx, command.FinishSnapshot{Cut: cut})
+		if res, err = s.proposeSnapshot(ctx, command.FinishSnapshot{Cut: cut}); errors.Is(err, volume.ErrNotFound) {
+			err = fmt.Errorf("snapshot %s was taken for unfinished by another controller, and dropped: %w", x.ID, volume.ErrBusy)
+		}
 	} else {
 		err = fmt.Errorf("cut snapshot %s of volume %s: %w", x.ID, x.Volume, err)
 	}

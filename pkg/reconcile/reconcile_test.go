@@ -150,6 +150,36 @@ func TestPassesTakeUpWhatIsDue(t *testing.T) {
 }
 
 // What hangs, deaf to its context as a call into a dead kernel device is, holds up nothing else.
+// Another controller may be cutting a snapshot that is seen unfinished: it is given time.
+func TestASnapshotIsNotTakenFromAnotherController(t *testing.T) {
+	x, v := Action{Kind: Snapshot, ID: "x"}, Action{Kind: Volume, ID: "v"}
+	for _, tc := range []struct {
+		name        string
+		leads       func() bool
+		undisturbed time.Duration
+		taken       bool
+	}{
+		{"alone", nil, time.Hour, true},
+		{"seen just now", func() bool { return true }, time.Hour, false},
+		{"seen for long", func() bool { return true }, 1, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := &fake{left: map[Action]error{x: nil, v: nil}}
+			l := newLoop(f, Options{Leads: tc.leads, Undisturbed: tc.undisturbed})
+			for range 2 {
+				if err := l.pass(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				l.actions.Wait()
+				time.Sleep(time.Microsecond)
+			}
+			if got := slices.Contains(f.calls, x); got != tc.taken || !slices.Contains(f.calls, v) {
+				t.Errorf("calls: %v", f.calls)
+			}
+		})
+	}
+}
+
 func TestWhatHangsHoldsUpNothingElse(t *testing.T) {
 	hangs := Action{Kind: Volume, ID: "0"}
 	f := &fake{left: map[Action]error{hangs: nil}, deaf: map[Action]chan struct{}{hangs: make(chan struct{})}}

@@ -40,7 +40,10 @@ type Options struct {
 	Parallel int
 	// SyncPause is the least between two looks at replicas that are being brought up: 30 s.
 	SyncPause time.Duration
-	Limits    Limits
+	// Undisturbed is for how long a snapshot is seen unfinished before it is taken up, where another process may be cutting
+	// it, that is, with Leads: 10 s. What that process does is not known here, and to drop its snapshot would fail its call.
+	Undisturbed time.Duration
+	Limits      Limits
 	// Leads tells whether this process is the one that acts; nil: always. While it is not, nothing is begun.
 	Leads func() bool
 }
@@ -85,6 +88,7 @@ func newLoop(c Cluster, o Options) *Loop {
 	set(&o.MinPause, 5*time.Second)
 	set(&o.MaxPause, 5*time.Minute)
 	set(&o.SyncPause, 30*time.Second)
+	set(&o.Undisturbed, 10*time.Second)
 	if o.Parallel == 0 {
 		o.Parallel = 16
 	}
@@ -145,6 +149,13 @@ func (l *Loop) pass(ctx context.Context) error {
 	}
 	l.away = st.Away
 	l.waiting = false
+	if l.o.Leads != nil {
+		for _, a := range planned {
+			if _, seen := l.tried[a]; !seen && a.Kind == Snapshot {
+				l.tried[a] = Attempt{Next: time.Now().Add(l.o.Undisturbed)}
+			}
+		}
+	}
 	for _, a := range Due(planned, l.tried, time.Now()) {
 		if l.running[a] {
 			continue

@@ -52,7 +52,7 @@ func TestControllers(t *testing.T) {
 	must(t, os.RemoveAll(n3.DataDir()))
 	must(t, os.Rename(old, n3.DataDir()))
 	must(t, n3.Launch())
-	refused(t, n3, "this controller's disk is older than what it acknowledged", "remove controller n3 from the cluster and let it join anew with empty directories")
+	refused(t, n3, "this controller's disk is older than what it acknowledged", "remove controller n3 from the cluster and let it join anew with an empty directory")
 	if _, err := s.working(); err != nil {
 		t.Fatal(err)
 	}
