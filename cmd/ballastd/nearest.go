@@ -46,6 +46,10 @@ func (n nearest) AddHolder(ctx context.Context, id volume.SnapshotID, r volume.R
 	return n.ask().AddHolder(ctx, id, r)
 }
 
+func (n nearest) Ended(ctx context.Context, engines map[volume.ID]volume.Epoch) ([]volume.ID, error) {
+	return n.ask().Ended(ctx, engines)
+}
+
 func (n nearest) Commit(ctx context.Context, id volume.ID, c replication.Change) (replication.Membership, error) {
 	return n.ask().Commit(ctx, id, c)
 }

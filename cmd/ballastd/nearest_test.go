@@ -35,6 +35,11 @@ func (a *askedCluster) AddHolder(context.Context, volume.SnapshotID, volume.Repl
 	return nil
 }
 
+func (a *askedCluster) Ended(context.Context, map[volume.ID]volume.Epoch) ([]volume.ID, error) {
+	*a++
+	return nil, nil
+}
+
 func (a *askedCluster) Commit(context.Context, volume.ID, replication.Change) (replication.Membership, error) {
 	*a++
 	return replication.Membership{}, nil
@@ -55,7 +60,8 @@ func TestNearest(t *testing.T) {
 		_, e1 := c.Volume(ctx, "v")
 		_, e2 := c.Commit(ctx, "v", replication.Change{})
 		_, e3 := c.Membership(ctx, "v")
-		for _, err := range []error{e1, e2, e3, c.SetFilesystem(ctx, "v", volume.Filesystem{}), c.RegisterNode(ctx, volume.Node{}),
+		_, e4 := c.Ended(ctx, nil)
+		for _, err := range []error{e1, e2, e3, e4, c.SetFilesystem(ctx, "v", volume.Filesystem{}), c.RegisterNode(ctx, volume.Node{}),
 			c.ReportUsage(ctx, "n", control.Usage{}), c.AddHolder(ctx, "s", "r")} {
 			if err != nil {
 				t.Error(err)

@@ -87,12 +87,12 @@ func TestFilesystemFailover(t *testing.T) {
 		}},
 		{"cut off", func(i int) error { return w.lab.Isolate(i) }, func(int) error { return w.lab.HealAll() }},
 	}
-	for _, fsType := range []string{"ext4", "xfs"} {
+	for fsType, laps := range map[string]int{"ext4": 2, "xfs": 1} {
 		m := &mountedClaim{w: w, claim: &harness.Claim{
 			Name: "data-" + fsType, Size: 320 * mib, FSType: fsType, Parameters: map[string]string{"replicas": "3"}}}
 		must(t, w.at(0).Up(t.Context(), m.claim))
 		var jobs [][]string
-		for lap, way := range ways {
+		for lap, way := range ways[:laps] {
 			from, to := m.node, (m.node+1)%3
 			t.Logf("%s, lap %d: n%d is %s", fsType, lap+1, from+1, way.name)
 			must(t, m.write(fmt.Sprint("file-", lap)))

@@ -74,7 +74,7 @@ func TestPoint18_Point19_Point31(t *testing.T) {
 		must(t, r.at(from).Unpublish(t.Context(), files.claim))
 		must(t, r.at(from).Unstage(t.Context(), files.claim))
 		stale.Close()
-		for _, leak := range r.Nodes()[from].Leaks(files.claim.ID()) {
+		for _, leak := range r.Nodes()[from].Leaks() {
 			t.Errorf("left on a node that was %s: %s", way.name, leak)
 		}
 		must(t, files.verify())
