@@ -86,6 +86,7 @@ func trioTiming() replication.Timing {
 func nodeName(i int) volume.NodeID { return volume.NodeID(fmt.Sprintf("n%d", i)) }
 
 func newTrio(t *testing.T) *trio {
+	t.Parallel() // they mostly wait: for leases, and for each other
 	c := &trio{t: t, dir: t.TempDir(), cluster: &fakeCluster{volumes: map[volume.ID]volume.Volume{}}, nodes: map[volume.NodeID]*Node{}, lines: map[*line]bool{}}
 	t.Cleanup(func() {
 		for i := range 3 {
@@ -235,7 +236,7 @@ func (c *trio) detach(node volume.NodeID) (clean bool) {
 // it moves to another node.
 func TestReplicated(t *testing.T) {
 	c := newTrio(t)
-	c.create(64*mib, "n1", 1, 2, 3)
+	c.create(16*mib, "n1", 1, 2, 3)
 	at := c.stage("n1")
 	write(t, filepath.Join(at, "a"), "all of them")
 	c.stop("n2")
@@ -247,6 +248,9 @@ func TestReplicated(t *testing.T) {
 	c.start("n2")
 	c.waitInSync(3)
 	write(t, filepath.Join(at, "c"), "all again")
+	if got := c.nodes["n1"].Engines(); len(got) != 1 || got[vol1].Phase != "live" {
+		t.Errorf("engines of n1: %+v", got)
+	}
 	if got, err := c.nodes["n1"].Health(t.Context(), vol1); err != nil || len(got) > 0 {
 		t.Errorf("health: %v, %v", got, err)
 	}
@@ -270,7 +274,7 @@ func TestReplicated(t *testing.T) {
 // back its device and its replica are of the past.
 func TestNodeLost(t *testing.T) {
 	c := newTrio(t)
-	c.create(64*mib, "n1", 1, 2, 3)
+	c.create(16*mib, "n1", 1, 2, 3)
 	at := c.stage("n1")
 	write(t, filepath.Join(at, "file"), "synced")
 	c.stop("n1") // its filesystem is not unmounted, and its engine gone
@@ -294,7 +298,7 @@ func TestNodeLost(t *testing.T) {
 // TestTakenByForce: the old node lives, and is fenced: its device fails for good.
 func TestTakenByForce(t *testing.T) {
 	c := newTrio(t)
-	c.create(64*mib, "n1", 1, 2, 3)
+	c.create(16*mib, "n1", 1, 2, 3)
 	old := c.stage("n1")
 	write(t, filepath.Join(old, "file"), "synced")
 	m, err := c.cluster.Commit(t.Context(), vol1, replication.Change{Detach: &replication.Detach{}})
@@ -358,7 +362,7 @@ func (c *trio) complete(s control.SnapshotSpec, holders []volume.ReplicaID) {
 // TestSnapshotsOfReplicas: they are equal on all holders, cut alone or held with others.
 func TestSnapshotsOfReplicas(t *testing.T) {
 	c := newTrio(t)
-	c.create(64*mib, "n1", 1, 2, 3)
+	c.create(16*mib, "n1", 1, 2, 3)
 	at := c.stage("n1")
 	n := c.nodes["n1"]
 	write(t, filepath.Join(at, "file"), "one")
@@ -413,8 +417,8 @@ func TestSnapshotsOfReplicas(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			b := make([]byte, 64*mib)
-			for off := int64(0); off < 64*mib; off += mib {
+			b := make([]byte, 16*mib)
+			for off := int64(0); off < 16*mib; off += mib {
 				if err := dev.ReadAt(t.Context(), b[off:off+mib], off); err != nil {
 					t.Fatal(err)
 				}

@@ -44,6 +44,7 @@ type fakeCluster struct {
 	phases   []volume.Filesystem
 	filled   []string
 	down     error
+	refuse   func() error // what SetFilesystem answers; may be nil
 	reports  int
 	register int
 }
@@ -66,6 +67,9 @@ func (c *fakeCluster) SetFilesystem(_ context.Context, id volume.ID, fs volume.F
 	defer c.mu.Unlock()
 	if c.down != nil {
 		return c.down
+	}
+	if c.refuse != nil {
+		return c.refuse()
 	}
 	v := c.volumes[id]
 	if v.Filesystem.Phase == volume.Formatted && v.Filesystem != fs {

@@ -65,6 +65,8 @@ type Node struct {
 	meter engine.Meter // of the engines' reads and writes
 
 	exports exports
+
+	rollbackLimit time.Duration // shorter in tests
 }
 
 // vol is a volume that is, was, or is about to be in use on this node.
@@ -123,6 +125,7 @@ func Open(cfg Config) (n *Node, err error) {
 	n = &Node{
 		cfg: cfg, log: cfg.Logger,
 		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, past: map[volume.ID]past{}, recovered: make(chan struct{}),
+		rollbackLimit: rollbackLimit,
 	}
 	if n.cfg.Timing == (replication.Timing{}) {
 		n.cfg.Timing = replication.DefaultTiming()

@@ -693,3 +693,50 @@ func TestDetachBreaksHungStage(t *testing.T) {
 		t.Error("the stage succeeded")
 	}
 }
+
+// What a failed stage undoes is not waited for without bound where its device hangs, and the next stage goes through.
+func TestRollbackOfHungStage(t *testing.T) {
+	h := newFaultyHost(t)
+	h.create(vol1, 64*mib)
+	id := h.replica(vol1).ID
+	f, err := os.OpenFile(h.pool.path(string(id)), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	hung := blocktest.NewFaulty(fileDevice{f})
+	h.pool.faulty[id] = hung
+	h.node.rollbackLimit = 200 * time.Millisecond
+	h.cluster.change(vol1, func(v *volume.Volume) { v.Filesystem = volume.Filesystem{Phase: volume.Formatting, Type: "ext4"} })
+	h.cluster.refuse = func() error {
+		hung.Set(blocktest.Flush, blocktest.Fault{Hang: true})
+		return volume.ErrUnavailable
+	}
+	raw := blockCap(volume.SingleNodeWriter)
+	done := make(chan error, 1)
+	go func() {
+		done <- h.node.Stage(t.Context(), Stage{Volume: vol1, Path: h.w("s"), Capability: raw})
+	}()
+	select {
+	case err := <-done:
+		wantErr(t, "stage", err, volume.ErrUnavailable)
+	case <-time.After(30 * time.Second):
+		hung.Set(blocktest.Flush, blocktest.Fault{})
+		t.Error("the rollback does not end")
+		<-done
+	}
+	hung.Set(blocktest.Flush, blocktest.Fault{})
+	h.cluster.refuse = nil
+	h.stage(vol1, h.w("s"), raw)
+	h.publish(vol1, h.w("s"), h.w("at"), raw)
+	if f, err := os.OpenFile(h.w("at"), os.O_RDWR|unix.O_SYNC, 0); err != nil {
+		t.Error(err)
+	} else {
+		if _, err := f.Write(make([]byte, 4096)); err != nil {
+			t.Error(err)
+		}
+		f.Close()
+	}
+	h.unpublish(vol1, h.w("at"))
+	h.unstage(vol1, h.w("s"))
+}

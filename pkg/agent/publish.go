@@ -90,7 +90,7 @@ func (n *Node) Publish(ctx context.Context, q Publish) error {
 		return err
 	}
 	if err := n.show(ctx, c, v, cv, *s, t); err != nil {
-		return errors.Join(err, n.unpublish(context.WithoutCancel(ctx), v, t))
+		return errors.Join(err, n.rollBack(ctx, v, func(ctx context.Context) error { return n.unpublish(ctx, v, t) }))
 	}
 	return nil
 }

@@ -92,6 +92,22 @@ func (r *record) published() bool {
 	return slices.ContainsFunc(r.Targets, func(t target) bool { return !t.Dead })
 }
 
+// uses is how many paths need the volume's device.
+func (r *record) uses() int {
+	n := 0
+	for _, s := range r.Stages {
+		if !s.Dead {
+			n++
+		}
+	}
+	for _, t := range r.Targets {
+		if !t.Dead {
+			n++
+		}
+	}
+	return n
+}
+
 // paths are all that may carry a mount.
 func (r *record) paths() []string {
 	var out []string

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/mount"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -101,10 +102,31 @@ func (n *Node) Stage(ctx context.Context, q Stage) error {
 		err = n.bringUp(ctx, c, v, cv, s)
 	}
 	if err != nil {
-		// A failed call leaves nothing behind; what cannot be undone now stays in the record, for Unstage.
-		return errors.Join(err, n.unstage(context.WithoutCancel(ctx), v, s))
+		// A failed call leaves nothing behind; what cannot be undone now stays in the record, for Unstage or the next Stage.
+		return errors.Join(err, n.rollBack(ctx, v, func(ctx context.Context) error { return n.unstage(ctx, v, s) }))
 	}
 	return nil
+}
+
+// rollbackLimit bounds how long what a failed call began is written out.
+const rollbackLimit = 10 * time.Second
+
+// rollBack undoes what a call that failed has done, though its caller may be gone. The volume stays locked meanwhile: where that
+// takes too long, and nobody else uses the device, the device fails, which ends whatever waits for it.
+func (n *Node) rollBack(ctx context.Context, v *vol, undo func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), n.rollbackLimit)
+	defer cancel()
+	if v.rec.uses() > 1 {
+		return undo(ctx)
+	}
+	aborted := make(chan error, 1)
+	stop := context.AfterFunc(ctx, func() { aborted <- n.abortDevices(n.ctx, v.id) })
+	err := undo(ctx)
+	if !stop() {
+		n.log.Warn("what a failed call began was not written out in time; its I/O failed", "volume", v.id)
+		err = errors.Join(err, <-aborted, n.abort(n.ctx, v))
+	}
+	return err
 }
 
 // open returns the volume, locked, with what the controllers know of it.
