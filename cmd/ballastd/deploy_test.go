@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -58,8 +59,19 @@ func TestManifestsHaveValidSettings(t *testing.T) {
 	for _, m := range settings {
 		t.Setenv(m[1], strings.Trim(m[2], `"`))
 	}
+	if _, err := parse(t); err == nil || !strings.Contains(err.Error(), "/etc/ballast/join-token") {
+		t.Errorf("the file of the token: %v", err)
+	}
+	token := filepath.Join(t.TempDir(), "join-token")
+	if err := os.WriteFile(token, []byte("a-token\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("BALLAST_JOIN", "@"+token)
 	c, err := parse(t)
-	if err != nil || len(settings) != 5 || c.metrics != "127.0.0.1:9810" || c.pools[0].capacity != 200<<30 || c.logFormat != "json" {
+	if err == nil && (c.cluster == nil || c.cluster.join != "a-token" || c.cluster.zone != "rack-2" || c.cluster.listen.api != "10.0.0.2:9820" || len(c.cluster.controllers) != 1) {
+		t.Errorf("the cluster: %+v", c.cluster)
+	}
+	if err != nil || len(settings) != 10 || c.metrics != "127.0.0.1:9810" || c.pools[0].capacity != 200<<30 || c.logFormat != "json" {
 		t.Errorf("%+v %v", c, err)
 	}
 }
