@@ -112,7 +112,7 @@ func (n *Node) Inspect(ctx context.Context, r volume.Replica, _ volume.ID) (cont
 	s, err := replication.ReadState(x.store.State())
 	return control.ReplicaReport{
 		Present: true, Role: roles[s.Role], Poisoned: s.Poisoned, Lineage: uint64(s.Lineage), Epoch: s.Epoch,
-		ConfigVersion: s.ConfigVersion, Size: x.store.Size(),
+		ConfigVersion: s.ConfigVersion, LastFlush: x.pool.LastFlush(r.ID), Size: x.store.Size(),
 	}, err
 }
 

@@ -322,6 +322,8 @@ func (c *checker) protocol(ctx context.Context, db kv) error {
 			switch kind.kind {
 			case keyState:
 				_, err = decodeState(v)
+			case keyFlushed:
+				_, err = decodeFlushed(v)
 			case keyWIL:
 				err = decodeWords("the write-intent log", v, make([]uint64, groupRegions/64))
 				ok = n[0] <= maxWILGroup

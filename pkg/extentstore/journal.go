@@ -58,7 +58,7 @@ func parseJournalKey(b []byte, n int) (id uint64, numbers [2]uint32, ok bool) {
 var journalKinds = []struct {
 	kind    byte
 	numbers int
-}{{keyState, 0}, {keyWIL, 1}, {keyPeer, 1}, {keyMissed, 2}}
+}{{keyState, 0}, {keyWIL, 1}, {keyPeer, 1}, {keyMissed, 2}, {keyFlushed, 0}}
 
 // loadJournal reads all but what was missed, of which it only notes what there is.
 func (p *Pool) loadJournal(id uint64) (*journal, error) {

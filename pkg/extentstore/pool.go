@@ -332,6 +332,7 @@ func (p *Pool) runFlusher() error {
 			}
 			p.keepRoom() // also while nobody commits: the database compacts by itself
 			p.settleWIL()
+			p.saveFlushed()
 		case <-p.flushMe:
 		}
 		p.selfFlush()
@@ -350,11 +351,12 @@ func (p *Pool) selfFlush() {
 	var layers []*chain
 	var journals []*journal
 	var seen []func()
+	at := time.Now().UnixNano()
 	p.mu.Lock()
 	for _, r := range p.replicas {
 		if w := r.writes.Load(); w > r.flushed.Load() {
 			layers = append(layers, r.head.Load())
-			seen = append(seen, func() { raise(&r.flushed, w) })
+			seen = append(seen, func() { raise(&r.flushed, w); r.flushedAt.Store(at) })
 		}
 		if l := r.log; l != nil {
 			if n := l.noted.Load(); n > l.saved.Load() {
@@ -370,6 +372,35 @@ func (p *Pool) selfFlush() {
 	for _, f := range seen {
 		f()
 	}
+}
+
+// saveFlushed stores when replicas were flushed last: now and then, for people who must choose one, and not with each flush.
+func (p *Pool) saveFlushed() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.failure() != nil || !p.keepRoom() {
+		return
+	}
+	var ops []op
+	for _, r := range p.replicas {
+		if at := r.flushedAt.Load(); at != r.savedAt && len(ops) < purgeStep {
+			ops = append(ops, op{journalKey(keyFlushed, r.journal), encodeFlushed(at)})
+			r.savedAt = at
+		}
+	}
+	if len(ops) > 0 {
+		_ = p.commitOps(ops) // an error has stopped the pool
+	}
+}
+
+// LastFlush is when what a replica had was made durable last; 0 is not known. After a crash it may be some seconds less.
+func (p *Pool) LastFlush(id volume.ReplicaID) volume.Timestamp {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r := p.replicas[id]; r != nil {
+		return volume.Timestamp(r.flushedAt.Load())
+	}
+	return 0
 }
 
 func (p *Pool) runRecycler() error {

@@ -23,10 +23,11 @@ const (
 	keySnapshot = 's'
 	keyScrub    = 'x'
 	// Those of the replication protocol: journalKey.
-	keyState  = 't'
-	keyWIL    = 'w'
-	keyPeer   = 'a'
-	keyMissed = 'm'
+	keyState   = 't'
+	keyWIL     = 'w'
+	keyPeer    = 'a'
+	keyMissed  = 'm'
+	keyFlushed = 'f'
 )
 
 func layerKey(id uint64) []byte { return binary.BigEndian.AppendUint64([]byte{keyLayer}, id) }
@@ -314,6 +315,19 @@ func decodeState(b []byte) ([]byte, error) {
 	}
 	state := append([]byte{}, d.take(int(n))...)
 	return state, d.end("the protocol's state")
+}
+
+// encodeFlushed is a time in nanoseconds of Unix time.
+func encodeFlushed(at int64) []byte {
+	e := newEncoder()
+	e.u64(uint64(at))
+	return e.bytes()
+}
+
+func decodeFlushed(b []byte) (int64, error) {
+	d := newDecoder(b)
+	at := int64(d.u64())
+	return at, d.end("a replica's last flush")
 }
 
 // encodeWords is a bitmap of a fixed size.

@@ -173,7 +173,8 @@ func (p *Pool) readRecords() error {
 	if err != nil {
 		return err
 	}
-	return p.kv.Scan([]byte{keyReplica}, func(k, v []byte) error {
+	journals := map[uint64]*replica{}
+	err = p.kv.Scan([]byte{keyReplica}, func(k, v []byte) error {
 		r, err := decodeReplica(v)
 		if err != nil {
 			return p.damaged(fmt.Errorf("%s: %w", k[1:], err))
@@ -185,7 +186,22 @@ func (p *Pool) readRecords() error {
 		n := &replica{p: p, id: volume.ReplicaID(k[1:]), volume: volume.ID(r.volume), tenant: r.tenant, journal: r.journal}
 		n.size.Store(r.size)
 		n.head.Store(l)
-		l.head, p.replicas[n.id] = n, n
+		l.head, p.replicas[n.id], journals[n.journal] = n, n, n
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return p.kv.Scan([]byte{keyFlushed}, func(k, v []byte) error {
+		id, _, ok := parseJournalKey(k, 0)
+		at, err := decodeFlushed(v)
+		if !ok || err != nil {
+			return p.damaged(errors.Join(err, badKey(k)))
+		}
+		if r := journals[id]; r != nil {
+			r.flushedAt.Store(at)
+			r.savedAt = at
+		}
 		return nil
 	})
 }

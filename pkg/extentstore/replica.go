@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/layer"
@@ -26,6 +27,8 @@ type replica struct {
 	// writes counts what changed bytes; flushed is its value that is known to be durable.
 	writes, flushed atomic.Uint64
 	unflushed       atomic.Int64 // bytes since somebody last asked for a flush
+	flushedAt       atomic.Int64 // when what it had was made durable last, in nanoseconds of Unix time; 0 is not known
+	savedAt         int64        // flushedAt as it is stored; guarded by Pool.mu
 	open            *Replica     // guarded by Pool.mu
 	log             *journal     // while it is open; guarded by Pool.mu
 	journal         uint64       // its number
@@ -43,6 +46,7 @@ func (h *Replica) flush() error {
 		return l.flush()
 	}
 	r.unflushed.Store(0)
+	at := time.Now().UnixNano()
 	var journals []*journal
 	if l.saved.Load() < n {
 		journals = append(journals, l)
@@ -52,6 +56,7 @@ func (h *Replica) flush() error {
 	}
 	raise(&r.flushed, w)
 	raise(&l.saved, n)
+	r.flushedAt.Store(at)
 	return nil
 }
 
@@ -175,6 +180,7 @@ func (h *Replica) Close() error {
 		p := h.r.p
 		h.err = h.flush()
 		p.settleWIL()
+		p.saveFlushed()
 		p.mu.Lock()
 		h.r.log = nil
 		p.mu.Unlock()
