@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-var seeds = flag.Int("seeds", 30, "random worlds of TestModel")
+var seeds = flag.Int("seeds", 30, "random worlds of TestModel, a third of them with the race detector")
 
 // TestModel runs random operations against the model, with crashes.
 func TestModel(t *testing.T) {
@@ -14,7 +14,11 @@ func TestModel(t *testing.T) {
 	for part := range uint64(parts) {
 		t.Run("", func(t *testing.T) {
 			t.Parallel()
-			for seed := part; seed < uint64(*seeds); seed += parts {
+			n := uint64(*seeds)
+			if raced {
+				n = (n + 2) / 3
+			}
+			for seed := part; seed < n; seed += parts {
 				w, err := newWorld(seed, rules{})
 				if err == nil {
 					err = w.run(6, 60, 150)
@@ -27,12 +31,17 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// TestCrashAtEveryStep repeats the same operations with the power failing at each of their durable steps in turn.
+// TestCrashAtEveryStep repeats the same operations with the power failing at each of their durable steps in turn; with the race
+// detector at each fourth.
 func TestCrashAtEveryStep(t *testing.T) {
+	stride := 1
+	if raced {
+		stride = 4
+	}
 	for _, seed := range []uint64{1001, 1002} {
 		t.Run("", func(t *testing.T) {
 			t.Parallel()
-			for steps := 0; ; steps++ {
+			for steps := 0; ; steps += stride {
 				done, err := crashAt(seed, steps)
 				if err != nil {
 					t.Fatalf("crash after %d steps: %v", steps, err)

@@ -63,6 +63,7 @@ func TestDeviceConformance(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			blocktest.Run(t, func(t *testing.T, size int64) block.Device {
 				p := open(t)
 				t.Cleanup(func() { must(t, p.Close()) })
@@ -70,6 +71,7 @@ func TestDeviceConformance(t *testing.T) {
 			})
 		})
 		t.Run(name+" on a snapshot", func(t *testing.T) {
+			t.Parallel()
 			blocktest.Run(t, func(t *testing.T, size int64) block.Device {
 				p := open(t)
 				t.Cleanup(func() { must(t, p.Close()) })
@@ -84,6 +86,7 @@ func TestDeviceConformance(t *testing.T) {
 }
 
 func TestReopen(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	p := openDir(t, dir, Options{})
 	id := p.ID()

@@ -1,0 +1,5 @@
+//go:build !race
+
+package extentstore
+
+const raced = false
