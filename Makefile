@@ -80,7 +80,7 @@ fuzz: ## Fuzz every decoder, FUZZTIME each
 	    echo "== $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5x $$pkg; done; done
 
 .PHONY: bench
-bench: deps build ## Measure frontend, store, replication, RPCs, failover and idle cost; print tables of ratios
+bench: deps build ## Measure frontend, store, replication, RPCs, resync, failover and idle cost; print tables of ratios
 	$(GO) run ./test/bench all
 
 ## -- The machine -------------------------------------------------------------------------------------------------------

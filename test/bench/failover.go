@@ -7,9 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"time"
 
-	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
 	"github.com/ballast-csi/ballast/test/harness"
 	"github.com/ballast-csi/ballast/test/netlab"
 )
@@ -17,57 +15,30 @@ import (
 // failoverRuns is how often each way to lose a node is measured.
 const failoverRuns = 9
 
-// failover is a cluster of three with one volume on all of them, and an orchestrator's hand on each.
+// failover is a cluster of three with one volume on all of them.
 type failover struct {
-	*harness.Cluster
+	*three
 	lab   *netlab.Lab
-	at    []*harness.Orchestrator
 	claim *harness.Claim
 }
 
 // benchFailover measures for how long a volume is away when its node is lost: until the first write with a sync is
 // acknowledged on another node. The nodes take turns, so that the lost one leads the controllers now and then.
 func benchFailover(ctx context.Context, w io.Writer) (err error) {
-	dir, err := os.MkdirTemp("", "ballast-bench-")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err == nil || !mountsLeft(dir) {
-			err = errors.Join(err, os.RemoveAll(dir))
-		}
-	}()
-	bin, err := harness.Build(ctx, dir, false)
-	if err != nil {
-		return err
-	}
 	lab, err := netlab.New(78, 3)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lab.Close()) }()
-	c, err := harness.NewCluster(harness.ClusterOptions{Dir: dir, Bin: bin, Nodes: 3, Lab: lab, Args: []string{"--pool-capacity", "8Gi"}})
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			for _, n := range c.Nodes() {
-				err = fmt.Errorf("%w\nthe end of the log of %s:\n%s", err, n.NodeID(), n.LogTail(20))
-			}
-		}
-		err = errors.Join(err, c.Close())
-	}()
-	if err := c.Start(ctx); err != nil {
-		return err
-	}
-	f := &failover{Cluster: c, lab: lab, claim: &harness.Claim{
-		Name: "moved", Size: 1 << 30, FSType: "ext4", Parameters: map[string]string{"replicas": "3"},
-	}}
-	for _, n := range c.Nodes() {
-		f.at = append(f.at, &harness.Orchestrator{CSI: n.CSI(), NodeID: n.NodeID(), Dir: filepath.Join(dir, "pods", n.NodeID()),
-			PerCall: 30 * time.Second, Patience: time.Minute})
-	}
+	return withThree(ctx, lab, func(t *three) error {
+		return (&failover{three: t, lab: lab, claim: &harness.Claim{
+			Name: "moved", Size: 1 << 30, FSType: "ext4", Parameters: map[string]string{"replicas": "3"},
+		}}).measure(ctx, w)
+	}, "--pool-capacity", "8Gi")
+}
+
+func (f *failover) measure(ctx context.Context, w io.Writer) error {
+	c := f.Cluster
 	if err := f.at[0].Create(ctx, f.claim); err != nil {
 		return err
 	}
@@ -81,8 +52,8 @@ func benchFailover(ctx context.Context, w io.Writer) (err error) {
 		{"gives it back (clean detach)", nil, nil},
 		{"is killed (kill -9)", func(_ context.Context, i int) error { return c.Nodes()[i].Kill() },
 			func(ctx context.Context, i int) error { return c.Nodes()[i].Start(ctx) }},
-		{"is cut off", func(_ context.Context, i int) error { return lab.Isolate(i) },
-			func(context.Context, int) error { return lab.HealAll() }},
+		{"is cut off", func(_ context.Context, i int) error { return f.lab.Isolate(i) },
+			func(context.Context, int) error { return f.lab.HealAll() }},
 	} {
 		var all, detach, stage samples
 		for run := range failoverRuns {
@@ -107,7 +78,7 @@ func (f *failover) run(ctx context.Context, from, to int, lose, back func(contex
 	if err := f.write(old); err != nil {
 		return err
 	}
-	if err := f.inSync(ctx); err != nil {
+	if err := f.inSync(ctx, f.claim.Name, 3); err != nil {
 		return err
 	}
 	if lose == nil {
@@ -142,7 +113,7 @@ func (f *failover) run(ctx context.Context, from, to int, lose, back func(contex
 			return err
 		}
 	}
-	if err := f.inSync(ctx); err != nil {
+	if err := f.inSync(ctx, f.claim.Name, 3); err != nil {
 		return err
 	}
 	return other.Down(ctx, f.claim)
@@ -156,27 +127,4 @@ func (f *failover) write(o *harness.Orchestrator) error {
 	}
 	_, err = file.Write(make([]byte, 4096))
 	return errors.Join(err, file.Sync(), file.Close())
-}
-
-// inSync waits until all replicas are in sync, by the word of whichever node answers.
-func (f *failover) inSync(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
-	defer cancel()
-	for i := 0; ; i++ {
-		v, err := f.Nodes()[i%3].Admin().GetVolume(ctx, &adminpb.GetRequest{Ref: f.claim.Name})
-		good := 0
-		for _, r := range v.GetReplicas() {
-			if r.GetRole() == "in-sync" {
-				good++
-			}
-		}
-		if err == nil && good == 3 {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%d of 3 replicas are in sync (%v): %w", good, err, ctx.Err())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
 }

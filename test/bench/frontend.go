@@ -121,29 +121,42 @@ func inTurns(load workload, n int, run func(system int) (float64, error)) ([]flo
 
 // runFioFor is runFio for a given time, or, where it is 0, over the whole size once.
 func runFioFor(ctx context.Context, load workload, span time.Duration, where ...string) (float64, error) {
-	args := append(where, "--name=bench", "--rw="+load.rw, "--bs="+load.block, fmt.Sprintf("--iodepth=%d", load.depth), "--output-format=json")
 	if span > 0 {
-		args = append(args, "--time_based", fmt.Sprintf("--runtime=%d", int(span.Seconds())))
+		where = append(where, "--time_based", fmt.Sprintf("--runtime=%d", int(span.Seconds())))
 	}
+	r, err := fio(ctx, load, where...)
+	return r.Read.IOPS + r.Write.IOPS, err
+}
+
+// fioReport is what is looked at of a report of fio's.
+type fioReport struct {
+	Read, Write struct {
+		IOPS float64
+		// Latency is from the submission to the end of a request, in nanoseconds.
+		Latency struct {
+			Percentile map[string]float64
+		} `json:"clat_ns"`
+	}
+}
+
+// fio runs a workload with more arguments.
+func fio(ctx context.Context, load workload, more ...string) (fioReport, error) {
+	args := append(more, "--name=bench", "--rw="+load.rw, "--bs="+load.block, fmt.Sprintf("--iodepth=%d", load.depth), "--output-format=json")
 	cmd := exec.CommandContext(ctx, "fio", args...)
 	cmd.Dir = os.TempDir() // its nbd engine leaves a file
 	out, err := cmd.Output()
 	if err != nil {
-		return 0, fmt.Errorf("fio: %w: %s", err, stderr(err))
+		return fioReport{}, fmt.Errorf("fio: %w: %s", err, stderr(err))
 	}
-	var report struct {
-		Jobs []struct {
-			Read, Write struct{ IOPS float64 }
-		}
-	}
+	var report struct{ Jobs []fioReport }
 	begin := max(0, bytes.IndexByte(out, '{')) // an engine may have something to say first
 	if err := json.Unmarshal(out[begin:], &report); err != nil {
-		return 0, fmt.Errorf("parse fio's report: %w", err)
+		return fioReport{}, fmt.Errorf("parse fio's report: %w", err)
 	}
 	if len(report.Jobs) != 1 {
-		return 0, errors.New("fio reported no job")
+		return fioReport{}, errors.New("fio reported no job")
 	}
-	return report.Jobs[0].Read.IOPS + report.Jobs[0].Write.IOPS, nil
+	return report.Jobs[0], nil
 }
 
 // backingFile makes a file whose blocks are all allocated.

@@ -33,31 +33,50 @@ func benchIdle(ctx context.Context, w io.Writer) error {
 	}, "--over-provision=100", "--log-level=warn")
 }
 
-func idleRow(ctx context.Context, w io.Writer, d *harness.Daemon, volumes int, watch time.Duration) error {
-	rest := func(t time.Duration) error {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(t):
-			return nil
-		}
+// idleCost is what a daemon uses while nothing happens.
+type idleCost struct {
+	harness.Cost
+	share float64 // of a core
+}
+
+// String is cells of a table: RSS, anonymous memory, CPU, threads.
+func (c idleCost) String() string {
+	return fmt.Sprintf("%d MiB | %d MiB | %.2f %% | %d", c.RSS>>20, c.Anonymous>>20, 100*c.share, c.Threads)
+}
+
+// idleCosts watches daemons for a while, all at once, after some rest.
+func idleCosts(ctx context.Context, watch time.Duration, ds ...*harness.Daemon) ([]idleCost, error) {
+	if err := rest(ctx, 10*time.Second); err != nil {
+		return nil, err
 	}
-	if err := rest(10 * time.Second); err != nil {
-		return err
-	}
-	before, err := d.Cost()
-	if err != nil {
-		return err
-	}
+	var before []harness.Cost
 	from := time.Now()
-	if err := rest(watch); err != nil {
-		return err
+	for _, d := range ds {
+		c, err := d.Cost()
+		if err != nil {
+			return nil, err
+		}
+		before = append(before, c)
 	}
-	after, err := d.Cost()
+	if err := rest(ctx, watch); err != nil {
+		return nil, err
+	}
+	var costs []idleCost
+	for i, d := range ds {
+		c, err := d.Cost()
+		if err != nil {
+			return nil, err
+		}
+		costs = append(costs, idleCost{c, float64(c.CPU-before[i].CPU) / float64(time.Since(from))})
+	}
+	return costs, nil
+}
+
+func idleRow(ctx context.Context, w io.Writer, d *harness.Daemon, volumes int, watch time.Duration) error {
+	costs, err := idleCosts(ctx, watch, d)
 	if err != nil {
 		return err
 	}
-	share := float64(after.CPU-before.CPU) / float64(time.Since(from))
-	fmt.Fprintf(w, "| %d | %d MiB | %d MiB | %.2f %% | %d |\n", volumes, after.RSS>>20, after.Anonymous>>20, 100*share, after.Threads)
+	fmt.Fprintf(w, "| %d | %v |\n", volumes, costs[0])
 	return nil
 }

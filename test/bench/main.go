@@ -30,12 +30,17 @@ var benchmarks = []struct {
 	{"store", benchStore},
 	{"replication", benchReplication},
 	{"rpc", benchRPC},
+	{"cluster", benchThreeNodes},
+	{"resync", benchResync},
 	{"failover", benchFailover},
 	{"idle", benchIdle},
 }
 
 // replicaCommand is the first argument of the processes that the replication benchmark starts.
 const replicaCommand = "replica"
+
+// quick has "cluster" and "resync" be small and short: to see that they work, for their figures say little then.
+var quick bool
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
@@ -61,6 +66,7 @@ func run(ctx context.Context, args []string, w io.Writer) (err error) {
 		wantedLoads, err = regexp.Compile(s)
 		return err
 	})
+	flags.BoolVar(&quick, "quick", false, "make cluster and resync small and short: their figures say little then")
 	flags.Usage = func() {
 		fmt.Fprintf(flags.Output(), "usage: bench [options] all|%s ...\n", strings.Join(names, "|"))
 		flags.PrintDefaults()

@@ -120,24 +120,25 @@ func benchRPC(ctx context.Context, w io.Writer) error {
 	return withDaemon(ctx, func(d *harness.Daemon, o *harness.Orchestrator) error {
 		fmt.Fprintf(w, "## CSI calls\n\nOne after the other over the Unix socket, every change durable when it is answered.\n\n")
 		fmt.Fprintf(w, "| Call | n | p50 | p99 | max |\n|---|---|---|---|---|\n")
-		if err := rpcCalls(ctx, w, o); err != nil {
+		if err := rpcCalls(ctx, w, o, rpcRuns, nil); err != nil {
 			return err
 		}
 		return rpcList(ctx, w, o)
 	}, "--over-provision=100", "--pool-capacity=50Gi", "--log-level=warn")
 }
 
-func rpcCalls(ctx context.Context, w io.Writer, o *harness.Orchestrator) error {
+// rpcCalls measures each call so many times, on volumes with these parameters.
+func rpcCalls(ctx context.Context, w io.Writer, o *harness.Orchestrator, runs int, parameters map[string]string) error {
 	var create, attach, stageExt4, stageBlock, unstage, expand, snapshot, restore, clone, deleteSnapshot, deleteVolume samples
-	for i := range rpcRuns {
-		c := &harness.Claim{Name: fmt.Sprintf("v%d", i), Size: 64 << 20}
+	for i := range runs {
+		c := &harness.Claim{Name: fmt.Sprintf("v%d", i), Size: 64 << 20, Parameters: parameters}
 		stage := &stageBlock
 		if i%2 == 0 {
 			c.FSType, stage = "ext4", &stageExt4
 		}
 		snap := ""
-		fromSnapshot := &harness.Claim{Name: c.Name + "-r", Size: 2 * c.Size, FSType: c.FSType}
-		fromVolume := &harness.Claim{Name: c.Name + "-c", Size: 2 * c.Size, FSType: c.FSType}
+		fromSnapshot := &harness.Claim{Name: c.Name + "-r", Size: 2 * c.Size, FSType: c.FSType, Parameters: parameters}
+		fromVolume := &harness.Claim{Name: c.Name + "-c", Size: 2 * c.Size, FSType: c.FSType, Parameters: parameters}
 		for _, step := range []struct {
 			s  *samples
 			fn func() error
