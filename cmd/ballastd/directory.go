@@ -29,8 +29,8 @@ type directory struct {
 	self        volume.Node // its ID and Address
 	credentials *pki.Credentials
 	log         *slog.Logger
-	// list asks for the members.
-	list func(ctx context.Context) ([]volume.Node, error)
+	// members is asked for the nodes and for those that were removed.
+	members members
 	// learned is told the addresses of the other controllers when they change.
 	learned func(addresses []string)
 	// drop ends the connections of nodes that have been removed; nil before there is anything to end.
@@ -41,10 +41,14 @@ type directory struct {
 	mu      sync.Mutex
 	nodes   map[volume.NodeID]volume.Node
 	asked   time.Time
-	removed map[volume.NodeID]bool // were members once
-	conns   map[connTo]*grpc.ClientConn
-	others  []string // addresses of other controllers
-	closing bool
+	gone    map[volume.NodeID]bool // were members once
+	refused map[volume.NodeID]bool // were removed
+	// expelled are those of refused that a controller told of, numbered by told, so that an older list does not bring them back.
+	expelled map[volume.NodeID]uint64
+	told     uint64
+	conns    map[connTo]*grpc.ClientConn
+	others   []string // addresses of other controllers
+	closing  bool
 }
 
 type connTo struct {
@@ -52,8 +56,17 @@ type connTo struct {
 	address string
 }
 
+// members is control.Service, or the way to one.
+type members interface {
+	Nodes(ctx context.Context) ([]volume.Node, error)
+	RemovedNodes(ctx context.Context) ([]volume.NodeID, error)
+}
+
 func newDirectory(self volume.Node, c *pki.Credentials, log *slog.Logger) *directory {
-	return &directory{self: self, credentials: c, log: log, nodes: map[volume.NodeID]volume.Node{}, removed: map[volume.NodeID]bool{}, conns: map[connTo]*grpc.ClientConn{}}
+	return &directory{
+		self: self, credentials: c, log: log, nodes: map[volume.NodeID]volume.Node{}, gone: map[volume.NodeID]bool{},
+		expelled: map[volume.NodeID]uint64{}, conns: map[connTo]*grpc.ClientConn{},
+	}
 }
 
 // dropBy says what ends the connections of nodes that were removed.
@@ -85,7 +98,14 @@ func (d *directory) refresh(ctx context.Context) error {
 }
 
 func (d *directory) look(ctx context.Context) error {
-	nodes, err := d.list(ctx)
+	d.mu.Lock()
+	told := d.told
+	d.mu.Unlock()
+	nodes, err := d.members.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	removed, err := d.members.RemovedNodes(ctx)
 	if err != nil {
 		return err
 	}
@@ -93,13 +113,27 @@ func (d *directory) look(ctx context.Context) error {
 	d.mu.Lock()
 	d.asked = time.Now()
 	for id := range d.nodes {
-		d.removed[id] = true
+		d.gone[id] = true
 	}
 	clear(d.nodes)
+	d.refused = map[volume.NodeID]bool{}
+	for _, id := range removed {
+		d.refused[id], d.gone[id] = true, true
+	}
+	for id, at := range d.expelled {
+		if at > told {
+			d.refused[id], d.gone[id] = true, true
+		} else {
+			delete(d.expelled, id)
+		}
+	}
 	used := map[connTo]bool{}
 	for _, n := range nodes {
+		if d.refused[n.ID] {
+			continue
+		}
 		d.nodes[n.ID] = n
-		delete(d.removed, n.ID)
+		delete(d.gone, n.ID)
 		if n.ID != d.self.ID && n.Address != "" && slices.Contains(n.Roles, volume.RoleController) {
 			others = append(others, n.Address)
 		}
@@ -117,13 +151,66 @@ func (d *directory) look(ctx context.Context) error {
 			delete(d.conns, to)
 		}
 	}
-	drop, removed := d.drop, maps.Clone(d.removed)
+	drop, gone := d.drop, maps.Clone(d.gone)
 	d.mu.Unlock()
 	if changed {
 		d.learned(others)
 	}
-	if drop != nil && len(removed) > 0 {
-		drop(func(id volume.NodeID) bool { return removed[id] })
+	if drop != nil && len(gone) > 0 {
+		drop(func(id volume.NodeID) bool { return gone[id] })
+	}
+	return nil
+}
+
+// expel refuses a node that was removed from now on.
+func (d *directory) expel(id volume.NodeID) {
+	d.mu.Lock()
+	d.told++
+	d.expelled[id] = d.told
+	if d.refused != nil { // else nobody is admitted yet
+		d.refused[id] = true
+	}
+	d.gone[id] = true
+	delete(d.nodes, id)
+	for to, c := range d.conns {
+		if to.node == id {
+			_ = c.Close()
+			delete(d.conns, to)
+		}
+	}
+	drop := d.drop
+	d.mu.Unlock()
+	if drop != nil {
+		drop(func(o volume.NodeID) bool { return o == id })
+	}
+}
+
+// verifyLimit bounds how long a caller waits until it is known who was removed.
+const verifyLimit = time.Second
+
+// admits is pki.Verify: it refuses nodes that were removed, and all others too while it is not known which those are. One that
+// was removed may have joined again just now.
+func (d *directory) admits(p pki.Peer) error {
+	id := volume.NodeID(p.Name)
+	if p.Kind != pki.KindNode || id == d.self.ID {
+		return nil
+	}
+	look := func() (known, refused bool, age time.Duration) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.refused != nil, d.refused[id], time.Since(d.asked)
+	}
+	known, refused, age := look()
+	if !known || refused && age > refreshSoon {
+		ctx, cancel := context.WithTimeout(context.Background(), verifyLimit)
+		defer cancel()
+		if err := d.refresh(ctx); err != nil && !known {
+			return fmt.Errorf("which nodes were removed is not known yet (%v): %w", err, pki.ErrRefused)
+		}
+		known, refused, _ = look()
+	}
+	if !known || refused {
+		return fmt.Errorf("%s was removed from the cluster: %w", p, pki.ErrRefused)
 	}
 	return nil
 }

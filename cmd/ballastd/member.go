@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
-	"time"
 
 	"google.golang.org/grpc"
 
@@ -70,20 +69,19 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 		return err
 	}
 
-	services := clusterapi.Services{Node: node}
-	var removed func(volume.NodeID) bool
+	services := clusterapi.Services{Node: member{node, dir}, Admits: dir.admits}
 	// known are the controllers to ask until the directory has learned them.
 	known := append(id.controllers(), cc.controllers...)
 	asked := clusterapi.NewCluster(func() []grpc.ClientConnInterface { return dir.controllers(known) })
 	var renew func(ctx context.Context, node volume.NodeID, csr []byte) ([]byte, error)
 	if id.controller() {
-		service, isRemoved, err := d.openController(id, dir, known, parts)
+		service, err := d.openController(id, dir, known, parts)
 		if err != nil {
 			return err
 		}
-		services.Controller, removed = admission{Service: service, ca: id.ca}, isRemoved
+		services.Controller = admission{Service: service, ca: id.ca}
 		renew = services.Controller.Renew
-		dir.list = service.Nodes
+		dir.members = service
 		node.Start(nearest{own: service, others: asked, led: func() bool {
 			leader, _ := d.member.store.Leader()
 			return leader != ""
@@ -92,7 +90,7 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 			return err
 		}
 	} else {
-		dir.list, renew = asked.Nodes, asked.Renew
+		dir.members, renew = asked, asked.Renew
 		node.Start(asked)
 		d.node.Node = node
 		d.gate.openNode(node.Ready)
@@ -106,7 +104,7 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 		tasks.Wait()
 		return nil
 	})
-	if err := d.listenForMembers(services, credentials, cluster, node, removed, parts); err != nil {
+	if err := d.listenForMembers(services, credentials, cluster, node, parts); err != nil {
 		return err
 	}
 	renewer := pki.OpenRenewer(pki.Renewal{
@@ -118,11 +116,11 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 }
 
 // openController opens this controller's share of the cluster's state, and what works on it.
-func (d *daemon) openController(id *identity, dir *directory, known []string, parts *closers) (*control.Service, func(volume.NodeID) bool, error) {
+func (d *daemon) openController(id *identity, dir *directory, known []string, parts *closers) (*control.Service, error) {
 	cc := d.cfg.cluster
 	listener, err := net.Listen("tcp", cc.listen.raft)
 	if err != nil {
-		return nil, nil, fmt.Errorf("controllers' log: %w", err)
+		return nil, fmt.Errorf("controllers' log: %w", err)
 	}
 	var others []string
 	for _, a := range known {
@@ -143,50 +141,42 @@ func (d *daemon) openController(id *identity, dir *directory, known []string, pa
 		Bootstrap: id.founded, Join: slices.Compact(others), Logger: d.log,
 	})
 	if err != nil {
-		return nil, nil, errors.Join(err, listener.Close())
+		return nil, errors.Join(err, listener.Close())
 	}
 	parts.add(store.Close)
 	d.member.store = store
 	if err := d.metrics.WatchRaft(func() metrics.Raft { return metrics.Raft(store.Stats()) }); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	// This controller's own node is asked as all others are.
 	agents := clusterapi.NewAgents(dir)
-	service := control.New(store, agents, control.Options{Logger: d.log, Audit: d.trail})
+	service := control.New(store, agents, control.Options{Logger: d.log, Audit: d.trail, Members: agents})
 	loop := reconcile.Start(service, reconcile.Options{Logger: d.log, Leads: func() bool {
 		_, self := store.Leader()
 		return self
 	}})
 	parts.add(loop.Close)
-	return service, removedNodes(service), nil
+	return service, nil
 }
 
-// removedNodes tells, from a look at the state at most a few seconds old, which nodes were removed.
-func removedNodes(service *control.Service) func(volume.NodeID) bool {
-	var mu sync.Mutex
-	var known []volume.NodeID
-	var asked time.Time
-	return func(id volume.NodeID) bool {
-		mu.Lock()
-		defer mu.Unlock()
-		if time.Since(asked) > refreshEvery {
-			asked = time.Now()
-			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-			defer cancel()
-			if now, err := service.RemovedNodes(ctx); err == nil {
-				known = now
-			}
-		}
-		return slices.Contains(known, id)
+// member is clusterapi.Node: this node, and whom it speaks to.
+type member struct {
+	*agent.Node
+	directory *directory
+}
+
+// Expel implements control.Members.
+func (m member) Expel(_ context.Context, node, removed volume.NodeID) error {
+	if node != m.ID() || removed == node {
+		return fmt.Errorf("node %s is asked to refuse node %s: %w", m.ID(), removed, volume.ErrUnavailable)
 	}
+	m.directory.expel(removed)
+	return nil
 }
 
 // listenForMembers serves the other nodes.
-func (d *daemon) listenForMembers(s clusterapi.Services, c *pki.Credentials, cluster string, node *agent.Node, removed func(volume.NodeID) bool, parts *closers) error {
-	var members pki.Verify
-	if removed != nil {
-		members = pki.Except(removed, nil)
-	}
+func (d *daemon) listenForMembers(s clusterapi.Services, c *pki.Credentials, cluster string, node *agent.Node, parts *closers) error {
+	var members pki.Verify = d.member.directory.admits
 	serve := func(what, address string, run func(net.Listener) error, stop func()) error {
 		l, err := net.Listen("tcp", address)
 		if err != nil {

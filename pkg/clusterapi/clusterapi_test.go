@@ -7,6 +7,7 @@ import (
 	"net"
 	"reflect"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -138,6 +139,9 @@ func (r *recorder) Observe(_ context.Context, n volume.NodeID, of []control.Subj
 		{Engine: &volume.EngineReport{Phase: "live", Epoch: 9, Resyncs: []volume.Resync{{Replica: "r", Left: 1 << 40}}}},
 	}, r.note(n, of)
 }
+func (r *recorder) Expel(_ context.Context, n, removed volume.NodeID) error {
+	return r.note(n, removed)
+}
 func (r *recorder) Extents(_ context.Context, h volume.Replica, s, base volume.SnapshotID, off int64, fn func(control.Extent) error) error {
 	for i := range int64(2*batchExtents + 1) {
 		if err := fn(control.Extent{Offset: i, Length: 1}); err != nil {
@@ -152,7 +156,7 @@ func TestAgents(t *testing.T) {
 	r := &recorder{}
 	cc, _ := pair(t, Services{Node: r}, pki.RoleController)
 	client := reflect.ValueOf(NewAgents(dialed{cc}))
-	port := reflect.TypeFor[control.Agents]()
+	port := reflect.TypeFor[Node]()
 	for i := range port.NumMethod() {
 		m := port.Method(i)
 		t.Run(m.Name, func(t *testing.T) {
@@ -239,6 +243,23 @@ func TestWhoMayAsk(t *testing.T) {
 		}
 		if _, err := c.Commit(t.Context(), "v", replication.Change{Attach: &replication.Attach{Node: "n3"}}); !errors.Is(err, volume.ErrDenied) {
 			t.Errorf("attaches to another: %v", err)
+		}
+	})
+	t.Run("a node that was removed since it connected", func(t *testing.T) {
+		var removed atomic.Bool
+		cc, _ := pair(t, Services{Controller: r, Admits: func(pki.Peer) error {
+			if removed.Load() {
+				return pki.ErrRefused
+			}
+			return nil
+		}}, pki.RoleStorage)
+		c := NewCluster(func() []grpc.ClientConnInterface { return []grpc.ClientConnInterface{cc} })
+		if _, err := c.Ended(t.Context(), nil); err != nil {
+			t.Errorf("as a member: %v", err)
+		}
+		removed.Store(true)
+		if _, err := c.Ended(t.Context(), nil); !errors.Is(err, errRefused) {
+			t.Errorf("is answered: %v", err)
 		}
 	})
 	t.Run("nobody", func(t *testing.T) {

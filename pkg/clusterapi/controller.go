@@ -33,6 +33,8 @@ type Controller interface {
 	Ended(ctx context.Context, engines map[volume.ID]volume.Epoch) ([]volume.ID, error)
 	// Nodes are those of the cluster: where they are, and which of them are controllers.
 	Nodes(ctx context.Context) ([]volume.Node, error)
+	// RemovedNodes are those that nobody is to speak to.
+	RemovedNodes(ctx context.Context) ([]volume.NodeID, error)
 	// Join lets a node in. Anybody may ask; the claim says whether they may.
 	Join(ctx context.Context, r Join) (Joined, error)
 	// Renew certifies a new key of a node of the cluster. The answer is as in Joined.
@@ -145,6 +147,9 @@ var controllerDesc = grpc.ServiceDesc{
 		unary(controllerService, "Nodes", func(c Controller, ctx context.Context, _ *none) ([]volume.Node, error) {
 			return c.Nodes(ctx)
 		}),
+		unary(controllerService, "RemovedNodes", func(c Controller, ctx context.Context, _ *none) ([]volume.NodeID, error) {
+			return c.RemovedNodes(ctx)
+		}),
 		unary(controllerService, "Join", func(c Controller, ctx context.Context, r *Join) (Joined, error) {
 			return c.Join(ctx, *r)
 		}),
@@ -249,6 +254,11 @@ func (c *Cluster) Ended(ctx context.Context, engines map[volume.ID]volume.Epoch)
 // Nodes are those of the cluster.
 func (c *Cluster) Nodes(ctx context.Context) ([]volume.Node, error) {
 	return ask[[]volume.Node](ctx, c, "Nodes", &none{})
+}
+
+// RemovedNodes are those that were removed and did not join again.
+func (c *Cluster) RemovedNodes(ctx context.Context) ([]volume.NodeID, error) {
+	return ask[[]volume.NodeID](ctx, c, "RemovedNodes", &none{})
 }
 
 // Join asks to become a member.

@@ -65,6 +65,7 @@ type (
 		Volume volume.ID
 		QoS    volume.QoS
 	}
+	expel   struct{ Node, Removed volume.NodeID }
 	extents struct {
 		Holder   volume.Replica
 		Snapshot volume.SnapshotID
@@ -76,7 +77,13 @@ type (
 // batchExtents bounds the extents in one message.
 const batchExtents = 4096
 
-// nodeMethods of the service, whose server is a control.Agents.
+// Node is what a node answers to controllers.
+type Node interface {
+	control.Agents
+	control.Members
+}
+
+// nodeMethods of the service, whose server is a Node.
 var nodeMethods = []grpc.MethodDesc{
 	unary(nodeService, "CreateReplica", func(a control.Agents, ctx context.Context, r *createReplica) (none, error) {
 		return none{}, a.CreateReplica(ctx, r.Node, r.Spec)
@@ -126,10 +133,13 @@ var nodeMethods = []grpc.MethodDesc{
 	unary(nodeService, "Observe", func(a control.Agents, ctx context.Context, r *observe) ([]control.Observation, error) {
 		return a.Observe(ctx, r.Node, r.Of)
 	}),
+	unary(nodeService, "Expel", func(n Node, ctx context.Context, r *expel) (none, error) {
+		return none{}, n.Expel(ctx, r.Node, r.Removed)
+	}),
 }
 
 var nodeDesc = grpc.ServiceDesc{
-	ServiceName: nodeService, HandlerType: (*control.Agents)(nil), Methods: nodeMethods,
+	ServiceName: nodeService, HandlerType: (*Node)(nil), Methods: nodeMethods,
 	Streams: []grpc.StreamDesc{{StreamName: "Extents", ServerStreams: true, Handler: serveExtents}},
 }
 
@@ -162,7 +172,7 @@ func serveExtents(srv any, s grpc.ServerStream) error {
 	return nil
 }
 
-// Agents is control.Agents by calls to the nodes.
+// Agents is control.Agents and control.Members by calls to the nodes.
 type Agents struct{ dial Dialer }
 
 // Dialer finds the way to a node; volume.ErrUnavailable where none is known.
@@ -170,7 +180,7 @@ type Dialer interface {
 	Node(ctx context.Context, id volume.NodeID) (grpc.ClientConnInterface, error)
 }
 
-var _ control.Agents = (*Agents)(nil)
+var _ Node = (*Agents)(nil)
 
 // NewAgents returns the nodes that d finds.
 func NewAgents(d Dialer) *Agents { return &Agents{dial: d} }
@@ -253,6 +263,10 @@ func (a *Agents) SetQoS(ctx context.Context, n volume.NodeID, id volume.ID, q vo
 
 func (a *Agents) Observe(ctx context.Context, n volume.NodeID, of []control.Subject) ([]control.Observation, error) {
 	return node[[]control.Observation](ctx, a, n, "Observe", &observe{n, of})
+}
+
+func (a *Agents) Expel(ctx context.Context, n, removed volume.NodeID) error {
+	return do(ctx, a, n, "Expel", &expel{n, removed})
 }
 
 func (a *Agents) Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {

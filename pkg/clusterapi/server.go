@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
-	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -29,8 +28,10 @@ const (
 
 // Services of a server; what is nil is not served.
 type Services struct {
-	Node       control.Agents
+	Node       Node
 	Controller Controller
+	// Admits is asked for each call: a connection outlives the caller's membership. Nil admits every caller of the cluster.
+	Admits pki.Verify
 }
 
 // NewServer serves a member of the cluster to the others. tls is from pki.Credentials: ServerWithJoin where a Controller is
@@ -38,7 +39,7 @@ type Services struct {
 func NewServer(s Services, tls *tls.Config) *grpc.Server {
 	server := grpc.NewServer(
 		grpc.Creds(credentials.NewTLS(tls)), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(1024),
-		grpc.UnaryInterceptor(admit), grpc.StreamInterceptor(admitStream),
+		grpc.UnaryInterceptor(s.admit), grpc.StreamInterceptor(s.admitStream),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 	)
@@ -65,23 +66,23 @@ func Connect(address string, tls *tls.Config) (*grpc.ClientConn, error) {
 
 // admit lets through what the caller may ask: a node's services are for controllers, a controller's for nodes, and Join is
 // for anybody.
-func admit(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	if err := admits(ctx, info.FullMethod); err != nil {
+func (s Services) admit(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if err := s.admits(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
 	return handler(ctx, req)
 }
 
-func admitStream(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	if err := admits(s.Context(), info.FullMethod); err != nil {
+func (s Services) admitStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if err := s.admits(stream.Context(), info.FullMethod); err != nil {
 		return err
 	}
-	return handler(srv, s)
+	return handler(srv, stream)
 }
 
 const joinMethod = "/" + controllerService + "/Join"
 
-func admits(ctx context.Context, method string) error {
+func (s Services) admits(ctx context.Context, method string) error {
 	if method == joinMethod {
 		return nil
 	}
@@ -93,6 +94,10 @@ func admits(ctx context.Context, method string) error {
 		return status.Errorf(codes.PermissionDenied, "%s is no node of the cluster", p.Identity)
 	case strings.HasPrefix(method, "/"+nodeService+"/") && !p.Has(pki.RoleController):
 		return status.Errorf(codes.PermissionDenied, "%s is no controller", p.Identity)
+	case s.Admits != nil:
+		if err := s.Admits(p); err != nil {
+			return status.Error(codes.PermissionDenied, err.Error())
+		}
 	}
 	return nil
 }

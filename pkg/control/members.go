@@ -2,9 +2,11 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
@@ -92,7 +94,9 @@ func blocked(id volume.NodeID, bs []placement.Blocker) error {
 		id, strings.Join(why, "; "), volume.ErrInUse)
 }
 
-// RemoveNode takes a node that holds nothing out of the cluster for good; it can join again only with a token.
+// RemoveNode takes a node that holds nothing out of the cluster for good; it can join again only with a token. Nil means that
+// every node that reports refuses it; one that is silent does as soon as it reaches a controller. volume.ErrUnavailable: it is
+// removed, and a node has not said that it refuses it; the same call asks again.
 func (s *Service) RemoveNode(ctx context.Context, id volume.NodeID) error {
 	ss, err := s.store.Snapshots(ctx, "", "", 0)
 	if err != nil {
@@ -115,7 +119,38 @@ func (s *Service) RemoveNode(ctx context.Context, id volume.NodeID) error {
 		s.mu.Unlock()
 	}
 	s.record(ctx, "node.remove", string(id), "", err)
-	return err
+	if err != nil || s.o.Members == nil {
+		return err
+	}
+	return s.expel(ctx, id)
+}
+
+// expel has all nodes that report refuse one that was removed.
+func (s *Service) expel(ctx context.Context, id volume.NodeID) error {
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
+	}
+	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	defer cancel()
+	errs := make([]error, len(c.nodes))
+	var wg sync.WaitGroup
+	for i, n := range c.nodes {
+		if c.silent[n.ID] != "" {
+			continue
+		}
+		wg.Go(func() {
+			if err := s.o.Members.Expel(limit, n.ID, id); err != nil {
+				errs[i] = fmt.Errorf("node %s: %w", n.ID, err)
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("node %s is removed; not all others have said yet that they refuse it, which they do as soon as they reach a controller (%v); "+
+			"remove it again to ask them: %w", id, err, volume.ErrUnavailable)
+	}
+	return nil
 }
 
 // RemovedNodes lists the nodes that were removed and did not join again: nobody is to speak to them.

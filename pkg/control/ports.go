@@ -115,6 +115,12 @@ type Agents interface {
 	Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(Extent) error) error
 }
 
+// Members are the nodes as members of the cluster.
+type Members interface {
+	// Expel has a node refuse another, which was removed, from now on, and end its connections.
+	Expel(ctx context.Context, node, removed volume.NodeID) error
+}
+
 // Store is the cluster's state: a deterministic state machine behind Propose. meta implements it, later over raft.
 //
 // Reads are linearizable and return volume.ErrNotFound for what is not there.

@@ -22,6 +22,8 @@ type Options struct {
 	Logger *slog.Logger
 	// Audit gets every change; nil drops them.
 	Audit Audit
+	// Members are told who was removed; nil: there are no others.
+	Members Members
 	// Now is the clock.
 	Now func() time.Time
 	// NodeTimeout is the silence after which a node counts as down: 2 minutes.

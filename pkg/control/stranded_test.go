@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -261,5 +262,40 @@ func TestEnginesOfThePast(t *testing.T) {
 	slices.Sort(want)
 	if err != nil || !slices.Equal(ended, want) {
 		t.Errorf("%v, want %v; %v", ended, want, err)
+	}
+}
+
+// told is control.Members that notes who was told.
+type told struct {
+	mu    sync.Mutex
+	by    []volume.NodeID
+	fails volume.NodeID
+}
+
+func (m *told) Expel(_ context.Context, node, removed volume.NodeID) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if node == m.fails {
+		return volume.ErrUnavailable
+	}
+	m.by = append(m.by, node)
+	return nil
+}
+
+// The removal of a node is answered when all that report refuse it.
+func TestWhoIsToldOfARemovedNode(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	w.silence("n3", 5*time.Minute)
+	m := &told{fails: "n2"}
+	s := control.New(w.store, w.agents, control.Options{Now: func() time.Time { return w.now }, Members: m})
+	wantErr(t, s.RemoveNode(ctx, "n4"), volume.ErrUnavailable)
+	if removed, err := s.RemovedNodes(ctx); err != nil || !slices.Equal(removed, []volume.NodeID{"n4"}) {
+		t.Errorf("%v %v", removed, err)
+	}
+	m.by, m.fails = nil, ""
+	wantErr(t, s.RemoveNode(ctx, "n4"), nil)
+	if slices.Sort(m.by); !slices.Equal(m.by, []volume.NodeID{"n1", "n2"}) { // not itself, and not one that is silent
+		t.Errorf("told %v", m.by)
 	}
 }

@@ -186,19 +186,6 @@ func IsNode(id volume.NodeID) Verify {
 	}
 }
 
-// Except refuses the nodes that are no members any more, and certificates that were withdrawn by their serial.
-func Except(removed func(volume.NodeID) bool, withdrawn func(serial string) bool) Verify {
-	return func(p Peer) error {
-		if p.Kind == KindNode && removed != nil && removed(volume.NodeID(p.Name)) {
-			return fmt.Errorf("%s was removed from the cluster: %w", p, ErrRefused)
-		}
-		if withdrawn != nil && withdrawn(p.Serial) {
-			return fmt.Errorf("the certificate %s of %s was withdrawn: %w", p.Serial, p, ErrRefused)
-		}
-		return nil
-	}
-}
-
 // All admits whom each of its parts admits. Nil parts are passed over.
 func All(parts ...Verify) Verify {
 	return func(p Peer) error {

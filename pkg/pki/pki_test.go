@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/url"
 	"os"
@@ -93,8 +94,12 @@ func TestHandshake(t *testing.T) {
 	viewer := issue(t, ca, Admin("eve", RoleViewer), 0, now)
 	brief := issue(t, ca, Node("n3", RoleStorage), time.Minute, now)
 	early := issue(t, ca, Node("n4", RoleStorage), 0, now)
-	removed := Except(func(id volume.NodeID) bool { return id == "n1" }, nil)
-	withdrawn := Except(nil, func(s string) bool { return s == viewer.Self().Serial })
+	removed := func(p Peer) error {
+		if p.Name == "n1" {
+			return fmt.Errorf("%s was removed: %w", p, ErrRefused)
+		}
+		return nil
+	}
 
 	late := func(c *Credentials) *Credentials { // the same certificate, seen by another clock
 		l := &Credentials{now: at(epoch.Add(NodeLifetime + time.Hour))}
@@ -136,7 +141,6 @@ func TestHandshake(t *testing.T) {
 		{"a year later", late(n1).Client(nil), late(n2).Server(nil), "both", "valid from"},
 		{"removed", n1.Client(nil), n2.Server(All(nil, HasRole(RoleStorage), removed)), "server", "removed"},
 		{"not removed", n2.Client(nil), n2.Server(All(HasRole(RoleStorage), removed)), "", ""},
-		{"withdrawn", viewer.Client(nil), n2.Server(withdrawn), "server", "withdrawn"},
 		{"without certificate", bare, n2.Server(nil), "server", "certificate"},
 		{"TLS 1.2", legacy, n2.Server(nil), "both", "protocol version"},
 		{"join", JoinClient(ca.Pin(), now), n2.ServerWithJoin(nil), "", ""},
