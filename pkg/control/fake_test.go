@@ -301,7 +301,11 @@ func (a *fakeAgents) Inspect(_ context.Context, r volume.Replica, _ volume.ID) (
 	if a.down[r.Node] {
 		return control.ReplicaReport{}, fmt.Errorf("node %s is down: %w", r.Node, volume.ErrUnavailable)
 	}
-	return a.reports[r.ID], nil
+	report, told := a.reports[r.ID]
+	if !told {
+		_, report.Present = a.replicas[r.ID]
+	}
+	return report, nil
 }
 
 func (a *fakeAgents) OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, _ volume.Epoch) error {

@@ -30,7 +30,7 @@ func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 	v = x.Volume
 	clean := false
 	if v.Owner != "" {
-		clean, err = s.endEngine(ctx, v)
+		clean, err = s.endEngine(ctx, v.Owner, v)
 		if err != nil && (ctx.Err() != nil || !s.answers(ctx, v)) {
 			return fmt.Errorf("volume %s cannot be fenced on node %s: %w", v.ID, a.Node, unfinished(err))
 		}
@@ -44,7 +44,10 @@ func (s *Service) completeDetach(ctx context.Context, v volume.Volume) error {
 	}
 	if v.Owner == "" {
 		if err := s.fence(ctx, v); err != nil {
-			return err
+			// Its node may have ended it since it was forced out.
+			if _, e := s.endEngine(ctx, a.Node, v); e != nil {
+				return err
+			}
 		}
 	}
 	return s.finishDetach(ctx, v.ID, a.Epoch, clean)
@@ -67,7 +70,7 @@ func (s *Service) answers(ctx context.Context, v volume.Volume) bool {
 	var wg sync.WaitGroup
 	for _, r := range v.InSync() {
 		wg.Go(func() {
-			if _, err := s.agents.Inspect(limit, r, v.ID); err == nil {
+			if x, err := s.agents.Inspect(limit, r, v.ID); err == nil && x.Present {
 				there.Store(true)
 				cancel() // one is enough
 			}
@@ -114,23 +117,23 @@ func (c cluster) gone(id volume.NodeID) bool {
 	return c.silent[id] != "" || !slices.ContainsFunc(c.nodes, func(n volume.Node) bool { return n.ID == id })
 }
 
-// endEngine has the owner of a volume end its engine. A node that is not known answers nothing, and none is waited for
+// endEngine has a node end the engine of a volume that it runs. A node that is not known answers nothing, and none is waited for
 // longer than it takes one that is well; one that is silent hardly.
-func (s *Service) endEngine(ctx context.Context, v volume.Volume) (clean bool, err error) {
+func (s *Service) endEngine(ctx context.Context, node volume.NodeID, v volume.Volume) (clean bool, err error) {
 	c, err := s.cluster(ctx)
 	if err != nil {
 		return false, err
 	}
-	if !slices.ContainsFunc(c.nodes, func(n volume.Node) bool { return n.ID == v.Owner }) {
-		return false, fmt.Errorf("node %s is not known any more: %w", v.Owner, volume.ErrUnavailable)
+	if !slices.ContainsFunc(c.nodes, func(n volume.Node) bool { return n.ID == node }) {
+		return false, fmt.Errorf("node %s is not known any more: %w", node, volume.ErrUnavailable)
 	}
-	patience, why := s.o.EndTimeout, fmt.Errorf("node %s has not ended its engine in %s: %w", v.Owner, s.o.EndTimeout, errSlow)
-	if silent := c.silent[v.Owner]; silent != "" {
+	patience, why := s.o.EndTimeout, fmt.Errorf("node %s has not ended its engine in %s: %w", node, s.o.EndTimeout, errSlow)
+	if silent := c.silent[node]; silent != "" {
 		patience, why = s.o.FenceTimeout, fmt.Errorf("%s, nor does it answer: %w", silent, volume.ErrUnavailable)
 	}
 	limit, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	clean, err = s.agents.Detach(limit, v.Owner, v.ID, v.Epoch)
+	clean, err = s.agents.Detach(limit, node, v.ID, v.Epoch)
 	if err != nil && limit.Err() != nil && ctx.Err() == nil {
 		err = fmt.Errorf("%w (%v)", why, err)
 	}
@@ -197,11 +200,14 @@ const maxLease = time.Minute
 // openEngine has a node with a replica that is in sync run the engine of a volume that is not attached, and returns the
 // record of its epoch. The caller has the volume's lock.
 func (s *Service) openEngine(ctx context.Context, v volume.Volume) (volume.Volume, error) {
-	if v.Owner != "" {
-		return v, s.agents.OpenEngine(ctx, v.Owner, v.ID, v.Epoch)
-	}
 	c, err := s.cluster(ctx)
 	if err != nil {
+		return v, err
+	}
+	if v.Owner != "" && (v.Attachment != nil || !c.gone(v.Owner)) {
+		return v, s.agents.OpenEngine(ctx, v.Owner, v.ID, v.Epoch)
+	}
+	if err := s.closeEngine(ctx, v); err != nil {
 		return v, err
 	}
 	why := error(nil)
@@ -238,7 +244,7 @@ func (s *Service) closeEngine(ctx context.Context, v volume.Volume) error {
 	}
 	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
 	defer cancel()
-	clean, err := s.endEngine(limit, v)
+	clean, err := s.endEngine(limit, v.Owner, v)
 	now, readErr := s.store.Volume(ctx, v.ID)
 	if readErr != nil {
 		return ignoreNotFound(readErr)

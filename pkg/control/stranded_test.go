@@ -299,3 +299,38 @@ func TestWhoIsToldOfARemovedNode(t *testing.T) {
 		t.Errorf("told %v", m.by)
 	}
 }
+
+// A node that looks after a volume that nobody has attached, and dies, does not keep it: another brings up what is behind.
+func TestADeadNodeLooksAfterNothing(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustCreate(replicated("v", 3))
+	w.propose(command.OpenEngine{Volume: v.ID, Node: "n1"})
+	w.commit(v.ID, replication.Reconfigure{Remove: []volume.ReplicaID{v.Replicas[2].ID}})
+	w.silence("n1", 5*time.Minute)
+	wantErr(t, w.Sync(ctx, v.ID), nil)
+	if now := w.get(v.ID); now.Owner != v.Replicas[1].Node {
+		t.Errorf("node %q looks after it", now.Owner)
+	}
+}
+
+// An engine that was forced out, by a replica that then could not be fenced, may be ended by its node after all.
+func TestANodeEndsAnEngineThatWasForcedOut(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.serve(w.mustAttach(w.mustCreate(create("v")).ID, "n4"))
+	w.agents.script("Detach", volume.ErrUnavailable)
+	w.agents.script("Fence", volume.ErrNotFound)
+	wantErr(t, w.Detach(ctx, v.ID, ""), nil)
+	if now := w.get(v.ID); now.Attachment != nil || now.Clean || now.Epoch <= v.Epoch {
+		t.Errorf("%+v", now)
+	}
+	// A replica that its pool does not have cannot refuse anything: nothing is forced for it.
+	v = w.serve(w.mustAttach(v.ID, "n4"))
+	w.agents.reports[v.Replicas[0].ID] = control.ReplicaReport{}
+	w.agents.script("Detach", volume.ErrUnavailable)
+	wantErr(t, w.Detach(ctx, v.ID, ""), volume.ErrUnavailable)
+	if now := w.get(v.ID); now.Owner != "n4" {
+		t.Errorf("forced out: %+v", now)
+	}
+}
