@@ -267,7 +267,7 @@ func (a *fakeAgents) Fence(_ context.Context, r volume.Replica, _ volume.ID, epo
 }
 
 func (a *fakeAgents) Inspect(context.Context, volume.Replica, volume.ID) (control.ReplicaReport, error) {
-	return control.ReplicaReport{}, nil
+	return control.ReplicaReport{Present: true}, nil
 }
 
 func (a *fakeAgents) OpenEngine(context.Context, volume.NodeID, volume.ID, volume.Epoch) error {
