@@ -35,19 +35,12 @@ var (
 	errHung   = errors.New("too much is under way that does not end")
 )
 
-// Owner is told when Data that was given to Send is not needed any more.
-type Owner interface {
-	// Release is called once for each Send, by any goroutine, with locks of this package not held. It must be quick.
-	Release()
-}
-
 // frame is a queued message.
 type frame struct {
-	head  [headLen]byte
-	rest  []byte
-	data  []byte
-	owner Owner
-	link  *Link // nil for control frames
+	head [headLen]byte
+	rest []byte
+	data []byte
+	link *Link // nil for control frames
 }
 
 func (f *frame) len() int { return headLen + len(f.rest) + len(f.data) }
@@ -266,11 +259,6 @@ func (c *conn) write(block bool) bool {
 
 // release lets go of the next n frames of the batch.
 func (c *conn) release(n int) {
-	for i := range n {
-		if o := c.batch[c.sent+i].owner; o != nil {
-			o.Release()
-		}
-	}
 	c.mu.Lock()
 	clear(c.batch[c.sent : c.sent+n])
 	c.sent += n
@@ -294,21 +282,12 @@ func (c *conn) run(k control) error {
 	for c.writing {
 		c.changed.Wait()
 	}
-	left := append(c.batch[min(c.sent, len(c.batch)):], c.queue...)
-	c.queue = nil
 	links := c.links
 	c.links = nil
 	for _, l := range links {
 		c.end(l)
 	}
-	c.mu.Unlock()
-	for i := range left {
-		if o := left[i].owner; o != nil {
-			o.Release()
-		}
-	}
-	c.mu.Lock()
-	c.batch, c.over = nil, true
+	c.queue, c.batch, c.over = nil, nil, true
 	c.changed.Broadcast()
 	c.mu.Unlock()
 	for _, l := range links {
@@ -532,7 +511,6 @@ func (c *conn) drop(l *Link) bool {
 	}
 	delete(c.links, l.num)
 	c.end(l)
-	var owners []Owner
 	kept := c.queue[:0]
 	for i := range c.queue {
 		f := &c.queue[i]
@@ -541,16 +519,10 @@ func (c *conn) drop(l *Link) bool {
 			continue
 		}
 		c.queued -= f.len()
-		if f.owner != nil {
-			owners = append(owners, f.owner)
-		}
 	}
 	clear(c.queue[len(kept):])
 	c.queue = kept
 	c.mu.Unlock()
-	for _, o := range owners {
-		o.Release()
-	}
 	if l.over != nil {
 		l.over()
 	}
@@ -567,8 +539,8 @@ func (c *conn) end(l *Link) {
 	l.lent, l.held = nil, 0
 }
 
-// await waits until nothing of a dropped link is being written and its owners have been told. If that takes long, the
-// connection is given up: what is half written cannot be taken back.
+// await waits until nothing of a dropped link is being written. If that takes long, the connection is given up: what is half
+// written cannot be taken back.
 func (c *conn) await(l *Link) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -67,10 +67,7 @@ func (l *Link) Node() volume.NodeID { return l.c.peer }
 // Send queues a message; Flush sends it. The link's own Volume and Replica are sent. Nothing of m is kept but Data: that
 // of a request must not be changed until it is answered or Close has returned, that of an answer never. On a link that
 // has ended the message goes nowhere.
-func (l *Link) Send(m *replication.Message) { l.SendOwned(m, nil) }
-
-// SendOwned is Send of Data that may be changed as soon as owner is told.
-func (l *Link) SendOwned(m *replication.Message, owner Owner) {
+func (l *Link) Send(m *replication.Message) {
 	rest := appendRest(nil, m)
 	data := m.Data
 	if m.Kind == replication.KindRead && !m.Reply {
@@ -84,16 +81,12 @@ func (l *Link) SendOwned(m *replication.Message, owner Owner) {
 	if m.Reply {
 		l.answered(request{m.Session, m.Seq})
 	}
-	f := l.c.enqueue(l, headLen+len(rest)+len(data))
-	if f != nil {
-		f.rest, f.data, f.owner = rest, data, owner
+	if f := l.c.enqueue(l, headLen+len(rest)+len(data)); f != nil {
+		f.rest, f.data = rest, data
 		putHead(&f.head, m, l.num, rest, data, sum)
 		l.c.balance.Add(1)
 	}
 	l.c.mu.Unlock()
-	if f == nil && owner != nil {
-		owner.Release()
-	}
 }
 
 // Flush sends what is queued on the link's connection, together with what others queue at the same time. It does not wait
@@ -111,8 +104,8 @@ func (l *Link) answered(r request) {
 	}
 }
 
-// Close ends the link. When it returns the handler is not called any more, and no Data of what was sent is read any more;
-// owners have been told. It must not be called by a handler, nor with a lock held that a handler waits for.
+// Close ends the link. When it returns the handler is not called any more, and no Data of what was sent is read any more.
+// It must not be called by a handler, nor with a lock held that a handler waits for.
 func (l *Link) Close() {
 	if l.c.drop(l) {
 		l.c.post(kindClose, l.num, nil)
