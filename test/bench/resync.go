@@ -269,7 +269,9 @@ func (r *resyncs) rebuilds(ctx context.Context) (speed float64, err error) {
 
 // foreground measures what a workload feels of a rebuild, of a volume that takes longer than that.
 func (r *resyncs) foreground(ctx context.Context, speed float64) error {
-	size := min(max(int64(speed*2*r.window.Seconds())<<20, 1<<30), r.most) &^ (1<<30 - 1)
+	// Copying is about half of a rebuild, and longer ones are faster.
+	gib := int64(speed*4*r.window.Seconds())/1024 + 1
+	size := min(gib<<30, r.most)
 	fmt.Fprintf(r.w, "## Foreground during a rebuild\n\nfio (io_uring, direct) writes at random to a filled raw volume of %d GiB with two replicas, for %v without and %v during "+
 		"the rebuild of a third, which is under way all that time. What was copied includes what the writes made to be copied again.\n\n", size>>30, r.window, r.window)
 	fmt.Fprintf(r.w, "| 4 KiB random writes | IOPS | p50 | p99 | p99.9 | during: IOPS | p50 | p99 | p99.9 | p99 / without | p99.9 / without | copied |\n"+
