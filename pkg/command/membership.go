@@ -36,7 +36,7 @@ func Membership(v volume.Volume) replication.Membership {
 // Member is a replica as the replication protocol sees it.
 func Member(r volume.Replica) replication.Member {
 	m := replication.Member{
-		ID: r.ID, Node: r.Node, Pool: r.Pool, RemovedAt: r.RemovedAt,
+		ID: r.ID, Node: r.Node, Pool: r.Pool, RemovedAt: r.RemovedAt, RemovedBarriers: r.RemovedBarriers,
 		Incarnation: replication.Incarnation(r.Incarnation), BootID: replication.BootID(r.BootID),
 	}
 	for _, x := range roles {
@@ -70,7 +70,8 @@ func Change(v volume.Volume, c replication.Change) (volume.Volume, error) {
 	v.Replicas, v.Leaving = nil, slices.Clone(v.Leaving)
 	for _, a := range m.Members {
 		r := volume.Replica{
-			ID: a.ID, Node: a.Node, Pool: a.Pool, RemovedAt: a.RemovedAt, Incarnation: uint64(a.Incarnation), BootID: uint64(a.BootID),
+			ID: a.ID, Node: a.Node, Pool: a.Pool, RemovedAt: a.RemovedAt, RemovedBarriers: a.RemovedBarriers,
+			Incarnation: uint64(a.Incarnation), BootID: uint64(a.BootID),
 		}
 		for _, x := range roles {
 			if x.member == a.Role {

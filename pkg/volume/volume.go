@@ -130,6 +130,8 @@ type Replica struct {
 	Incarnation uint64        `json:"incarnation,omitempty"`
 	BootID      uint64        `json:"bootID,omitempty"`
 	RemovedAt   ConfigVersion `json:"removedAt,omitempty"`
+	// RemovedBarriers is the volume's Barriers at that time.
+	RemovedBarriers uint64 `json:"removedBarriers,omitempty"`
 	// PhysicalBytes is what it occupied when its node last reported, in bytes.
 	PhysicalBytes int64 `json:"physicalBytes,omitempty"`
 }
