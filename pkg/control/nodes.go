@@ -42,9 +42,6 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 	if err := s.countFilledIn(ctx, u, known); err != nil {
 		return err
 	}
-	if err := s.freeGivenUp(ctx, node, u, s.watchStrays(node, u, known), known); err != nil {
-		return err
-	}
 	replicas := changed(u.Replicas, known.replicas)
 	snapshots := changed(u.Snapshots, known.snapshots)
 	for first := true; first || len(replicas) > 0 || len(snapshots) > 0; first = false {
@@ -62,9 +59,16 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 			return err
 		}
 	}
+	strays := s.watchStrays(node, u, known)
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.reported[node] = report{u, s.o.Now()}
+	s.mu.Unlock()
+	// Last, and it fails nothing: the node is there, whatever one of its disks does.
+	limit, cancel := context.WithTimeout(ctx, s.o.FenceTimeout)
+	defer cancel()
+	if err := s.freeGivenUp(limit, node, u, strays, known); err != nil {
+		s.o.Logger.Warn("what was sealed for a snapshot that was given up will be freed later", "node", node, "error", err)
+	}
 	return nil
 }
 
@@ -192,19 +196,23 @@ func (s *Service) watchStrays(node volume.NodeID, u Usage, known usage) map[stri
 // when it was asked first. Only what the volume's record says was given up: an old copy of the records may have been restored,
 // and what it does not know is to be found by people.
 func (s *Service) freeGivenUp(ctx context.Context, node volume.NodeID, u Usage, strays map[string]Stray, known usage) error {
+	var failed []error
 	for _, x := range strays {
 		number, ok := known.givenUp[x.Snapshot]
 		if !ok {
 			continue
 		}
+		var errs []error
 		for _, p := range u.Pools {
-			if err := s.agents.DeleteSnapshot(ctx, node, p.ID, x.Snapshot, number); err != nil {
-				return fmt.Errorf("free snapshot %s, which was given up, on node %s: %w", x.Snapshot, node, err)
-			}
+			errs = append(errs, s.agents.DeleteSnapshot(ctx, node, p.ID, x.Snapshot, number))
+		}
+		if err := errors.Join(errs...); err != nil {
+			failed = append(failed, fmt.Errorf("snapshot %s: %w", x.Snapshot, err))
+			continue
 		}
 		s.record(ctx, "snapshot.free", string(x.Snapshot), fmt.Sprintf("it was given up, and node %s had sealed it", node), nil)
 	}
-	return nil
+	return errors.Join(failed...)
 }
 
 // Strays lists what nodes hold and no record knows, in order. What was not given up by the records stays until an admin says.

@@ -540,6 +540,26 @@ func TestSealsOfGivenUpSnapshotsAreFreed(t *testing.T) {
 	w.check()
 }
 
+// A disk that refuses to let go of what was given up does not make its node one that is away.
+func TestANodeIsThereWhateverItsDisksDo(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld(t)
+	v := w.mustCreate(create("v"))
+	w.mustAttach(v.ID, "n1")
+	w.agents.scripted["CutSnapshot"] = volume.ErrBusy
+	w.mustSnapshot("s", v.ID)
+	late := w.get(v.ID).GivenUp[0].Snapshot
+	u := control.Usage{Pools: []volume.Pool{pool("p1", "n1", 100*gib)}, Snapshots: map[volume.SnapshotID]int64{late: 1}}
+	for range 3 {
+		w.now = w.now.Add(time.Minute)
+		w.agents.script("DeleteSnapshot", volume.ErrUnavailable)
+		wantErr(t, w.ReportUsage(ctx, "n1", u), nil)
+		if n, err := w.Node(ctx, "n1"); err != nil || int64(n.LastSeen) != w.now.UnixNano() {
+			t.Errorf("the node was seen at %d, it is %d (%v)", n.LastSeen, w.now.UnixNano(), err)
+		}
+	}
+}
+
 func TestUsageReportOfAnySize(t *testing.T) {
 	ctx := context.Background()
 	w := newWorld(t)
