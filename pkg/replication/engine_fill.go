@@ -133,6 +133,7 @@ func (e *Engine) copySome(rs *resync, unlocked bool) {
 			}
 			continue
 		}
+		probe := rs.clip(&run)
 		off := int64(run.First) * e.g.Extent
 		n := min(int64(run.N)*e.g.Extent, e.size-off)
 		if n <= 0 {
@@ -144,6 +145,11 @@ func (e *Engine) copySome(rs *resync, unlocked bool) {
 		}
 		rs.todo.RemoveRange(run.First, run.End())
 		rs.cursor = run.End()
+		if probe {
+			rs.suspects.Remove(run.First)
+			e.compare(rs, off, n, true)
+			continue
+		}
 		o := e.newOp(opCopy, off, n)
 		o.fill = rs
 		switch {
@@ -160,6 +166,25 @@ func (e *Engine) copySome(rs *resync, unlocked bool) {
 		rs.wil.AddRange(from, to)
 		e.admit(o)
 	}
+}
+
+// clip shortens a run of extents to be copied to one that is to be compared first, which it tells, or to those before the
+// next such one. A digest covers one extent: of a region that was written, few are different. What is filled in for a
+// snapshot is copied at once.
+func (rs *resync) clip(run *region.Run) (probe bool) {
+	if len(rs.fills) > 0 {
+		return false
+	}
+	if rs.suspects.Has(run.First) {
+		run.N = 1
+		return true
+	}
+	for i := uint32(1); i < run.N; i++ {
+		if rs.suspects.Has(run.First + i) {
+			run.N = i
+		}
+	}
+	return false
 }
 
 // filled notes that a copy has arrived.
@@ -254,12 +279,17 @@ func (e *Engine) verifySome(rs *resync) {
 			return
 		}
 		rs.copied.RemoveRange(run.First, run.End())
-		o := e.newOp(opHash, off, n)
-		o.fill = rs
-		rs.ops++
-		e.copying += n
-		e.admit(o)
+		e.compare(rs, off, n, false)
 	}
+}
+
+// compare has a range compared at source and target.
+func (e *Engine) compare(rs *resync, off, n int64, probe bool) {
+	o := e.newOp(opHash, off, n)
+	o.fill, o.probe, o.unlocked = rs, probe, probe && e.cfg.Rules.WithoutProbeLock
+	rs.ops++
+	e.copying += n
+	e.admit(o)
 }
 
 // startHash asks source and target for digests of the same range, which nobody writes meanwhile.
@@ -299,7 +329,16 @@ func (e *Engine) hashed(o *op, m *member, a *Message) {
 	if o.digests[at] = a.Data; o.digests[1-at] == nil {
 		return
 	}
-	if !bytes.Equal(o.digests[0], o.digests[1]) {
+	equal := bytes.Equal(o.digests[0], o.digests[1])
+	switch {
+	case equal && o.probe && e.cfg.Rules.WithoutEqualUnflushed:
+	case equal && o.probe:
+		// It may be durable there no more than what was just copied.
+		rs.m.u.AddRange(e.g.extents(o.off, o.n))
+	case equal:
+	case o.probe:
+		rs.todo.AddRange(e.g.extents(o.off, o.n))
+	default:
 		rs.todo.AddRange(e.g.extents(o.off, o.n))
 		rs.mismatches++
 		e.mismatches++

@@ -43,6 +43,7 @@ type op struct {
 	stage   copyStage
 	digests [2][]byte
 	fill    *resync
+	probe   bool // a comparison that decides whether to copy
 	unit    *reconcile
 
 	prev, next *op

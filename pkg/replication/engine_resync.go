@@ -51,6 +51,8 @@ type resync struct {
 	// todo is still to be copied, copied still to be compared, in extents. since is what was written while snapshots were
 	// filled in.
 	todo, copied, since region.Set
+	// suspects are extents that may well be equal at source and target: those of todo are compared before they are copied.
+	suspects region.Set
 	// fills are the snapshots that it lacks, oldest first: its head is made equal to the first and sealed, and so on.
 	fills []SealedSnapshot
 	// wil is what copies and mirrored writes marked in its write-intent log, own what was marked there when it came: in
@@ -237,7 +239,7 @@ func (e *Engine) pauseResync(m *member) {
 	for o := e.ops.first; o != nil; o = o.next {
 		from, to := e.g.extents(o.off, o.n)
 		switch {
-		case o.fill == rs && o.kind == opCopy:
+		case o.fill == rs && (o.kind == opCopy || o.probe):
 			next.todo.AddRange(from, to)
 		case o.fill == rs:
 			next.copied.AddRange(from, to)
@@ -372,6 +374,9 @@ func (e *Engine) listAllocated(m, q *member, page SetPage, snapshot volume.Snaps
 			return
 		}
 		rs.todo.AddRuns(a.Set.Runs)
+		if q == m {
+			rs.suspects.AddRuns(a.Set.Runs)
+		}
 		if a.Set.More && a.Set.From > page.From {
 			page.From = a.Set.From
 			e.listAllocated(m, q, page, snapshot, then)
@@ -382,13 +387,14 @@ func (e *Engine) listAllocated(m, q *member, page SetPage, snapshot volume.Snaps
 	msg.Set, msg.Snapshot = &page, snapshot
 }
 
-// listed begins to copy. What the target itself had under way is copied whatever others know of it.
+// listed begins to copy. What the target itself had under way is looked at whatever others know of it.
 func (e *Engine) listed(m *member) {
 	rs := m.rs
 	if !e.cfg.Rules.WithoutOwnWIL {
 		per := uint32(e.g.Region / e.g.Extent)
 		for i, ok := rs.own.Next(0); ok; i, ok = rs.own.Next(i + 1) {
 			rs.todo.AddRange(i*per, (i+1)*per)
+			rs.suspects.AddRange(i*per, (i+1)*per)
 		}
 	}
 	e.beginCopy(rs)

@@ -69,6 +69,8 @@ type Rules struct {
 	WithoutTargetDrain      bool // a target is added while acknowledged writes are under way to it
 	WithoutAdoptMissed      bool // a target is added without what others missed
 	WithoutTargetUnflushed  bool // a target that rebooted is taken to have all that was sent
+	WithoutEqualUnflushed   bool // what a target was found to have is taken for durable there
+	WithoutProbeLock        bool // what decides whether to copy is compared beside writes
 	WithoutPoisonedExcluded bool // a poisoned replica stays a member and a source
 
 	// Engine: snapshots and size.

@@ -39,6 +39,8 @@ var focusOf = map[string]Focus{
 	"WithoutCopyLock":             "resync",
 	"WithoutCopyReadLock":         "resync",
 	"WithoutTargetUnflushed":      "target",
+	"WithoutEqualUnflushed":       "target",
+	"WithoutProbeLock":            "resync",
 	"WithoutTargetDrain":          "laggard",
 	"WithoutOwnWIL":               "resync",
 	"WithoutAdoptMissed":          "resync",
