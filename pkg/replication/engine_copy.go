@@ -22,17 +22,25 @@ func (e *Engine) reconcileProgress() {
 	if e.phase != phaseLive || e.dirty.Empty() || e.barrier != nil && e.barrier.holds() {
 		return
 	}
-	for i, ok := e.dirty.Next(0); ok && len(e.recon) < maxSweep; i, ok = e.dirty.Next(i + 1) {
-		e.reconcile(i)
+	running := 0 // what failed and waits for its next attempt keeps nobody out
+	for _, r := range e.recon {
+		if r.left > 0 {
+			running++
+		}
+	}
+	for i, ok := e.dirty.Next(0); ok && running < maxSweep; i, ok = e.dirty.Next(i + 1) {
+		if e.reconcile(i) {
+			running++
+		}
 	}
 }
 
 // reconcile copies a region from one member to all others. Which member is the source does not matter: each has a value
-// that the client may see, until one has been seen.
-func (e *Engine) reconcile(i uint32) {
+// that the client may see, until one has been seen. It tells whether it has begun.
+func (e *Engine) reconcile(i uint32) bool {
 	r := e.recon[i]
 	if r != nil && (r.left > 0 || e.now < r.retryAt) {
-		return
+		return false
 	}
 	r = &reconcile{region: i}
 	e.recon[i] = r
@@ -50,6 +58,7 @@ func (e *Engine) reconcile(i uint32) {
 	for _, o := range ops {
 		e.admit(o)
 	}
+	return true
 }
 
 func (e *Engine) reconciled(r *reconcile) {

@@ -187,6 +187,8 @@ func (s *script) do(f []string) {
 		w.host(f[1]).store.failSync = !has("off")
 	case "failio": // failio REPLICA [off]: everything on its disk fails
 		w.host(f[1]).store.failIO = !has("off")
+	case "failread": // failread REPLICA [off]: its reads fail
+		w.host(f[1]).store.failRead = !has("off")
 	case "full": // full REPLICA [off]: it has no room to grow
 		w.host(f[1]).store.full = !has("off")
 	case "controllers": // controllers down|up|late (late: they apply, and the answer is lost)

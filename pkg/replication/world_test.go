@@ -36,6 +36,7 @@ type memStore struct {
 	layers           map[volume.SnapshotID][]byte
 	failSync, failIO bool
 	full             bool // no room to grow
+	failRead         bool
 }
 
 func newMemStore(size int64) *memStore {
@@ -70,6 +71,9 @@ func (s *memStore) do(op StoreOp, g Geometry) StoreResult {
 	case StoreClearWIL:
 		s.wil.RemoveRuns(op.Runs)
 	case StoreRead, StoreHash:
+		if s.failRead {
+			return StoreResult{Status: StatusIO}
+		}
 		src := s.data
 		if op.Snapshot != "" {
 			if src = s.layers[op.Snapshot]; src == nil {
