@@ -24,6 +24,9 @@ const (
 	maxQueuedFrames = 1 << 18
 	// hungAfter is how long a link whose handler gives nothing back may keep others from receiving.
 	hungAfter = time.Second
+	// aloneHungAfter is that of a link that is alone: only others that are being opened wait, and its engine has little patience
+	// left.
+	aloneHungAfter = 3 * time.Second
 	// stuckAfter is how long a frame of a link that was closed may still be on its way out before the connection is given up.
 	stuckAfter = 200 * time.Millisecond
 )
@@ -451,16 +454,20 @@ func (c *conn) hold(n int) error {
 	return nil
 }
 
-// hung returns the link that holds most of those that have given nothing back for hungAfter, or in how long to look again; mu
-// is held.
+// hung returns the link that holds most of those that have given nothing back for too long, or in how long to look again; mu is
+// held.
 func (c *conn) hung() (most *Link, wait time.Duration) {
 	now := time.Now()
+	patience := hungAfter
+	if len(c.links) == 1 {
+		patience = aloneHungAfter
+	}
 	wait = hungAfter
 	for _, l := range c.links {
-		if l.held == 0 || len(c.links) == 1 {
+		if l.held == 0 {
 			continue
 		}
-		if left := hungAfter - now.Sub(l.moved); left > 0 {
+		if left := patience - now.Sub(l.moved); left > 0 {
 			wait = min(wait, left)
 		} else if most == nil || l.held > most.held {
 			most = l

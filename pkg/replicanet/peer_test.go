@@ -569,6 +569,38 @@ func TestHungStore(t *testing.T) {
 	})
 }
 
+// TestHungStoreAlone: a volume whose store hangs has taken all that a connection may receive, and is alone on it; others can be
+// opened even so.
+func TestHungStoreAlone(t *testing.T) {
+	t.Parallel()
+	const most = 8
+	hung := newReplica(t)
+	_, addr := serve(t, acceptor(func(_ context.Context, _ *Link, v volume.ID, _ volume.ReplicaID) (Handler, error) {
+		if v == target("", 1).Volume {
+			return &hoarder{replica: hung, got: make(chan replication.Message, 1000)}, nil
+		}
+		return &collector{newReplica(t)}, nil
+	}), false, func(s *Server) { s.budget = most * replication.MaxData })
+	c := dial(t, false)
+	c.cfg.Conns = 1
+	waiting := newEngine()
+	one := open(t, c, target(addr, 1), waiting)
+	data := make([]byte, replication.MaxData)
+	for i := range most + 1 {
+		one.Send(&replication.Message{Kind: replication.KindWrite, Session: 2, Seq: uint64(i), Data: data})
+		one.Flush()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	other, err := c.Dial(ctx, target(addr, 2), newEngine())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other.Close()
+	within(t, "end of the hung one's link", waiting.closed)
+	one.Close()
+}
+
 // TestBudget: a server reads no more than its handlers can hold.
 func TestBudget(t *testing.T) {
 	both(t, func(t *testing.T, secure bool) {
