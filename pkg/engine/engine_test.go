@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -107,6 +109,36 @@ func TestHungDisk(t *testing.T) {
 	w.detach(e)
 	w.equal("r1", "r2", "r3")
 }
+
+// TestBrokenStore: a member whose store keeps nothing is not asked again and again without a pause, nor is each failure logged;
+// it is taken back when it is sound.
+func TestBrokenStore(t *testing.T) {
+	w := newWorld(t, 2, 8*mib)
+	var lines atomic.Int64
+	w.stop("r2")
+	w.cfg.Logger = slog.New(slog.NewTextHandler(counter{&lines}, &slog.HandlerOptions{Level: slog.LevelError}))
+	w.start("r2")
+	d := w.hosts["r2"].disk
+	d.broken.Store(true)
+	e := w.attach("n1", false)
+	w.waitISR("r1")
+	time.Sleep(1500 * time.Millisecond)
+	if n := d.states.Load(); n < 2 || n > 12 {
+		t.Errorf("the store was asked %d times", n)
+	}
+	if n := lines.Load(); n != 1 {
+		t.Errorf("%d lines were logged", n)
+	}
+	d.broken.Store(false)
+	w.waitISR("r1", "r2")
+	w.detach(e)
+	w.equal("r1", "r2")
+}
+
+// counter counts writes.
+type counter struct{ n *atomic.Int64 }
+
+func (c counter) Write(p []byte) (int, error) { c.n.Add(1); return len(p), nil }
 
 // TestFailedFlush: a member whose flush failed is out for this life.
 func TestFailedFlush(t *testing.T) {

@@ -81,7 +81,8 @@ func (e *Engine) keepConnected(ctx context.Context, p *peer) {
 	defer p.stop()
 	pause := firstDialPause
 	for ctx.Err() == nil {
-		if e.connect(ctx, p) {
+		// One that ends at once is a failure too: a replica whose store is broken refuses each session.
+		if begin := time.Now(); e.connect(ctx, p) && time.Since(begin) > maxDialPause {
 			pause = firstDialPause
 		}
 		select {

@@ -34,6 +34,9 @@ type Replica struct {
 	closed bool
 	// poisoned: the machine answered so.
 	poisoned bool
+
+	complained atomic.Int64 // when a failure of the store was logged last, replication.Now
+	unlogged   atomic.Int64 // failures since then
 }
 
 // NewReplica serves a store. It is the store's only user until Close, which closes it.
@@ -252,13 +255,26 @@ func (r *Replica) perform(op *replication.StoreOp) *replicaEffects {
 			return nil // being closed is no failure of the store, and nobody waits for the answer
 		}
 		if res.Status = status(op.Kind, err); res.Status == replication.StatusIO {
-			r.log.Error("store", "operation", op.Kind, "offset", op.Off, "length", op.Len, "error", err)
+			r.complain(op, err)
 		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.m.Done(now(), op.ID, res)
 	return r.take()
+}
+
+// complainEvery is how often a failure of the store is logged: what has failed once fails for all that is under way.
+const complainEvery = 10 * replication.Second
+
+// complain logs a failure of the store, or counts it for the next that is logged.
+func (r *Replica) complain(op *replication.StoreOp, err error) {
+	last, at := r.complained.Load(), int64(now())
+	if last != 0 && at-last < int64(complainEvery) || !r.complained.CompareAndSwap(last, at) {
+		r.unlogged.Add(1)
+		return
+	}
+	r.log.Error("store", "operation", op.Kind, "offset", op.Off, "length", op.Len, "error", err, "unlogged", r.unlogged.Swap(0))
 }
 
 // status is what an engine is told of an operation that failed. A seal or a resize that was refused has lost nothing, unless the

@@ -31,6 +31,8 @@ type disk struct {
 	open   bool
 	writes int64 // bytes
 	full   atomic.Bool
+	broken atomic.Bool  // no state is taken
+	states atomic.Int64 // that were refused
 }
 
 type sealed struct {
@@ -120,6 +122,10 @@ func (s *memStore) State() []byte {
 }
 
 func (s *memStore) SetState(_ context.Context, state []byte) error {
+	if s.broken.Load() {
+		s.states.Add(1)
+		return errors.New("pool stopped writing")
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.state = slices.Clone(state)
