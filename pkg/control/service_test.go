@@ -498,16 +498,24 @@ func TestStraysAreShownAndKept(t *testing.T) {
 }
 
 // What a node sealed for a snapshot that was given up, and lets go of neither when it is asked nor when it is restarted, is found
-// by its report. What was given up by nobody stays.
+// by its report; so is what an order cut that came after all. What was given up by nobody stays.
 func TestSealsOfGivenUpSnapshotsAreFreed(t *testing.T) {
+	for _, attached := range []bool{true, false} {
+		t.Run(fmt.Sprint("attached ", attached), func(t *testing.T) { sealsOfGivenUpSnapshotsAreFreed(t, attached) })
+	}
+}
+
+func sealsOfGivenUpSnapshotsAreFreed(t *testing.T, attached bool) {
 	ctx := context.Background()
 	w := newWorld(t)
 	v := w.mustCreate(create("v"))
-	w.mustAttach(v.ID, "n1")
+	if attached {
+		w.mustAttach(v.ID, "n1")
+	}
 	w.agents.scripted["CutSnapshot"] = fmt.Errorf("it took too long: %w", volume.ErrBusy)
 	w.mustSnapshot("s", v.ID)
 	got := w.get(v.ID).GivenUp
-	if len(got) != 1 || got[0].Number != 1 {
+	if len(got) != 1 || (got[0].Number == 1) != attached {
 		t.Fatalf("given up: %+v", got)
 	}
 	late, other := got[0].Snapshot, volume.SnapshotID("snap-00000000000000000000")

@@ -232,7 +232,7 @@ func finishDeleteSnapshot(v *view, c command.FinishDeleteSnapshot) (command.Resu
 	if rec.Group != "" {
 		leaveGroup(v, rec)
 	}
-	if vol, ok := load[volume.Volume](v, volumes+string(rec.Volume)); ok && rec.Cut != nil && rec.Cut.Number != 0 {
+	if vol, ok := load[volume.Volume](v, volumes+string(rec.Volume)); ok && rec.Cut != nil {
 		vol.GivenUp = append(slices.Clone(vol.GivenUp), *rec.Cut)
 		vol.GivenUp = vol.GivenUp[max(0, len(vol.GivenUp)-volume.MaxGivenUp):]
 		putVolume(v, vol)

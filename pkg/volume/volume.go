@@ -44,7 +44,7 @@ type Volume struct {
 	// reported, in bytes.
 	PhysicalBytes int64 `json:"physicalBytes"`
 	// GivenUp are the last barriers whose snapshots were given up and are forgotten, at most MaxGivenUp: what a node may still
-	// have of them is garbage.
+	// have of them is garbage. Number is 0 where no engine ran.
 	GivenUp []Barrier `json:"givenUp,omitempty"`
 
 	Protocol
