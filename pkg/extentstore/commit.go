@@ -67,7 +67,12 @@ func (p *Pool) flushAll(layers []*chain, journals []*journal) error {
 	c.store.Lock()
 	c.prepare.Unlock()
 	if r.err == nil && !p.opts.broken.commitBeforeSync && !p.opts.broken.ackBeforeCommit {
-		r.err = p.store(b.units)
+		// The sync may have taken long. The pages are not dirty any more: there is no way back.
+		if err := p.waitRoom(p.ctx); err != nil {
+			r.err = p.fail(err)
+		} else {
+			r.err = p.store(b.units)
+		}
 	}
 	if r.err == nil {
 		p.committed(&b)

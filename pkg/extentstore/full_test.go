@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -287,6 +288,31 @@ func TestRealFullFilesystem(t *testing.T) {
 	must(t, <-c)
 	must(t, d.Flush(t.Context()))
 	eventually(t, "the reserve's return", p.space.Held)
+}
+
+// TestFilledDuringTheSync: others fill the filesystem after a flush was found to have room.
+func TestFilledDuringTheSync(t *testing.T) {
+	m := newMachine()
+	p := openMem(t, m, Options{Capacity: 1 << 30})
+	defer func() { must(t, p.Close()) }()
+	d := newReplica(t, p, "r", 64*mib, "")
+	must(t, d.WriteAt(t.Context(), make([]byte, layer.BlockSize), 0))
+	var once sync.Once
+	m.plug(&power{left: -1, during: func(op string) {
+		if op == "synced" {
+			once.Do(func() { m.space.set(mib) })
+		}
+	}})
+	f := make(chan error, 1)
+	go func() { f <- d.Flush(t.Context()) }()
+	select {
+	case err := <-f:
+		t.Errorf("a flush without room: %v", err)
+		f <- nil
+	case <-time.After(50 * time.Millisecond):
+	}
+	m.space.set(1 << 40)
+	must(t, <-f)
 }
 
 // TestReserveIsNotForData: what was given up for the database must not be filled with data.

@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 )
 
@@ -77,4 +79,42 @@ func TestCompactionStops(t *testing.T) {
 	if db.Backlog() != 0 {
 		t.Errorf("backlog of %d bytes after a compaction", db.Backlog())
 	}
+}
+
+// TestCommitOnAFullFilesystem: what the log takes is its own before others fill the filesystem.
+func TestCommitOnAFullFilesystem(t *testing.T) {
+	t.Parallel()
+	device := loopDevice(t, 100*mib)
+	must(t, run(t.Context(), "mkfs.ext4", "-q", "-m", "0", device))
+	dir := t.TempDir()
+	must(t, run(t.Context(), "mount", device, dir))
+	t.Cleanup(func() { must(t, run(context.Background(), "umount", dir)) })
+	db, err := openBadger(filepath.Join(dir, "db"))
+	must(t, err)
+	key := binary.BigEndian.AppendUint64([]byte{keyPage}, 1)
+	commit := func(n int, size int) {
+		for range n {
+			must(t, db.Commit([]op{{key, bytes.Repeat([]byte{7}, size)}}))
+		}
+	}
+	commit(160, 64<<10) // into the second log
+	hog, err := os.Create(filepath.Join(dir, "hog"))
+	must(t, err)
+	for size := mib; size > 0; {
+		if _, err := hog.Write(make([]byte, size)); err != nil {
+			size /= 2
+		}
+	}
+	must(t, hog.Sync())
+	commit(16, 64<<10)
+	must(t, hog.Close())
+	must(t, os.Remove(hog.Name()))
+	must(t, db.Close())
+	db, err = openBadger(filepath.Join(dir, "db"))
+	must(t, err)
+	val, err := db.Get(key)
+	if err != nil || len(val) != 64<<10 {
+		t.Errorf("%d bytes: %v", len(val), err)
+	}
+	must(t, db.Close())
 }
