@@ -69,7 +69,7 @@ func TestControllers(t *testing.T) {
 	must(t, n3.Kill())
 	_, err = w.Nodes()[0].Ctl(t.Context(), "cluster", "remove-controller", "n3", "--yes")
 	must(t, err)
-	must(t, w.forget("n3"))
+	w.forget("n3")
 	must(t, os.RemoveAll(n3.DataDir()))
 	must(t, w.Join(t.Context(), 2))
 	works("after a controller joined anew", "n1", "n2", "n3")
@@ -82,7 +82,7 @@ func TestControllers(t *testing.T) {
 	_, err = w.Nodes()[0].Ctl(t.Context(), "cluster", "remove-controller", "n2", "--yes")
 	must(t, err)
 	must(t, w.Join(t.Context(), 3))
-	must(t, w.forget("n2"))
+	w.forget("n2")
 	works("after a lost controller was replaced", "n1", "n3", "n4")
 	_, err = w.Nodes()[0].Ctl(t.Context(), "node", "remove", "n2", "--yes")
 	must(t, err)
@@ -95,10 +95,13 @@ func TestControllers(t *testing.T) {
 	must(t, s.end())
 }
 
-// forget ends what waits for a node's pool, which is gone.
-func (w *world) forget(node string) error {
-	_, err := w.Nodes()[0].Ctl(w.t.Context(), "pool", "forget", node+"/default", "--yes")
-	return err
+// forget ends what waits for the pool of a node that is gone. That is refused until the node is known to be silent.
+func (w *world) forget(node string) {
+	w.t.Helper()
+	eventually(w.t, backWithin, func(ctx context.Context) error {
+		_, err := w.Nodes()[0].Ctl(ctx, "pool", "forget", node+"/default", "--yes")
+		return err
+	})
 }
 
 // refused waits until a node says why it does not take part.
