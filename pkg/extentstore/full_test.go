@@ -7,7 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -293,16 +293,17 @@ func TestRealFullFilesystem(t *testing.T) {
 // TestFilledDuringTheSync: others fill the filesystem after a flush was found to have room.
 func TestFilledDuringTheSync(t *testing.T) {
 	m := newMachine()
-	p := openMem(t, m, Options{Capacity: 1 << 30})
+	var armed atomic.Bool
+	m.plug(&power{left: -1, during: func(op string) {
+		if op == "synced" && armed.CompareAndSwap(true, false) {
+			m.space.set(mib)
+		}
+	}})
+	p := openMem(t, m, Options{Capacity: 1 << 30, manual: true})
 	defer func() { must(t, p.Close()) }()
 	d := newReplica(t, p, "r", 64*mib, "")
 	must(t, d.WriteAt(t.Context(), make([]byte, layer.BlockSize), 0))
-	var once sync.Once
-	m.plug(&power{left: -1, during: func(op string) {
-		if op == "synced" {
-			once.Do(func() { m.space.set(mib) })
-		}
-	}})
+	armed.Store(true)
 	f := make(chan error, 1)
 	go func() { f <- d.Flush(t.Context()) }()
 	select {
