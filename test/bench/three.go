@@ -52,7 +52,8 @@ func withThree(ctx context.Context, lab *netlab.Lab, fn func(*three) error, args
 	}
 	t := &three{Cluster: c}
 	for _, n := range c.Nodes() {
-		t.at = append(t.at, &harness.Orchestrator{CSI: n.CSI(), NodeID: n.NodeID(), Dir: filepath.Join(dir, "pods", n.NodeID()),
+		// The end of a node sweeps its directory: what is published below it stays on no machine.
+		t.at = append(t.at, &harness.Orchestrator{CSI: n.CSI(), NodeID: n.NodeID(), Dir: filepath.Join(n.Dir(), "pods"),
 			PerCall: 30 * time.Second, Patience: time.Minute})
 	}
 	return fn(t)
