@@ -58,7 +58,9 @@ func (n *Node) DeleteReplica(ctx context.Context, node volume.NodeID, pool volum
 	if err := n.unused(ctx, id); err != nil {
 		return err
 	}
-	n.endReplicaExport(id)
+	if err := n.endReplicaExport(ctx, id); err != nil {
+		return err
+	}
 	return n.host.drop(ctx, id, func() error { return p.DeleteReplica(ctx, id) })
 }
 

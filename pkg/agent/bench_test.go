@@ -58,7 +58,7 @@ func BenchmarkLocal(b *testing.B) {
 						if err != nil {
 							b.Fatal(err)
 						}
-						b.Cleanup(func() { _ = e.Close(); _ = n.host.closeAll() })
+						b.Cleanup(func() { _ = e.Close(); _ = n.host.closeAll(context.Background(), n.cfg.Pools[0]) })
 						if err := e.Live(b.Context()); err != nil {
 							b.Fatal(err)
 						}

@@ -99,7 +99,7 @@ func (n *Node) exported(ctx context.Context, v *vol, cv volume.Volume, e *export
 	if _, err := n.pool(at.Node, at.Pool); err != nil {
 		return nbd.Export{}, nil, fmt.Errorf("volume %s: %w", cv.ID, err)
 	}
-	dev, done, err := n.host.take(ctx, at.ID)
+	dev, done, err := n.host.lend(ctx, at.ID)
 	if err != nil {
 		return nbd.Export{}, nil, fmt.Errorf("volume %s: %w", cv.ID, err)
 	}
@@ -226,8 +226,9 @@ func listenExport(socket string) (net.Listener, error) {
 	return l, nil
 }
 
-// endExports ends the exports that match and waits until nothing of them reaches their devices any more.
-func (n *Node) endExports(match func(*export) bool, why string) {
+// endExports ends the exports that match and waits until nothing of them reaches their devices any more; volume.ErrBusy where that
+// takes longer than ctx.
+func (n *Node) endExports(ctx context.Context, match func(*export) bool, why string) error {
 	n.exports.mu.Lock()
 	var ending []*export
 	for _, e := range n.exports.m {
@@ -238,18 +239,23 @@ func (n *Node) endExports(match func(*export) bool, why string) {
 	n.exports.mu.Unlock()
 	for _, e := range ending {
 		e.end(errExportEnded(e, why))
-		<-e.done
+		select {
+		case <-e.done:
+		case <-ctx.Done():
+			return fmt.Errorf("the export of %s has requests that its disk does not answer: %w: %w", e.what, ctx.Err(), volume.ErrBusy)
+		}
 	}
+	return nil
 }
 
-// endVolumeExport ends the export of a volume through its engine.
+// endVolumeExport ends the export of a volume through its engine, which gives every request back.
 func (n *Node) endVolumeExport(id volume.ID) {
-	n.endExports(func(e *export) bool { return e.volume == id }, "the volume was taken from this node")
+	_ = n.endExports(context.Background(), func(e *export) bool { return e.volume == id }, "the volume was taken from this node")
 }
 
 // endReplicaExport ends the export of a volume that is not attached.
-func (n *Node) endReplicaExport(id volume.ReplicaID) {
-	n.endExports(func(e *export) bool { return e.replica == id }, "the volume was deleted")
+func (n *Node) endReplicaExport(ctx context.Context, id volume.ReplicaID) error {
+	return n.endExports(ctx, func(e *export) bool { return e.replica == id }, "the volume was deleted")
 }
 
 // notExported returns volume.ErrInUse while the volume or the snapshot of that id is exported.

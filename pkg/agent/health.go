@@ -76,7 +76,11 @@ func (n *Node) replicaConditions(r volume.Replica) []volume.Condition {
 	case !p.HasReplica(r.ID):
 		return bad("ReplicaMissing", "pool %s has no replica %s; was its directory replaced? Bring the old one back, or restore a snapshot", r.Pool, r.ID)
 	}
-	return p.Conditions(r.ID)
+	conditions, ok := ask(&n.silent, r.Pool, func() []volume.Condition { return p.Conditions(r.ID) })
+	if !ok {
+		return bad("PoolSilent", "pool %s on node %s does not answer: its disk hangs; look at the kernel's log and at the disk, and restart ballastd once it is sound", p.Info().Name, n.cfg.ID)
+	}
+	return conditions
 }
 
 // deviceConditions are what is wrong with a volume's engine, device and filesystem here.

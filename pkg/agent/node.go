@@ -66,7 +66,9 @@ type Node struct {
 
 	exports exports
 
-	rollbackLimit time.Duration // shorter in tests
+	silent silent // pools that do not answer
+
+	rollbackLimit, closeLimit time.Duration // shorter in tests
 }
 
 // vol is a volume that is, was, or is about to be in use on this node.
@@ -125,7 +127,7 @@ func Open(cfg Config) (n *Node, err error) {
 	n = &Node{
 		cfg: cfg, log: cfg.Logger,
 		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, past: map[volume.ID]past{}, recovered: make(chan struct{}),
-		rollbackLimit: rollbackLimit,
+		rollbackLimit: rollbackLimit, closeLimit: closeLimit,
 	}
 	if n.cfg.Timing == (replication.Timing{}) {
 		n.cfg.Timing = replication.DefaultTiming()
@@ -375,11 +377,16 @@ func (n *Node) clearAnchors() error {
 	return nil
 }
 
-// syncLimit bounds how long a clean stop waits for volumes to be written out.
-const syncLimit = 10 * time.Second
+const (
+	// syncLimit bounds how long a clean stop waits for volumes to be written out, closeLimit how long it takes in all: what is on
+	// a disk that hangs is left then, as in a crash.
+	syncLimit  = 10 * time.Second
+	closeLimit = 18 * time.Second
+)
 
 // Close stops the node cleanly: calls under way end, volumes are written out, as far as they can be within seconds,
-// devices die, replicas and pools are closed. What is mounted stays mounted, dead.
+// devices die, replicas and pools are closed. What is mounted stays mounted, dead. A disk that hangs keeps nothing else from being
+// closed.
 func (n *Node) Close() error {
 	n.mu.Lock()
 	if n.closed {
@@ -389,6 +396,10 @@ func (n *Node) Close() error {
 	n.closed = true
 	n.mu.Unlock()
 	n.cancel()
+	ctx, cancel := context.WithTimeout(context.Background(), n.closeLimit)
+	defer cancel()
+	calls, cancel := context.WithTimeout(ctx, n.closeLimit*2/3) // the rest is for the disks
+	defer cancel()
 
 	var syncs sync.WaitGroup
 	for _, v := range n.all() {
@@ -416,22 +427,46 @@ func (n *Node) Close() error {
 		n.log.Warn("volumes not written out in time; what was not synced by its workload may be lost")
 	}
 	// Whatever still waits for a device fails now.
-	err := n.cfg.Frontend.Close()
-	n.wg.Wait()
-	var ends sync.WaitGroup // each may wait for replicas on other nodes
-	for _, v := range n.all() {
-		ends.Go(func() {
-			<-v.lock
-			v.eng = nil
-			n.endInstance(v)
-			v.lock <- struct{}{}
-		})
+	errs := []error{n.cfg.Frontend.Close()}
+	errs = append(errs, inTime(calls, "what was under way", func() error { n.wg.Wait(); return nil }))
+	errs = append(errs, atOnce(n.all(), func(v *vol) error { // each may wait for replicas on other nodes
+		select {
+		case <-v.lock:
+		case <-calls.Done():
+			return fmt.Errorf("an operation on volume %s does not end: %w", v.id, calls.Err())
+		}
+		v.eng = nil
+		n.endInstance(v)
+		v.lock <- struct{}{}
+		return nil
+	}))
+	errs = append(errs, inTime(calls, "freezes", func() error { n.cfg.Mounter.Close(); return nil }))
+	errs = append(errs, atOnce(n.cfg.Pools, func(p Pool) error {
+		err := n.host.closeAll(ctx, p)
+		return errors.Join(err, inTime(ctx, "pool "+p.Info().Name, p.Close))
+	}))
+	return errors.Join(errs...)
+}
+
+// inTime calls fn, and leaves it where it does not end before ctx does.
+func inTime(ctx context.Context, what string, fn func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- fn() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("%s: it does not end, and is left as in a crash: %w", what, ctx.Err())
 	}
-	ends.Wait()
-	err = errors.Join(err, n.host.closeAll())
-	n.cfg.Mounter.Close()
-	for _, p := range n.cfg.Pools {
-		err = errors.Join(err, p.Close())
+}
+
+// atOnce calls fn with all of them.
+func atOnce[T any](all []T, fn func(T) error) error {
+	errs := make([]error, len(all))
+	var calls sync.WaitGroup
+	for i, x := range all {
+		calls.Go(func() { errs[i] = fn(x) })
 	}
-	return err
+	calls.Wait()
+	return errors.Join(errs...)
 }

@@ -40,10 +40,11 @@ type Frontend interface {
 
 // Pool is what a node needs of a pool. The methods that control.Agents has too promise what is written there.
 type Pool interface {
-	// Info returns the pool; Node is not set.
+	// Info returns the pool; Node is not set. It does not wait for the disk.
 	Info() volume.Pool
 	CreateReplica(ctx context.Context, r control.ReplicaSpec) error
 	DeleteReplica(ctx context.Context, id volume.ReplicaID) error
+	// HasReplica does not wait for the disk.
 	HasReplica(id volume.ReplicaID) bool
 	// OpenReplica opens a replica, which is open once at most, and says of which volume it is.
 	OpenReplica(ctx context.Context, id volume.ReplicaID) (engine.Store, volume.ID, error)

@@ -98,22 +98,26 @@ func (n *Node) Inspect(ctx context.Context, r volume.Replica, _ volume.ID) (cont
 	if _, err := n.pool(r.Node, r.Pool); err != nil {
 		return control.ReplicaReport{}, err
 	}
-	x, err := n.host.find(ctx, r.ID)
-	if errors.Is(err, volume.ErrNotFound) {
-		return control.ReplicaReport{}, nil
+	x, err := n.host.find(r.ID)
+	if err != nil {
+		return control.ReplicaReport{}, nil // there is none
 	}
+	var out control.ReplicaReport
+	err = x.locked(ctx, func() error {
+		if err := n.host.open(ctx, x); err != nil {
+			return err
+		}
+		s, err := replication.ReadState(x.store.State())
+		out = control.ReplicaReport{
+			Present: true, Role: roles[s.Role], Poisoned: s.Poisoned, Lineage: uint64(s.Lineage), Epoch: s.Epoch,
+			ConfigVersion: s.ConfigVersion, LastFlush: x.pool.LastFlush(r.ID), Size: x.store.Size(),
+		}
+		return err
+	}, nil)
 	if err != nil {
 		return control.ReplicaReport{}, err
 	}
-	defer x.unlock()
-	if err := n.host.open(ctx, x); err != nil {
-		return control.ReplicaReport{}, err
-	}
-	s, err := replication.ReadState(x.store.State())
-	return control.ReplicaReport{
-		Present: true, Role: roles[s.Role], Poisoned: s.Poisoned, Lineage: uint64(s.Lineage), Epoch: s.Epoch,
-		ConfigVersion: s.ConfigVersion, LastFlush: x.pool.LastFlush(r.ID), Size: x.store.Size(),
-	}, err
+	return out, nil
 }
 
 // OpenEngine implements control.Agents.

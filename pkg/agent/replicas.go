@@ -6,7 +6,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/engine"
@@ -61,9 +63,10 @@ func randomID() (uint64, error) {
 	}
 }
 
-// find returns a replica of this node, locked; volume.ErrNotFound where no pool has it.
-func (h *replicaHost) find(ctx context.Context, id volume.ReplicaID) (*hosted, error) {
+// find returns a replica of this node; volume.ErrNotFound where no pool has it.
+func (h *replicaHost) find(id volume.ReplicaID) (*hosted, error) {
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	x := h.m[id]
 	if x == nil || !x.pool.HasReplica(id) {
 		x = nil
@@ -76,15 +79,50 @@ func (h *replicaHost) find(ctx context.Context, id volume.ReplicaID) (*hosted, e
 			}
 		}
 	}
-	h.mu.Unlock()
 	if x == nil {
 		return nil, fmt.Errorf("node %s has no replica %s: %w", h.n.cfg.ID, id, volume.ErrNotFound)
 	}
+	return x, nil
+}
+
+// take locks a replica.
+func (x *hosted) take(ctx context.Context) error {
 	select {
 	case <-x.lock:
-		return x, nil
+		return nil
 	case <-ctx.Done():
-		return nil, fmt.Errorf("replica %s is being opened or closed: %w: %w", id, ctx.Err(), volume.ErrBusy)
+		return x.hangs(ctx)
+	}
+}
+
+func (x *hosted) hangs(ctx context.Context) error {
+	return fmt.Errorf("replica %s is being opened or closed, and its disk does not answer: %w: %w", x.id, ctx.Err(), volume.ErrBusy)
+}
+
+// locked calls fn while the replica is locked. A disk that hangs holds up fn, and the lock with it, but not the caller: when ctx ends
+// that one gets volume.ErrBusy, and undo, unless it is nil, takes back what fn comes to do for it.
+func (x *hosted) locked(ctx context.Context, fn func() error, undo func()) error {
+	if err := x.take(ctx); err != nil {
+		return err
+	}
+	var decided atomic.Bool // whether the caller gets what fn did
+	done := make(chan error, 1)
+	go func() {
+		defer x.unlock()
+		err := fn()
+		if !decided.CompareAndSwap(false, true) && err == nil && undo != nil {
+			undo()
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		if !decided.CompareAndSwap(false, true) {
+			return <-done
+		}
+		return x.hangs(ctx)
 	}
 }
 
@@ -92,6 +130,9 @@ func (x *hosted) unlock() { x.lock <- struct{}{} }
 
 // open opens a locked replica, unless it is. One that was poisoned begins another life: what it did not sync may be lost.
 func (h *replicaHost) open(ctx context.Context, x *hosted) error {
+	if h.n.isClosed() {
+		return h.n.stopping()
+	}
 	if x.r != nil && x.r.Poisoned() {
 		if err := x.close(); err != nil {
 			h.n.log.Warn("poisoned replica closed", "replica", x.id, "err", err)
@@ -140,33 +181,36 @@ func (x *hosted) close() error {
 
 // ready returns why a replica of this node cannot be served; nil where it can.
 func (h *replicaHost) ready(ctx context.Context, id volume.ReplicaID) error {
-	x, err := h.find(ctx, id)
+	x, err := h.find(id)
 	if err != nil {
 		return err
 	}
-	defer x.unlock()
-	return h.open(ctx, x)
+	return x.locked(ctx, func() error { return h.open(ctx, x) }, nil)
 }
 
 // Connect opens a connection to a replica of this node for an engine; see engine.Replica.
 func (n *Node) Connect(ctx context.Context, of volume.ID, id volume.ReplicaID, reply func(*replication.Message), down func(error)) (*engine.Conn, error) {
 	h := &n.host
-	x, err := h.find(ctx, id)
+	x, err := h.find(id)
 	if err != nil {
 		return nil, err
 	}
-	defer x.unlock()
-	if n.isClosed() {
-		return nil, n.stopping()
-	}
-	if err := h.open(ctx, x); err != nil {
+	var c *engine.Conn
+	err = x.locked(ctx, func() (err error) {
+		if err = h.open(ctx, x); err != nil {
+			return err
+		}
+		if x.of != of {
+			return fmt.Errorf("replica %s is one of volume %s, not of %s: %w", id, x.of, of, volume.ErrNotFound)
+		}
+		x.quiet = time.Time{}
+		c, err = x.r.Connect(reply, down)
+		return err
+	}, func() { c.Close() })
+	if err != nil {
 		return nil, err
 	}
-	if x.of != of {
-		return nil, fmt.Errorf("replica %s is one of volume %s, not of %s: %w", id, x.of, of, volume.ErrNotFound)
-	}
-	x.quiet = time.Time{}
-	return x.r.Connect(reply, down)
+	return c, nil
 }
 
 // Dial implements engine.Peers.
@@ -187,43 +231,52 @@ func (n *Node) Dial(ctx context.Context, node volume.NodeID, of volume.ID, id vo
 
 // alone calls fn while a replica is closed and no engine can open it; volume.ErrBusy while one is connected.
 func (h *replicaHost) alone(ctx context.Context, id volume.ReplicaID, fn func() error) error {
-	x, err := h.find(ctx, id)
-	if errors.Is(err, volume.ErrNotFound) {
+	x, err := h.find(id)
+	if err != nil {
 		return fn() // the pool says it better
 	}
-	if err != nil {
-		return err
-	}
-	defer x.unlock()
-	if x.r != nil && x.r.Conns() > 0 {
-		return fmt.Errorf("replica %s is in use by an engine: %w", id, volume.ErrBusy)
-	}
-	if err := x.close(); err != nil {
-		return err
-	}
-	return fn()
+	return x.locked(ctx, func() error {
+		if x.r != nil && x.r.Conns() > 0 {
+			return fmt.Errorf("replica %s is in use by an engine: %w", id, volume.ErrBusy)
+		}
+		if err := errors.Join(x.close(), ctx.Err()); err != nil {
+			return err
+		}
+		return fn()
+	}, nil)
 }
 
-// take gives a replica to somebody who uses it without the protocol, until done.
-func (h *replicaHost) take(ctx context.Context, id volume.ReplicaID) (store engine.Store, done func() error, err error) {
-	x, err := h.find(ctx, id)
+// lend gives a replica to somebody who uses it without the protocol, until done.
+func (h *replicaHost) lend(ctx context.Context, id volume.ReplicaID) (_ engine.Store, done func() error, err error) {
+	x, err := h.find(id)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer x.unlock()
-	switch {
-	case x.r != nil && x.r.Conns() > 0:
-		return nil, nil, fmt.Errorf("replica %s is in use by an engine: %w", id, volume.ErrInUse)
-	case x.taken:
-		return nil, nil, fmt.Errorf("replica %s is exported: %w", id, volume.ErrInUse)
-	}
-	if err := x.close(); err != nil {
+	var store engine.Store
+	err = x.locked(ctx, func() (err error) {
+		switch {
+		case x.r != nil && x.r.Conns() > 0:
+			return fmt.Errorf("replica %s is in use by an engine: %w", id, volume.ErrInUse)
+		case x.taken:
+			return fmt.Errorf("replica %s is exported: %w", id, volume.ErrInUse)
+		}
+		if err := x.close(); err != nil {
+			return err
+		}
+		if store, _, err = x.pool.OpenReplica(ctx, id); err != nil {
+			return fmt.Errorf("open replica %s: %w", id, err)
+		}
+		x.taken = true
+		return nil
+	}, func() {
+		if err := store.Close(); err != nil {
+			h.n.log.Warn("replica closed with an error", "replica", id, "err", err)
+		}
+		x.taken = false
+	})
+	if err != nil {
 		return nil, nil, err
 	}
-	if store, _, err = x.pool.OpenReplica(ctx, id); err != nil {
-		return nil, nil, fmt.Errorf("open replica %s: %w", id, err)
-	}
-	x.taken = true
 	return store, func() error {
 		err := store.Close()
 		<-x.lock
@@ -235,26 +288,24 @@ func (h *replicaHost) take(ctx context.Context, id volume.ReplicaID) (store engi
 
 // drop ends whatever uses a replica, and calls fn, which deletes it.
 func (h *replicaHost) drop(ctx context.Context, id volume.ReplicaID, fn func() error) error {
-	x, err := h.find(ctx, id)
-	if errors.Is(err, volume.ErrNotFound) {
+	x, err := h.find(id)
+	if err != nil {
 		return fn()
 	}
-	if err != nil {
-		return err
-	}
-	defer x.unlock()
-	if err := x.close(); err != nil {
-		h.n.log.Warn("replica that is to be deleted closed with an error", "replica", id, "err", err)
-	}
-	if err := fn(); err != nil {
-		return err
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.m[id] == x {
-		delete(h.m, id)
-	}
-	return nil
+	return x.locked(ctx, func() error {
+		if err := x.close(); err != nil {
+			h.n.log.Warn("replica that is to be deleted closed with an error", "replica", id, "err", err)
+		}
+		if err := fn(); err != nil {
+			return err
+		}
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.m[id] == x {
+			delete(h.m, id)
+		}
+		return nil
+	}, nil)
 }
 
 func (h *replicaHost) all() []*hosted {
@@ -274,10 +325,8 @@ func (h *replicaHost) forget(ctx context.Context, p Pool, s volume.SnapshotID, u
 		if x.pool != p {
 			continue
 		}
-		select {
-		case <-x.lock:
-		case <-ctx.Done(): // its disk hangs
-			return fmt.Errorf("replica %s is being opened or closed: %w: %w", x.id, ctx.Err(), volume.ErrBusy)
+		if err := x.take(ctx); err != nil {
+			return err
 		}
 		if x.r != nil {
 			x.r.Forget(s, upTo)
@@ -310,24 +359,23 @@ func (h *replicaHost) sweep(ctx context.Context) {
 			case x.quiet.IsZero():
 				x.quiet = time.Now()
 			case time.Since(x.quiet) >= idleReplica:
-				if err := x.close(); err != nil {
-					h.n.log.Error("replica closed with an error", "replica", x.id, "err", err)
-				}
+				go func() { // its disk may hang, the others are seen to all the same
+					defer x.unlock()
+					if err := x.close(); err != nil {
+						h.n.log.Error("replica closed with an error", "replica", x.id, "err", err)
+					}
+				}()
+				continue
 			}
 			x.unlock()
 		}
 	}
 }
 
-// closeAll closes every replica; none is opened any more.
-func (h *replicaHost) closeAll() error {
-	var err error
-	for _, x := range h.all() {
-		<-x.lock
-		err = errors.Join(err, x.close())
-		x.unlock()
-	}
-	return err
+// closeAll closes the replicas of a pool, as far as its disk answers before ctx ends; none is opened any more.
+func (h *replicaHost) closeAll(ctx context.Context, p Pool) error {
+	of := slices.DeleteFunc(h.all(), func(x *hosted) bool { return x.pool != p })
+	return atOnce(of, func(x *hosted) error { return x.locked(ctx, x.close, nil) })
 }
 
 // identified is a store whose state begins with the replica's incarnation, which is drawn when it is opened first.

@@ -22,18 +22,6 @@ func (n *Node) poolInfos() []volume.Pool {
 	return out
 }
 
-func (n *Node) usage() control.Usage {
-	u := control.Usage{
-		Pools: n.poolInfos(), Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{},
-	}
-	for _, p := range n.cfg.Pools {
-		replicas, snapshots := p.Usage()
-		maps.Copy(u.Replicas, replicas)
-		maps.Copy(u.Snapshots, snapshots)
-	}
-	return u
-}
-
 func equalUsage(a, b control.Usage) bool {
 	return slices.Equal(a.Pools, b.Pools) && maps.Equal(a.Replicas, b.Replicas) && maps.Equal(a.Snapshots, b.Snapshots)
 }

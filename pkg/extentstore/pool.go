@@ -60,6 +60,7 @@ type Pool struct {
 	mu        sync.Mutex // topology; held while it is committed
 	layers    map[uint64]*chain
 	replicas  map[volume.ReplicaID]*replica
+	present   sync.Map // the ids of replicas, for who must not wait for a commit
 	snapshots map[volume.SnapshotID]*snapshot
 	cuts      cuts
 	nextLayer uint64

@@ -305,3 +305,38 @@ func TestCloseEndsLongZero(t *testing.T) {
 	}
 	must(t, <-closed)
 }
+
+// A commit that does not end, as on a disk that hangs, holds up nobody who asks what the pool has.
+func TestPresenceDoesNotWaitForCommits(t *testing.T) {
+	m := newMachine()
+	slow := make(chan struct{})
+	var stuck atomic.Bool
+	waits := make(chan struct{}, 1)
+	before := func() {
+		if stuck.Load() {
+			waits <- struct{}{}
+			<-slow
+		}
+	}
+	p, err := start("/memory", deps{file: m.file, kv: slowKV{m.kv, before}, space: m.space}, Options{Capacity: 64 * mib, manual: true})
+	must(t, err)
+	defer p.Close()
+	newReplica(t, p, "r", 64*mib, "")
+	stuck.Store(true)
+	done := make(chan error, 1)
+	go func() { done <- p.Resize(context.Background(), "r", 128*mib) }()
+	<-waits
+	answers := make(chan [2]bool, 1)
+	go func() { answers <- [2]bool{p.HasReplica("r"), p.HasReplica("other")} }()
+	select {
+	case got := <-answers:
+		if got != [2]bool{true, false} {
+			t.Errorf("r, and another, are there: %t", got)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("whether a replica is there is not answered while a commit hangs")
+	}
+	stuck.Store(false)
+	close(slow)
+	must(t, <-done)
+}

@@ -187,6 +187,7 @@ func (p *Pool) readRecords() error {
 		n.size.Store(r.size)
 		n.head.Store(l)
 		l.head, p.replicas[n.id], journals[n.journal] = n, n, n
+		p.present.Store(n.id, true)
 		return nil
 	})
 	if err != nil {

@@ -61,6 +61,7 @@ func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 	head.head = r
 	p.adopt(head, parent)
 	p.replicas[s.ID] = r
+	p.present.Store(s.ID, true)
 	return nil
 }
 
@@ -152,6 +153,7 @@ func (p *Pool) DeleteReplica(ctx context.Context, id volume.ReplicaID) error {
 	p.purges = append(p.purges, purge{id: r.journal, all: true})
 	r.head.Load().head = nil
 	delete(p.replicas, id)
+	p.present.Delete(id)
 	p.urgent = true
 	p.kick()
 	return nil
@@ -230,9 +232,8 @@ type ReplicaInfo struct {
 
 // HasReplica tells whether the pool has a replica.
 func (p *Pool) HasReplica(id volume.ReplicaID) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.replicas[id] != nil
+	_, ok := p.present.Load(id)
+	return ok
 }
 
 // HasSnapshot tells whether the pool has a snapshot.

@@ -1,0 +1,88 @@
+package agent
+
+import (
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// answerLimit bounds how long is waited for what a pool says of itself. It may be changing its records, on a disk that hangs.
+const answerLimit = 2 * time.Second
+
+// silent knows the pools that do not answer, and what they said last.
+type silent struct {
+	mu sync.Mutex
+	// late counts the questions to a pool that were given up and are not answered yet.
+	late map[volume.PoolID]int
+	last map[volume.PoolID]contents
+}
+
+// contents is what a pool says of its replicas and snapshots.
+type contents struct {
+	replicas  map[volume.ReplicaID]int64
+	snapshots map[volume.SnapshotID]int64
+}
+
+// ask asks a pool; false where it does not answer in time. It is not asked again before it has answered.
+func ask[T any](s *silent, p volume.PoolID, question func() T) (answer T, ok bool) {
+	s.mu.Lock()
+	hangs := s.late[p] > 0
+	s.mu.Unlock()
+	if hangs {
+		return answer, false
+	}
+	answers := make(chan T, 1)
+	go func() { answers <- question() }()
+	limit := time.NewTimer(answerLimit)
+	defer limit.Stop()
+	select {
+	case answer = <-answers:
+		return answer, true
+	case <-limit.C:
+	}
+	s.count(p, 1)
+	go func() {
+		<-answers
+		s.count(p, -1)
+	}()
+	return answer, false
+}
+
+func (s *silent) count(p volume.PoolID, n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.late == nil {
+		s.late = map[volume.PoolID]int{}
+	}
+	s.late[p] += n
+}
+
+// usage is what the node's pools hold; of one that does not answer, what it held last.
+func (n *Node) usage() control.Usage {
+	u := control.Usage{
+		Pools: n.poolInfos(), Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{},
+	}
+	for _, p := range n.cfg.Pools {
+		id := p.Info().ID
+		c, ok := ask(&n.silent, id, func() (c contents) {
+			c.replicas, c.snapshots = p.Usage()
+			return c
+		})
+		n.silent.mu.Lock()
+		if n.silent.last == nil {
+			n.silent.last = map[volume.PoolID]contents{}
+		}
+		if ok {
+			n.silent.last[id] = c
+		} else {
+			c = n.silent.last[id]
+		}
+		n.silent.mu.Unlock()
+		maps.Copy(u.Replicas, c.replicas)
+		maps.Copy(u.Snapshots, c.snapshots)
+	}
+	return u
+}
