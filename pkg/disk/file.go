@@ -35,7 +35,8 @@ type Options struct {
 	Fixed bool
 }
 
-// OpenFile opens or creates a file; a created one is empty, and its name is durable when OpenFile returns.
+// OpenFile opens or creates a file; a created one is empty, and its name is durable when OpenFile returns. What is read is what
+// is on the disk, or will be with the next Sync: no page that an earlier sync could not write.
 func OpenFile(path string, o Options) (File, error) {
 	flags := os.O_RDWR | os.O_CREATE
 	var f *os.File
@@ -57,6 +58,13 @@ func OpenFile(path string, o Options) (File, error) {
 	d.bounce.New = func() any { b := Aligned(maxBounce); return &b }
 	if err := d.init(); err != nil {
 		return nil, errors.Join(err, f.Close())
+	}
+	if !d.direct {
+		// After a sync that failed the kernel counts as clean what it could not write, and goes on showing it, also to the next
+		// process: what is not dirty is read from the disk again.
+		if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+			return nil, errors.Join(fmt.Errorf("drop what is cached of the data file: %w", err), f.Close())
+		}
 	}
 	if err := SyncDir(filepath.Dir(path)); err != nil {
 		return nil, errors.Join(err, f.Close())
