@@ -126,7 +126,10 @@ func (e *Engine) barrierReached(f *replication.Effect) {
 		}
 		closeOnce(s.sealed)
 	case replication.EffectBarrier:
-		s.ok, s.holders, s.version = f.Result == replication.ResultOK, f.Holders, f.Version
+		// Where it has come to its end by itself since it was sealed, who sealed it is still asked for.
+		if s.ok = f.Result == replication.ResultOK; s.ok {
+			s.holders, s.version = f.Holders, f.Version
+		}
 		closeOnce(s.ended)
 		delete(e.barriers, f.Number)
 	}

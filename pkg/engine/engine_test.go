@@ -308,6 +308,27 @@ func TestGroup(t *testing.T) {
 	}
 }
 
+// TestGroupEndsOnceSealed: nobody lets a group's volume go on; who sealed it is known even so.
+func TestGroupEndsOnceSealed(t *testing.T) {
+	w := newWorld(t, 2, 8*mib)
+	e := w.attach("n1", false)
+	m, err := w.Commit(t.Context(), volName, replication.Change{Prepare: &replication.Prepare{Snapshot: "s1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Learn(m)
+	s := e.begin(*m.Barrier, true)
+	<-s.drained
+	e.step(func() { e.m.Cut(now(), m.Barrier.Number) })
+	<-s.sealed
+	<-s.ended
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if s.ok || len(s.holders) != 2 {
+		t.Errorf("ended well: %v, holders %v", s.ok, s.holders)
+	}
+}
+
 func TestExpand(t *testing.T) {
 	w := newWorld(t, 2, 8*mib)
 	e := w.attach("n1", false)
