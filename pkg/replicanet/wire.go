@@ -293,7 +293,7 @@ func (r *reader) fence() *replication.FenceReply {
 		LeaseLeft:      replication.Now(r.positive()),
 		Size:           r.positive(),
 		ISR:            r.replicas(),
-		WIL:            r.runs(replication.MaxWIL * 4096),
+		WIL:            r.wil(),
 	}
 	for range r.count(replication.MaxMembers) {
 		f.Missed = append(f.Missed, replication.MissedTag{
@@ -485,6 +485,20 @@ func (r *reader) replicas() []volume.ReplicaID {
 		ids = append(ids, volume.ReplicaID(r.string()))
 	}
 	return ids
+}
+
+// wil is a write-intent log: of so many regions at most, and of the largest volume.
+func (r *reader) wil() []region.Run {
+	g := replication.DefaultGeometry()
+	left, end := int64(replication.MaxWIL*g.MaxActive), volume.MaxSize/g.Region
+	runs := r.runs(int(left))
+	for _, run := range runs {
+		if left -= int64(run.N); left < 0 || int64(run.End()) > end {
+			r.fail()
+			return nil
+		}
+	}
+	return runs
 }
 
 func (r *reader) runs(most int) []region.Run {

@@ -169,7 +169,10 @@ func TestLongestMessagesFit(t *testing.T) {
 		return all
 	}
 	fence := func(wil, snapshots, members int) *replication.Message {
-		f := &replication.FenceReply{WIL: runs(wil), Size: 1<<63 - 1, Epoch: 1<<64 - 1}
+		f := &replication.FenceReply{Size: 1<<63 - 1, Epoch: 1<<64 - 1}
+		for i := range wil {
+			f.WIL = append(f.WIL, region.Run{First: uint32(2 * i), N: 1})
+		}
 		for range snapshots {
 			f.Snapshots = append(f.Snapshots, replication.SealedSnapshot{ID: volume.SnapshotID(long), Number: 1<<64 - 1})
 		}
@@ -178,6 +181,11 @@ func TestLongestMessagesFit(t *testing.T) {
 			f.Missed = append(f.Missed, replication.MissedTag{Peer: volume.ReplicaID(long), Since: 1<<64 - 1})
 		}
 		return &replication.Message{Kind: replication.KindFence, Reply: true, Fence: f}
+	}
+	marked := func(run region.Run) *replication.Message {
+		m := fence(0, 0, 0)
+		m.Fence.WIL = []region.Run{run}
+		return m
 	}
 	set := func(n int) *replication.Message {
 		return &replication.Message{Kind: replication.KindMissed, Set: &replication.SetPage{Runs: runs(n)}}
@@ -188,6 +196,9 @@ func TestLongestMessagesFit(t *testing.T) {
 	}{
 		"fence":           {fence(replication.MaxWIL*4096, replication.MaxSnapshots, replication.MaxMembers), true},
 		"long WIL":        {fence(replication.MaxWIL*4096+1, 0, 0), false},
+		"wide WIL":        {marked(region.Run{First: 0, N: replication.MaxWIL*4096 + 1}), false},
+		"last region":     {marked(region.Run{First: 1<<26 - 1, N: 1}), true},
+		"beyond it":       {marked(region.Run{First: 1 << 26, N: 1}), false},
 		"many snapshots":  {fence(1, replication.MaxSnapshots+1, 0), false},
 		"many members":    {fence(1, 0, replication.MaxMembers+1), false},
 		"set":             {set(replication.MaxRuns), true},
