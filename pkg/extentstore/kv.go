@@ -4,14 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"slices"
-	"sync"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
-	"golang.org/x/sys/unix"
+
+	"github.com/ballast-csi/ballast/pkg/disk"
 )
 
 // op is one change of a commit: val nil deletes.
@@ -40,12 +37,9 @@ type kv interface {
 }
 
 type badgerKV struct {
-	dir   string
 	db    *badger.DB
 	steps *steps
-
-	mu  sync.Mutex
-	log int // the newest that has its space
+	logs  *disk.Logs
 }
 
 // steps ends a compaction between two of its steps, for which Badger has no other means: what it logs before each, in
@@ -100,37 +94,11 @@ func openBadger(dir string) (*badgerKV, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the pool's database: %w", err)
 	}
-	b := &badgerKV{dir: dir, db: db, steps: s}
-	logs, err := filepath.Glob(filepath.Join(dir, "*.mem"))
-	if err == nil && len(logs) > 0 {
-		_, err = fmt.Sscanf(filepath.Base(slices.Max(logs)), logName, &b.log)
-		b.log--
-	}
+	logs, err := disk.AllocateLogs(dir, logSize)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open the pool's database: %w", err), db.Close())
 	}
-	b.preallocate()
-	return b, nil
-}
-
-// logName is the name of Badger's log, each with the next number.
-const logName = "%05d.mem"
-
-// preallocate gives the database's log its space, once it has another. It is written through a memory map, where a full filesystem is
-// fatal: like this a commit that has begun ends well, whoever takes the space meanwhile. Where the filesystem cannot preallocate
-// there remains the reserve.
-func (b *badgerKV) preallocate() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for {
-		f, err := os.OpenFile(filepath.Join(b.dir, fmt.Sprintf(logName, b.log+1)), os.O_RDWR, 0)
-		if err != nil {
-			return // there is none yet
-		}
-		b.log++
-		_ = unix.Fallocate(int(f.Fd()), 0, 0, logSize)
-		_ = f.Close()
-	}
+	return &badgerKV{db, s, logs}, nil
 }
 
 func (b *badgerKV) Get(key []byte) (val []byte, err error) {
@@ -184,7 +152,7 @@ func (b *badgerKV) Commit(ops []op) error {
 	if err != nil {
 		return fmt.Errorf("commit to the pool's database: %w", err)
 	}
-	b.preallocate()
+	b.logs.Allocate()
 	return nil
 }
 

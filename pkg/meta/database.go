@@ -16,6 +16,7 @@ import (
 	"github.com/dgraph-io/badger/v4/options"
 
 	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -55,6 +56,7 @@ type Machine struct {
 	// those look at.
 	reading sync.RWMutex
 	db      *badger.DB // changed under reading and mu
+	logs    *disk.Logs // of db; nil in memory
 
 	mu      sync.Mutex // one writer at a time
 	applied uint64
@@ -107,8 +109,14 @@ func (m *Machine) openDatabase() error {
 	if err != nil {
 		return fmt.Errorf("open the cluster's state in %s: %w", m.dir, err)
 	}
-	m.db = db
-	if err := m.load(); err != nil {
+	m.db, m.logs = db, nil
+	if !m.o.InMemory {
+		m.logs, err = disk.AllocateLogs(m.dir, 2*int64(m.o.memTable))
+	}
+	if err == nil {
+		err = m.load()
+	}
+	if err != nil {
 		return errors.Join(fmt.Errorf("open the cluster's state in %s: %w", m.dir, err), db.Close())
 	}
 	m.volumes.clear()
@@ -361,7 +369,9 @@ func (m *Machine) transact(entries []Entry) ([]command.Result, error) {
 		}
 	}
 	m.written += all.size
-	return results, txn.Commit()
+	err := txn.Commit()
+	m.logs.Allocate()
+	return results, err
 }
 
 // compactions merges the database's tables when enough has been written.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sort"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -132,9 +134,10 @@ func TestRestartsDoNotPileUpTables(t *testing.T) {
 	}
 }
 
-// Tables are merged while commands go on, and nothing of either is lost.
+// Tables are merged while commands go on, and nothing of either is lost. The log in use has its space.
 func TestCompactionUnderLoad(t *testing.T) {
-	s, err := Open(t.TempDir(), Options{memTable: 1 << 20})
+	dir := t.TempDir()
+	s, err := Open(dir, Options{memTable: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -158,6 +161,14 @@ func TestCompactionUnderLoad(t *testing.T) {
 	verify(t, s)
 	if vs, err := s.Volumes(context.Background(), "", 0); err != nil || len(vs) != 8 {
 		t.Errorf("%d volumes, %v", len(vs), err)
+	}
+	logs, err := filepath.Glob(filepath.Join(dir, "*.mem"))
+	if err != nil || len(logs) == 0 || filepath.Base(logs[len(logs)-1]) == "00001.mem" {
+		t.Fatalf("logs %v: %v", logs, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(logs[len(logs)-1], &st); err != nil || st.Blocks*512 < 2<<20 {
+		t.Errorf("the log occupies %d bytes: %v", st.Blocks*512, err)
 	}
 	merged := 0
 	for _, l := range s.db.Levels()[1:] {
