@@ -171,16 +171,23 @@ func (l *Log) append(e Event) error {
 		}
 	}
 	n, err := l.file.Write(b)
-	l.size += int64(n)
 	if err != nil {
+		if n > 0 { // as when the disk is full: half a line would swallow the next event
+			err = errors.Join(err, l.file.Truncate(l.size))
+		}
 		return err
 	}
+	l.size += int64(n)
 	return l.file.Sync()
 }
 
 // rotate renames path to path.1, path.1 to path.2 and so on, and begins anew.
 func (l *Log) rotate() error {
-	for i := l.o.Keep; i > 0; i-- {
+	keep := l.o.Keep
+	if _, err := os.Lstat(l.path); errors.Is(err, fs.ErrNotExist) {
+		keep = 0 // a try that could not begin anew has renamed them; once more, with each event, would drop all of them
+	}
+	for i := keep; i > 0; i-- {
 		from := l.old(i - 1)
 		if err := os.Rename(from, l.old(i)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -213,7 +220,7 @@ func (l *Log) Tail(n int) ([]Event, error) {
 	for i := 0; i <= l.o.Keep && len(events) < n; i++ {
 		older, err := readLast(l.old(i), n-len(events))
 		if errors.Is(err, fs.ErrNotExist) {
-			break
+			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read the audit log: %w", err)

@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func open(t *testing.T, path string, o Options) *Log {
@@ -118,6 +121,62 @@ func TestATornLineCostsOneEvent(t *testing.T) {
 	}
 	if got, err := l.Tail(0); got != nil || err != nil {
 		t.Errorf("%v %v", got, err)
+	}
+}
+
+// limited calls fn under a limit of the process's.
+func limited(t *testing.T, resource int, limit uint64, fn func()) {
+	t.Helper()
+	var was unix.Rlimit
+	if err := unix.Getrlimit(resource, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: limit, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	fn()
+	if err := unix.Setrlimit(resource, &was); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A log that cannot begin a new file keeps its old ones, and goes on when it can.
+func TestRotationThatFails(t *testing.T) {
+	l := open(t, filepath.Join(t.TempDir(), "audit.log"), Options{MaxBytes: 300, Keep: 2})
+	record := func(i int) { l.Record(context.Background(), "a", fmt.Sprint(i), "", nil) }
+	for i := range 3 {
+		record(i)
+	}
+	limited(t, unix.RLIMIT_NOFILE, 3, func() {
+		for i := range 10 {
+			record(100 + i)
+		}
+	})
+	if got := objects(t, l, 10); got != "0 1 2" {
+		t.Errorf("events while no file can be opened: %q", got)
+	}
+	record(3)
+	if got := objects(t, l, 10); got != "0 1 2 3" {
+		t.Errorf("events: %q", got)
+	}
+}
+
+// A disk that is full in the midst of an event costs that one.
+func TestHalfAnEventCostsNoOther(t *testing.T) {
+	signal.Ignore(unix.SIGXFSZ)
+	defer signal.Reset(unix.SIGXFSZ)
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l := open(t, path, Options{})
+	record := func(object string) { l.Record(context.Background(), "a", object, "", nil) }
+	record("1")
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limited(t, unix.RLIMIT_FSIZE, uint64(info.Size())+10, func() { record("lost") })
+	record("2")
+	if got := objects(t, l, 10); got != "1 2" {
+		t.Errorf("events: %q", got)
 	}
 }
 
