@@ -69,17 +69,17 @@ func manifests(t *testing.T, dir string) []object {
 
 // known are the API versions of the kinds that are used.
 var known = map[string]string{
-	"Kustomization": "kustomize.config.k8s.io/v1beta1", "Namespace": "v1", "ServiceAccount": "v1", "Pod": "v1", "PersistentVolumeClaim": "v1",
+	"Kustomization": "kustomize.config.k8s.io/v1beta1", "Component": "kustomize.config.k8s.io/v1alpha1", "Namespace": "v1", "ServiceAccount": "v1", "Pod": "v1", "PersistentVolumeClaim": "v1",
 	"CSIDriver": "storage.k8s.io/v1", "StorageClass": "storage.k8s.io/v1", "VolumeAttributesClass": "storage.k8s.io/v1",
 	"ClusterRole": "rbac.authorization.k8s.io/v1", "ClusterRoleBinding": "rbac.authorization.k8s.io/v1",
-	"Role": "rbac.authorization.k8s.io/v1", "RoleBinding": "rbac.authorization.k8s.io/v1", "StatefulSet": "apps/v1",
+	"Role": "rbac.authorization.k8s.io/v1", "RoleBinding": "rbac.authorization.k8s.io/v1", "StatefulSet": "apps/v1", "DaemonSet": "apps/v1",
 	"VolumeSnapshotClass": "snapshot.storage.k8s.io/v1", "VolumeSnapshot": "snapshot.storage.k8s.io/v1",
 }
 
 func TestManifestsNameThingsThatExist(t *testing.T) {
 	parameters := map[string][]string{
 		"StorageClass":          {"replicas", "minInSync", "dataLocality", "pool", "tenant", "fsType", "blockSize"},
-		"VolumeAttributesClass": {"iopsLimit", "bandwidthLimit"},
+		"VolumeAttributesClass": {"iopsLimit", "bandwidthLimit", "replicas", "minInSync", "dataLocality"},
 		"VolumeSnapshotClass":   {"freezeFilesystem"},
 	}
 	for _, o := range manifests(t, "kubernetes") {
@@ -96,63 +96,80 @@ func TestManifestsNameThingsThatExist(t *testing.T) {
 				t.Errorf("%s: a %s has no parameter %s", o.file, o.Kind, p)
 			}
 		}
-		if o.Kind == "CSIDriver" && o.Metadata.Name != volume.DriverName {
-			t.Errorf("%s: %s", o.file, o.Metadata.Name)
+	}
+}
+
+// byHand are manifests that are in no kustomization.
+var byHand = []string{"found.yaml"}
+
+func TestKustomizationsAreComplete(t *testing.T) {
+	pinned := regexp.MustCompile(`^v\d+\.\d+\.\d+$`)
+	var tags []string
+	for _, i := range readKustomization(t, "images").Images {
+		tags = append(tags, i.Name)
+		if !pinned.MatchString(i.NewTag) {
+			t.Errorf("image %s is not pinned: %q", i.Name, i.NewTag)
+		}
+	}
+	for _, dir := range []string{"base", "cluster"} {
+		k := readKustomization(t, dir)
+		if !slices.Equal(k.Components, []string{"../images"}) || len(k.Images) > 0 {
+			t.Errorf("%s: the images are not those of images/", dir)
+		}
+		files, err := filepath.Glob("kubernetes/" + dir + "/*.yaml")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			name := filepath.Base(f)
+			if name != "kustomization.yaml" && slices.Contains(byHand, name) == slices.Contains(k.Resources, name) {
+				t.Errorf("%s is in no kustomization, or should be in none", f)
+			}
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range regexp.MustCompile(`(?m)^\s+image: ([^:\s]+)(:v\S+)?$`).FindAllSubmatch(b, -1) {
+				if !slices.Contains(tags, string(m[1])) || slices.Contains(byHand, name) != (len(m[2]) > 0) {
+					t.Errorf("%s: image %s%s", f, m[1], m[2])
+				}
+			}
+		}
+		for _, r := range k.Resources {
+			if _, err := os.Stat(filepath.Join("kubernetes", dir, r)); err != nil {
+				t.Error(err)
+			}
 		}
 	}
 }
 
-func TestBaseIsComplete(t *testing.T) {
-	var k struct {
-		Resources []string
-		Images    []struct{ Name, NewTag string }
-	}
-	b, err := os.ReadFile("kubernetes/base/kustomization.yaml")
+type kustomization struct {
+	Resources, Components []string
+	Images                []struct{ Name, NewTag string }
+}
+
+func readKustomization(t *testing.T, dir string) (k kustomization) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("kubernetes", dir, "kustomization.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := yaml.Unmarshal(b, &k); err != nil {
 		t.Fatal(err)
 	}
-	files, err := filepath.Glob("kubernetes/base/*.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, f := range files {
-		if name := filepath.Base(f); name != "kustomization.yaml" && !slices.Contains(k.Resources, name) {
-			t.Errorf("%s is in no kustomization", name)
-		}
-	}
-	if len(files) != len(k.Resources)+1 {
-		t.Errorf("%d files, %d resources", len(files), len(k.Resources))
-	}
-	pinned := regexp.MustCompile(`^v\d+\.\d+\.\d+$`)
-	var names []string
-	for _, i := range k.Images {
-		names = append(names, i.Name)
-		if !pinned.MatchString(i.NewTag) {
-			t.Errorf("image %s is not pinned: %q", i.Name, i.NewTag)
-		}
-	}
-	b, err = os.ReadFile("kubernetes/base/ballast.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, m := range regexp.MustCompile(`(?m)^\s+image: (\S+)$`).FindAllSubmatch(b, -1) {
-		if !slices.Contains(names, string(m[1])) {
-			t.Errorf("image %s has no tag", m[1])
-		}
-	}
+	return k
 }
 
 func TestMountsReachTheHost(t *testing.T) {
-	b, err := os.ReadFile("kubernetes/base/ballast.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, path := range []string{"/var/lib/kubelet", "/run/ballast"} {
-		if !bytes.Contains(b, []byte("mountPath: "+path+"\n              mountPropagation: Bidirectional")) {
-			t.Errorf("mounts below %s stay in the pod", path)
+	for _, file := range []string{"base/ballast.yaml", "cluster/daemon.yaml"} {
+		b, err := os.ReadFile("kubernetes/" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{"/var/lib/kubelet", "/run/ballast"} {
+			if !bytes.Contains(b, []byte("mountPath: "+path+"\n              mountPropagation: Bidirectional")) {
+				t.Errorf("%s: mounts below %s stay in the pod", file, path)
+			}
 		}
 	}
 	unit, err := os.ReadFile("systemd/ballastd.service")
