@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/ballast-csi/ballast/pkg/command"
@@ -139,10 +140,8 @@ func (s *Service) ModifyVolume(ctx context.Context, id volume.ID, m Modify) (vol
 	}
 	defer unlock()
 	x, err := s.proposeVolume(ctx, c)
-	p, q := v.Parameters, x.Volume.Parameters
-	if err != nil || x.Volume.QoS != v.QoS || p != q {
-		s.record(ctx, "volume.modify", string(id), fmt.Sprintf("IOPS %d to %d, bandwidth %d to %d bytes per second, replicas %d to %d, minInSync %d to %d, dataLocality %s to %s",
-			v.QoS.IOPS, x.Volume.QoS.IOPS, v.QoS.Bandwidth, x.Volume.QoS.Bandwidth, p.Replicas, q.Replicas, p.MinInSync, q.MinInSync, p.DataLocality, q.DataLocality), err)
+	if err != nil || x.Volume.QoS != v.QoS || x.Volume.Parameters != v.Parameters {
+		s.record(ctx, "volume.modify", string(id), modification(v, m), err)
 	}
 	if err != nil {
 		return volume.Volume{}, err
@@ -191,4 +190,25 @@ func (s *Service) SetFilesystemBy(ctx context.Context, node volume.NodeID, id vo
 		return err
 	}
 	return s.propose(ctx, command.SetFilesystem{Volume: id, Node: node, Filesystem: fs})
+}
+
+// modification says what is asked to change, and from what.
+func modification(v volume.Volume, m Modify) string {
+	p, all := v.Parameters, []string(nil)
+	if m.IOPS != nil {
+		all = append(all, fmt.Sprintf("IOPS %d to %d", v.QoS.IOPS, *m.IOPS))
+	}
+	if m.Bandwidth != nil {
+		all = append(all, fmt.Sprintf("bandwidth %d to %d bytes per second", v.QoS.Bandwidth, *m.Bandwidth))
+	}
+	if m.Replicas != nil {
+		all = append(all, fmt.Sprintf("replicas %d to %d", p.Replicas, *m.Replicas))
+	}
+	if m.MinInSync != nil {
+		all = append(all, fmt.Sprintf("minInSync %d to %d", p.MinInSync, *m.MinInSync))
+	}
+	if m.DataLocality != nil {
+		all = append(all, fmt.Sprintf("dataLocality %s to %.64s", p.DataLocality, string(*m.DataLocality)))
+	}
+	return strings.Join(all, ", ")
 }

@@ -611,6 +611,35 @@ func (a *auditLog) Record(_ context.Context, action, object, detail string, outc
 	*a = append(*a, fmt.Sprintf("%s %v", action, outcome == nil))
 }
 
+type auditDetails []string
+
+func (a *auditDetails) Record(_ context.Context, action, _, detail string, outcome error) {
+	*a = append(*a, fmt.Sprintf("%s %v: %s", action, outcome == nil, detail))
+}
+
+// The audit log has of a change what was asked for, also where it was refused.
+func TestAuditOfAModify(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld(t)
+	v := w.mustCreate(create("v"))
+	var log auditDetails
+	w.Service = control.New(w.store, w.agents, control.Options{Audit: &log})
+	iops, nine, odd := int64(200), 9, volume.DataLocality("odd")
+	if _, err := w.ModifyVolume(ctx, v.ID, control.Modify{IOPS: &iops}); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []control.Modify{{Replicas: &nine}, {DataLocality: &odd}} {
+		_, err := w.ModifyVolume(ctx, v.ID, m)
+		wantErr(t, err, volume.ErrInvalid)
+	}
+	want := `volume.modify true: IOPS 0 to 200
+volume.modify false: replicas 1 to 9
+volume.modify false: dataLocality preferred to odd`
+	if got := strings.Join(log, "\n"); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
 func TestEveryChangeIsAudited(t *testing.T) {
 	ctx := context.Background()
 	w := newWorld(t)

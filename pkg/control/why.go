@@ -213,7 +213,7 @@ func (x sight) whyCondition(p *paragraph, c volume.Condition) {
 		x.ioGoesOn(p)
 		p.does("bring the other replicas back, or if fewer copies will do, `ballastctl volume set %s --min-in-sync %d`", x.Name, max(1, x.left))
 	case condFewer:
-		p.says("%s of %d are placed", plural(len(x.Replicas), "replica"), x.Parameters.Replicas)
+		p.says("%d of %d replicas are placed", len(x.Replicas), x.Parameters.Replicas)
 		p.does("see that nodes are up and pools have room (`ballastctl pool list`): another replica is placed by itself as soon as a node has room for %s", bytesText(x.Size))
 		x.ioGoesOn(p)
 	case replication.CondControllers:

@@ -46,9 +46,9 @@ func Blockers(v View, volumes []volume.Volume, node volume.NodeID) []Blocker {
 		}
 		switch {
 		case behind > 0:
-			why += fmt.Sprintf("; %d elsewhere are still being brought up", behind)
+			why += fmt.Sprintf("; %d elsewhere still to be brought up", behind)
 		case away > 0:
-			why += fmt.Sprintf("; %d are on nodes that are down or drained", away)
+			why += fmt.Sprintf("; %d on nodes that are down or drained", away)
 		case len(x.Replicas) == 1:
 			why += "; it has no other"
 		}
