@@ -81,7 +81,8 @@ func clusterStatusCommand(c *cli) *cobra.Command {
 
 A controller with a vote counts for the majority without which nothing can be changed. LOG is how far it has got: equal
 numbers are up to date. Where there is no majority only the controllers are shown, and the exit code is 4.`,
-		Args: arguments(),
+		Example: "  ballastctl cluster status\n  ballastctl cluster status -o json | jq -r '.attention[]'",
+		Args:    arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
 				r, err := a.Cluster(ctx, &adminpb.ClusterRequest{})
@@ -206,8 +207,11 @@ On the node the token may be given as --join @FILE instead, which keeps it out o
 		Example: "  ballastctl cluster join-token create --role storage --uses 5 --ttl 2h\n  ballastctl cluster join-token create --role controller,storage --node node-3",
 		Args:    arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if life < 0 || life%time.Second != 0 {
-				return usage(fmt.Errorf("--ttl %s is not a number of seconds", life))
+			if life <= 0 || life%time.Second != 0 {
+				return usage(fmt.Errorf("--ttl %s is not one second or more, in whole seconds", life))
+			}
+			if req.Uses < 1 {
+				return usage(fmt.Errorf("--uses %d lets nobody in", req.Uses))
 			}
 			req.LifetimeSeconds = int64(life / time.Second)
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
@@ -255,6 +259,7 @@ func tokenList(c *cli) *cobra.Command {
 		Aliases: []string{"ls"},
 		Short:   "List the join tokens that have not expired",
 		Long:    "List the join tokens that have not expired, without their secrets.",
+		Example: "  ballastctl cluster join-token list",
 		Args:    arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
@@ -364,7 +369,7 @@ never leaves this process: whoever has it is that admin. It cannot be extended; 
 		Args:    arguments("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if life < 0 || life%time.Second != 0 {
-				return usage(fmt.Errorf("--ttl %s is not a number of seconds", life))
+				return usage(fmt.Errorf("--ttl %s is not a time ahead, in whole seconds", life))
 			}
 			file := out
 			if file == "" {

@@ -116,6 +116,10 @@ func TestClusterErrorsSayWhatToDo(t *testing.T) {
 		want         []string
 	}{
 		{socket, "node drain node-1", exitRefused, []string{"must stay up", "volume db", "volume queue", "--wait", "64 MiB/s"}},
+		{socket, "cluster join-token create --uses 0", exitUsage, []string{"--uses 0"}},
+		{socket, "cluster join-token create --ttl 0s", exitUsage, []string{"--ttl 0s"}},
+		{socket, "cluster join-token create --role boss", exitUsage, []string{`"boss"`, "controller", "storage"}},
+		{socket, "volume set db", exitUsage, []string{"--replicas", "--min-in-sync"}},
 		{socket, "node drain node-9", exitNotFound, []string{"no node"}},
 		{socket, "node remove node-1 --yes", exitRefused, []string{"is a controller", "remove-controller node-1"}},
 		{socket, "node remove node-4", exitUsage, []string{"say --yes"}},
@@ -197,6 +201,10 @@ func TestDrainWaits(t *testing.T) {
 	c.Mu.Unlock()
 	if code, errs := d.end(t); code != exitOK || !strings.Contains(errs, "waiting: volume db") || !strings.Contains(d.output(), "is drained") {
 		t.Errorf("exit %d: %q %q", code, d.output(), errs)
+	}
+	// Waiting is not asking again and again: each refusal is a line of the audit log.
+	if r := ctl(socket, "audit", "-o", "json"); strings.Count(r.out, "node.drain") != 2 {
+		t.Errorf("a refusal and a grant: %s", r.out)
 	}
 }
 

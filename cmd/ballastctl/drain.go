@@ -81,7 +81,7 @@ func drainAdvice(bs []*adminpb.DrainBlocker, node string) string {
 	if len(bs[0].Resyncs) > 0 {
 		return fmt.Sprintf("wait for its resync: ballastctl node drain %s --wait", node)
 	}
-	return fmt.Sprintf("bring the nodes of its other replicas back or undrain them, or give it more (ballastctl volume set %s --replicas N), and wait: ballastctl node drain %s --wait", bs[0].VolumeName, node)
+	return fmt.Sprintf("bring the nodes of its other replicas back or undrain them, if it has any, or give it more (ballastctl volume set %s --replicas N), and wait: ballastctl node drain %s --wait", bs[0].VolumeName, node)
 }
 
 func nodeDrain(c *cli, r resource[nodeView]) *cobra.Command {
@@ -100,8 +100,18 @@ Where it is refused, the volumes that need the node are named. With --wait the c
 		Example: "  ballastctl node drain node-2 --wait && ssh node-2 reboot\n  ballastctl node undrain node-2",
 		Args:    arguments("NODE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			shown := &waiting{w: c.err}
+			shown, refused := &waiting{w: c.err}, false
 			return c.poll(cmd, func(ctx context.Context, a adminpb.AdminClient) (bool, error) {
+				if refused { // each refusal is in the audit log: the next time it is asked for when nothing is known to be in its way
+					bs, err := a.ListDrainBlockers(ctx, &adminpb.GetRequest{Ref: args[0]})
+					if err != nil {
+						return false, err
+					}
+					if len(bs.Blockers) > 0 {
+						shown.show("waiting: " + blockersText(bs.Blockers))
+						return false, nil
+					}
+				}
 				n, err := a.DrainNode(ctx, &adminpb.GetRequest{Ref: args[0]})
 				if err == nil {
 					return true, r.done(c, viewNode(n), "Node %s is drained: it may be stopped. When it is back: ballastctl node undrain %s", n.Id, n.Id)
@@ -114,6 +124,7 @@ Where it is refused, the volumes that need the node are named. With --wait the c
 				case listErr != nil:
 					return false, listErr
 				case wait:
+					refused = true
 					if len(bs.Blockers) > 0 {
 						shown.show("waiting: " + blockersText(bs.Blockers))
 					}

@@ -153,7 +153,8 @@ func poolStrays(c *cli) *cobra.Command {
 		Short: "List what pools hold and no record knows",
 		Long: `List what pools hold and no record knows: after the cluster's state was lost or an old copy of it was restored, for
 instance. Nothing deletes it by itself, since the records may be what is wrong. ` + "`pool export`" + ` reads such data.`,
-		Args: arguments(),
+		Example: "  ballastctl pool strays",
+		Args:    arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
 				r, err := a.ListStrays(ctx, &adminpb.ListStraysRequest{})

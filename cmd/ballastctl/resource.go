@@ -125,7 +125,9 @@ func (r resource[V]) commands(c *cli) []*cobra.Command {
 	get := &cobra.Command{
 		Use:   "get " + r.arg,
 		Short: "Show one " + r.one + " in full",
-		Args:  arguments(r.arg),
+		// The example of why, which names one too.
+		Example: strings.ReplaceAll(r.whyExample, " why ", " get ") + " -o yaml",
+		Args:    arguments(r.arg),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
 				v, err := r.get(ctx, a, args[0])
@@ -143,7 +145,8 @@ func (r resource[V]) commands(c *cli) []*cobra.Command {
 		Long: "Show " + r.many + ", then each change, until interrupted. With an argument it ends when that " + r.one + ` is deleted.
 
 With -o json each event is one line: {"type":"added|changed|deleted","object":{...}}.`,
-		Args: cobra.MatchAll(cobra.MaximumNArgs(1)),
+		Example: strings.ReplaceAll(r.whyExample, " why ", " watch "),
+		Args:    cobra.MatchAll(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &adminpb.WatchRequest{Kind: r.kind}
 			if len(args) > 0 {

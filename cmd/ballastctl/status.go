@@ -91,7 +91,8 @@ func statusCommand(c *cli) *cobra.Command {
 		Short: "Say in a few lines how the cluster is",
 		Long: `Say in a few lines how the cluster is: whether the daemon is ready, what is stored, and which volumes are not well. The
 exit code is 4 while the daemon is not ready. ` + "`cluster status`" + ` says more of controllers and nodes.`,
-		Args: arguments(),
+		Example: "  ballastctl status\n  ballastctl status -o json | jq .ready",
+		Args:    arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.call(cmd, func(ctx context.Context, a adminpb.AdminClient) error {
 				s, err := clusterStatus(ctx, a)
@@ -145,9 +146,10 @@ type buildView struct {
 func versionCommand(c *cli) *cobra.Command {
 	var clientOnly bool
 	cmd := &cobra.Command{
-		Use:   "version",
-		Short: "Show the versions of ballastctl and of the daemon",
-		Args:  arguments(),
+		Use:     "version",
+		Short:   "Show the versions of ballastctl and of the daemon",
+		Example: "  ballastctl version\n  ballastctl version --client",
+		Args:    arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			v := versionView{Client: buildView{Version: version, Go: runtime.Version()}}
 			var daemonErr error

@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -32,6 +34,9 @@ func volumeSet(c *cli, r resource[volumeView]) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &adminpb.SetVolumeRequest{Ref: args[0]}
 			given := cmd.Flags().Changed
+			if !slices.ContainsFunc([]string{"iops", "bandwidth", "replicas", "min-in-sync", "data-locality"}, given) {
+				return usage(errors.New("say what is to change: --iops, --bandwidth, --replicas, --min-in-sync or --data-locality"))
+			}
 			if given("iops") {
 				req.IopsLimit = &iops
 			}
@@ -68,7 +73,6 @@ func volumeSet(c *cli, r resource[volumeView]) *cobra.Command {
 	f.Int32Var(&minInSync, "min-in-sync", 0, "copies that a write needs")
 	f.StringVar(&locality, "data-locality", "", "`whether` a copy is to be where the workload is: preferred, required or none")
 	must(cmd.RegisterFlagCompletionFunc("data-locality", cobra.FixedCompletions(localities, cobra.ShellCompDirectiveNoFileComp)))
-	cmd.MarkFlagsOneRequired("iops", "bandwidth", "replicas", "min-in-sync", "data-locality")
 	return cmd
 }
 

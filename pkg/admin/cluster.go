@@ -285,7 +285,7 @@ func (s *Service) CreateJoinToken(ctx context.Context, r *adminpb.CreateJoinToke
 	life := jointoken.DefaultLifetime
 	if r.LifetimeSeconds != 0 {
 		if r.LifetimeSeconds < 0 || r.LifetimeSeconds > jointoken.MaxLifetime/int64(time.Second) {
-			return nil, fmt.Errorf("a join token lives for up to %s: %w", time.Duration(jointoken.MaxLifetime), volume.ErrOutOfRange)
+			return nil, fmt.Errorf("a join token lives for up to %dh: %w", time.Duration(jointoken.MaxLifetime)/time.Hour, volume.ErrOutOfRange)
 		}
 		life = r.LifetimeSeconds * int64(time.Second)
 	}

@@ -138,7 +138,7 @@ func (r Record) Check() error {
 	}
 	for i, role := range r.Roles {
 		if role != "controller" && role != "storage" || slices.Contains(r.Roles[:i], role) {
-			return fmt.Errorf("join token %s: role %q: %w", r.ID, role, volume.ErrInvalid)
+			return fmt.Errorf("role %.64q of a join token is neither controller nor storage, or there twice: %w", role, volume.ErrInvalid)
 		}
 	}
 	if len(r.Node) > volume.MaxNodeIDLen || len(r.CreatedBy) > volume.MaxNameLen {
