@@ -33,9 +33,9 @@ The URI that is printed is what nbdcopy, nbdinfo, qemu-img and nbd-client take. 
 holes included: of a snapshot only what it holds is read. @SNAPSHOT alone will do.
 
 A volume that is in use is served beside its user, who is not disturbed; what it has not flushed may be missing, so a
-copy of it is like the disk after a power cut. For a good copy export a snapshot. A volume that is not attached cannot
-be staged by a workload until its export has ended. Taking the volume away (unstaging, detaching, deleting) ends the
-export. A snapshot that is deleted meanwhile is freed afterwards.
+copy of it is like the disk after a power cut. For a good copy export a snapshot. A volume that is not attached is served
+where it has one replica, on its node, and cannot be staged by a workload until its export has ended. Taking the volume
+away (unstaging, detaching, deleting) ends the export. A snapshot that is deleted meanwhile is freed afterwards.
 
 With --writable clients may write. Beside a mounted filesystem that destroys it.`,
 		Example: `  ballastctl volume export db-data@monday
