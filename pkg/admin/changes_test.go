@@ -10,8 +10,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/ballast-csi/ballast/pkg/admin/adminpb"
-	"github.com/ballast-csi/ballast/pkg/control"
-	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
 func volumeEvent(id, state string) *adminpb.Event {
@@ -49,46 +47,6 @@ func TestChanges(t *testing.T) {
 		}
 		if diff := cmp.Diff(c.want, got); diff != "" {
 			t.Errorf("%s: %s", c.name, diff)
-		}
-	}
-}
-
-func TestWhy(t *testing.T) {
-	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	seen := volume.Timestamp(now.UnixNano())
-	node := volume.Node{ID: "n", LastSeen: seen}
-	pool := volume.Pool{Name: "p", Capacity: 100 << 20, OverProvision: 2}
-	with := func(fn func(*volume.Pool)) volume.Pool {
-		p := pool
-		fn(&p)
-		return p
-	}
-	for _, c := range []struct{ got, want string }{
-		{whyPool(pool, node, now), "a volume of up to 200 MiB fits"},
-		{whyPool(with(func(p *volume.Pool) { p.Used = p.Capacity }), node, now), "writes to its volumes wait, none is lost"},
-		{whyPool(with(func(p *volume.Pool) { p.Used = p.Capacity * 95 / 100 }), node, now), "nearly full"},
-		{whyPool(with(func(p *volume.Pool) { p.Provisioned = 2 * p.Capacity }), node, now), "takes no new volumes"},
-		{whyPool(with(func(p *volume.Pool) { p.Capacity = 0 }), node, now), "is offline"},
-		{whyNode(volume.Node{ID: "n", LastSeen: seen, Pools: []volume.Pool{{Name: "p"}}}, now), "the disk of its pool(s) p is not"},
-		{whyPool(pool, node, now.Add(time.Hour)), "its node does not answer"},
-		{whyNode(node, now), "has no pool"},
-		{whyNode(node, now.Add(3*time.Minute)), "3m0s ago"},
-		{whyNode(volume.Node{ID: "n", LastSeen: seen, Pools: []volume.Pool{pool}}, now), "can be used"},
-		{whyNode(volume.Node{ID: "n", LastSeen: seen, State: volume.NodeDrained}, now), "may be stopped"},
-		{whyNode(volume.Node{ID: "n", LastSeen: seen, State: volume.NodeEmptying}, now), "its replicas move to other nodes"},
-		{whyNode(volume.Node{ID: "n", LastSeen: seen, State: volume.NodeDrained}, now.Add(time.Hour)), "catch up by themselves"},
-		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Creating}}), "is being cut"},
-		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Deleting}}), "is being deleted"},
-		{whyGroup(control.Group{Group: volume.Group{Name: "g", State: volume.Ready}}), "is ready"},
-		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Creating}, "v"), "is being cut"},
-		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Deleting}, "v"), "is being deleted"},
-		{whySnapshot(volume.Snapshot{Name: "s", State: volume.Ready}, ""), "its volume is deleted, which does not affect it"},
-		{whyQuota(volume.Quota{Tenant: "t"}), "has no limits"},
-		{whyQuota(volume.Quota{Tenant: "t", Limit: volume.Amounts{Volumes: 2}, Used: volume.Amounts{Volumes: 1}}), "within its quota: 1 of 2 volumes"},
-		{whyQuota(volume.Quota{Tenant: "t", Limit: volume.Amounts{Snapshots: 2}, Used: volume.Amounts{Snapshots: 2}}), "reached its quota: 2 of 2 snapshots"},
-	} {
-		if !strings.Contains(c.got, c.want) {
-			t.Errorf("%q is not in %q", c.want, c.got)
 		}
 	}
 }

@@ -163,13 +163,17 @@ func whySnapshot(s volume.Snapshot, volumeName string) string {
 	if volumeName != "" {
 		source = "its volume " + volumeName + " still exists"
 	}
+	holders := "1 pool"
+	if n := len(s.Holders); n != 1 {
+		holders = fmt.Sprintf("%d pools", n)
+	}
 	switch s.State {
 	case volume.Creating:
 		return fmt.Sprintf("Snapshot %s is being cut: its volume's writes are held for a second at most, and it becomes ready when every replica in sync has sealed it. If the engine ends or the replicas in sync change meanwhile, it is given up and deleted by itself. Nothing needs to be done; the same request made again finishes it or begins anew.", s.Name)
 	case volume.Deleting:
 		return fmt.Sprintf("Snapshot %s is being deleted. Its space is freed in the background; nothing needs to be done.", s.Name)
 	}
-	return fmt.Sprintf("Snapshot %s is ready: %s, held by %d pool(s); %s. Volumes can be made from it.", s.Name, bytesText(s.Size), len(s.Holders), source)
+	return fmt.Sprintf("Snapshot %s is ready: %s, held by %s; %s. Volumes can be made from it.", s.Name, bytesText(s.Size), holders, source)
 }
 
 func whyGroup(g control.Group) string {
@@ -185,7 +189,14 @@ func whyGroup(g control.Group) string {
 func whyNode(n volume.Node, now time.Time) string {
 	seen := time.Unix(0, int64(n.LastSeen))
 	if ago := now.Sub(seen); ago > silentAfter {
-		return fmt.Sprintf("Node %s was last heard of at %s, %s ago, so the replicas on it count as away: volumes that have others in sync go on with them, and what is attached to it can be attached elsewhere once its orchestrator takes it away. See that the host is up and its network too, look at the service's log there (journalctl -u ballastd) and start it. Its replicas then catch up by themselves; nothing is to be deleted.", n.ID, seen.UTC().Format(time.RFC3339), ago.Round(time.Second))
+		text := fmt.Sprintf("Node %s was last heard of at %s, %s ago, so the replicas on it count as away: volumes that have others in sync go on with them, and what is attached to it can be attached elsewhere once its orchestrator takes it away. See that the host is up and its network too, look at the service's log there (journalctl -u ballastd) and start it. Its replicas then catch up by themselves; nothing is to be deleted.", n.ID, seen.UTC().Format(time.RFC3339), ago.Round(time.Second))
+		switch n.State {
+		case volume.NodeDrained:
+			text += fmt.Sprintf(" It was drained before, because an admin asked for it: when it is back, `ballastctl node undrain %s`.", n.ID)
+		case volume.NodeEmptying:
+			text += " It is being emptied, because an admin asked for it: its replicas are made anew on other nodes meanwhile."
+		}
+		return text
 	}
 	switch n.State {
 	case volume.NodeDrained:
@@ -206,12 +217,23 @@ func whyNode(n volume.Node, now time.Time) string {
 		}
 	}
 	if len(offline) > 0 {
-		return fmt.Sprintf("Node %s is there, but the disk of its pool(s) %s is not. See `ballastctl pool why` for the way out.", n.ID, strings.Join(offline, ", "))
+		return fmt.Sprintf("Node %s is there, but the disk of %s is not. For the way out: `ballastctl pool why %s/%s`.", n.ID, poolsText(offline), n.ID, offline[0])
 	}
 	if len(full) > 0 {
-		return fmt.Sprintf("Node %s is there, but writes wait in its full pool(s) %s. See `ballastctl pool why` for the way out.", n.ID, strings.Join(full, ", "))
+		return fmt.Sprintf("Node %s is there, but writes wait for room in %s. For the way out: `ballastctl pool why %s/%s`.", n.ID, poolsText(full), n.ID, full[0])
 	}
-	return fmt.Sprintf("Node %s is there and can be used: %d pool(s), none of them full.", n.ID, len(n.Pools))
+	var names []string
+	for _, p := range n.Pools {
+		names = append(names, p.Name)
+	}
+	return fmt.Sprintf("Node %s is there and can be used: there is room in %s.", n.ID, poolsText(names))
+}
+
+func poolsText(names []string) string {
+	if len(names) == 1 {
+		return "its pool " + names[0]
+	}
+	return "its pools " + strings.Join(names, ", ")
 }
 
 func whyPool(p volume.Pool, n volume.Node, now time.Time) string {
