@@ -78,7 +78,7 @@ func progressCell(r resyncView) cell {
 	if r.BytesPerSec > 0 {
 		parts = append(parts, rateText(r.BytesPerSec))
 		if r.LeftBytes > 0 && r.LeftBytes/r.BytesPerSec < 1e6 {
-			parts = append(parts, durationText(time.Duration(r.LeftBytes/r.BytesPerSec)*time.Second))
+			parts = append(parts, durationText(time.Duration(max(1, r.LeftBytes/r.BytesPerSec))*time.Second))
 		}
 	}
 	if r.SnapshotsLeft > 0 {

@@ -331,6 +331,13 @@ func (s *settings) clusterConfig() (*clusterConfig, error) {
 	}
 	if file, ok := strings.CutPrefix(c.join, "@"); ok {
 		f, err := os.Open(file)
+		if errors.Is(err, os.ErrNotExist) {
+			// A token that was used is best removed.
+			if _, statErr := os.Stat(filepath.Join(s.dataDir, clusterDir, nodeFile)); statErr == nil {
+				c.join = ""
+				return c, nil
+			}
+		}
 		if err != nil {
 			return nil, fmt.Errorf("join: %w", err)
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -142,5 +143,24 @@ func TestWrongSettings(t *testing.T) {
 		if _, err := parse(t, c.args...); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%v: %v", c.args, err)
 		}
+	}
+}
+
+// Who has joined may have the file of the token removed; who has not needs it.
+func TestValidSettingsWithoutTheTokensFile(t *testing.T) {
+	dir := t.TempDir()
+	args := []string{"--data-dir", dir, "--listen", "10.0.0.2:9820", "--controllers", "10.0.0.1:9820", "--join", "@" + filepath.Join(dir, "gone")}
+	if _, err := parse(t, args...); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a node that has not joined: %v", err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, clusterDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, clusterDir, nodeFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := parse(t, args...)
+	if err != nil || c.cluster.join != "" || len(c.cluster.controllers) != 1 {
+		t.Errorf("a node that has: %+v %v", c.cluster, err)
 	}
 }
