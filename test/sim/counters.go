@@ -13,16 +13,16 @@ type Counters struct {
 	// Clients.
 	Reads, Writes, Zeros, Flushes, FUAs, Cancels, Acked, Errors, Reissued, Busy int
 	// Machines.
-	Messages, StoreOps, Ticks, Attaches, Lives, KeptLives, FencedOnly, Reconnects, Cleared int
-	FailedSuperseded, FailedLost                                                           int
+	Messages, StoreOps, Ticks, Attaches, Assigned, Gone, Lives, KeptLives, FencedOnly, Reconnects, Cleared int
+	FailedSuperseded, FailedLost                                                                           int
 	// Controllers.
 	CommitDone, CommitRefused, CommitUnknown, CtlLost, CtlReplyLost, CtlLate, CtlTwice int
 	ISRChanges, ISRAdded, ISRRemoved, MinInSync                                        int
 	// Network.
 	Connected, Broken, Unnoticed, Dropped, Delayed, Duplicated, Held, Late, Partitions, Isolated, OneWay, CtlCuts, CtlDowns int
 	// Nodes and disks.
-	Kills, KeptKills, PowerLosses, SitePowerLosses, TargetsLost, Boots, Pauses, Swaps, Hangs, Full, Slow          int
-	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened, Corrupted, Rollbacks, RolledBack, Rogues int
+	Kills, KeptKills, PowerLosses, SitePowerLosses, TargetsLost, Boots, Pauses, Swaps, Hangs, Full, Slow                          int
+	FailedSyncs, FailedWrites, FailedReads, FailedMetas, Lost, Reopened, Rested, NoRoom, Corrupted, Rollbacks, RolledBack, Rogues int
 	// Operations.
 	CleanDetaches, Detached, ForcedDetaches, ForcedAttaches, Deletes, Salvages      int
 	Prepared, Sealed, Ready, Aborted, Unsnapped, LayersDeleted, Groups, GroupsReady int

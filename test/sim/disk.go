@@ -232,7 +232,7 @@ func (d *disk) kill(s *schedule) {
 	d.untold = 0
 	if d.cacheLies {
 		d.cacheLies = false
-		// What the failed sync left in the cache is dropped with the file's last user: a new one reads the platter.
+		// What the failed sync left in the cache is dropped by who opens the file next (disk.OpenFile): the platter is read.
 		for i := range d.cells {
 			if c := &d.cells[i]; len(c.unsynced) == 0 {
 				c.cache = c.durable

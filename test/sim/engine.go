@@ -67,6 +67,9 @@ func (g *engine) dialMembers(delay int64) {
 // stop is the end of the engine's process, or of its part in it.
 func (g *engine) stop() {
 	g.over = true
+	if g.live {
+		g.v.gone[g.node.id] = g.epoch
+	}
 	g.v.dropEngine(g)
 	for _, c := range g.conns {
 		if c != nil {

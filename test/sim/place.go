@@ -21,6 +21,8 @@ type place struct {
 	life  uint64 // of the machine: a new one each time it is opened
 	host  uint64 // the node's process in which it was opened
 	boot  replication.BootID
+	// leased is what the machine before this one said of the lease, if it was closed in good order in this life of the node.
+	leased replication.Now
 
 	machine *replication.Replica
 	running []*storeOp
@@ -67,11 +69,14 @@ func (p *place) open() {
 		st.Snapshots = append(st.Snapshots, replication.SealedSnapshot{ID: d.snapshots[i].id, Number: d.snapshots[i].number})
 	}
 	p.w.ids++
-	p.life, p.host, p.opened, p.running = p.w.ids, p.node.life, p.w.now, nil
-	p.session, p.poisoned, p.version, p.asked = 0, false, 0, map[uint64]volume.ConfigVersion{}
-	p.boot = replication.BootID(p.w.id())
+	p.life, p.host, p.running = p.w.ids, p.node.life, nil
+	p.poisoned, p.version, p.asked = false, 0, map[uint64]volume.ConfigVersion{}
+	if p.leased == 0 {
+		p.opened, p.session = p.w.now, 0
+		p.boot = replication.BootID(p.w.id())
+	}
 	m, err := replication.NewReplica(replication.ReplicaConfig{
-		Volume: p.v.id, Replica: p.id, Incarnation: replication.Incarnation(d.incarnation), BootID: p.boot,
+		Volume: p.v.id, Replica: p.id, Incarnation: replication.Incarnation(d.incarnation), BootID: p.boot, LeaseUntil: p.leased,
 		Geometry: p.w.geo, Timing: p.w.timing, Rules: p.w.opt.Rules,
 	}, st, p.w.clockOf(p.node))
 	if err != nil {
@@ -104,6 +109,34 @@ func (p *place) reopen() {
 		}
 		p.open()
 	})
+}
+
+// rest is what a node does with a replica that no engine is connected to: it is closed in good order, and opened again when it is
+// asked for. Its boot id stays, unless what was written could not be made durable.
+func (p *place) rest() {
+	if p.machine == nil || p.poisoned || len(p.running) > 0 || p.disk.hungUntil > p.w.now || p.disk.untold > 0 {
+		return
+	}
+	for _, g := range p.v.engines {
+		if g.conns[p.index] != nil {
+			return
+		}
+	}
+	p.w.count.Rested++
+	if p.w.opt.Trace {
+		p.w.tracef("%s is closed, and opened again", p.id)
+	}
+	d := p.disk
+	if d.failSync(&p.w.schedule) {
+		p.close(false)
+		p.open()
+		return
+	}
+	d.sync(d.seq)
+	d.syncMissed(d.missed)
+	p.leased = p.machine.LeaseUntil()
+	p.open()
+	p.leased = 0
 }
 
 // close is the end of the process. What the kernel had been asked to do may still be done; power tells whether the cache is
@@ -230,7 +263,7 @@ func (p *place) done(op *storeOp) {
 		return
 	}
 	p.w.dirty = true
-	if failed := op.result.Status != replication.StatusOK; failed && (op.Kind == replication.StoreSync || op.Kind == replication.StoreSeal || op.FUA) {
+	if failed := op.result.Status == replication.StatusIO; failed && (op.Kind == replication.StoreSync || op.Kind == replication.StoreSeal || op.FUA) {
 		p.poisoned = true
 		p.disk.untold--
 		life := p.life
@@ -252,13 +285,15 @@ func (p *place) execute(op *storeOp) {
 	w.count.StoreOps++
 	ok := &op.result
 	ok.Status = replication.StatusOK
+	if metadata(op.Kind) && d.failMeta() {
+		w.count.FailedMetas++
+		ok.Status = replication.StatusIO
+		if w.chance(0.5) {
+			return // otherwise it is there all the same
+		}
+	}
 	switch op.Kind {
 	case replication.StorePersist:
-		if d.failMeta() {
-			w.count.FailedMetas++
-			ok.Status = replication.StatusIO
-			return
-		}
 		d.state = slices.Clone(op.State)
 		d.commit()
 	case replication.StoreMarkWIL:
@@ -318,12 +353,26 @@ func (p *place) execute(op *storeOp) {
 	case replication.StoreSeal:
 		p.executeSeal(op)
 	case replication.StoreResize:
+		if d.fullUntil > w.now {
+			w.count.NoRoom++
+			ok.Status = replication.StatusRefused
+			return
+		}
 		d.resize(int(op.Len / blockSize))
 		d.commit()
 	}
 	if w.opt.Trace && op.Kind != replication.StoreRead && op.Kind != replication.StoreHash && op.Kind != replication.StoreWrite {
 		w.tracef("%s executes %s", p.id, describe(&op.StoreOp))
 	}
+}
+
+// metadata tells whether an operation changes nothing but that, durably.
+func metadata(k replication.StoreKind) bool {
+	switch k {
+	case replication.StorePersist, replication.StoreMarkWIL, replication.StoreTrack, replication.StoreDropMissed, replication.StoreMarkMissed, replication.StoreResize:
+		return true
+	}
+	return false
 }
 
 func (p *place) executeRead(op *storeOp) {
@@ -444,6 +493,11 @@ func (p *place) executeAllocated(op *storeOp) {
 
 func (p *place) executeSeal(op *storeOp) {
 	w, d := p.w, p.disk
+	if d.fullUntil > w.now {
+		w.count.NoRoom++
+		op.result.Status = replication.StatusRefused
+		return
+	}
 	if l := d.layer(op.Snapshot); l != nil {
 		if l.number == op.Number {
 			return

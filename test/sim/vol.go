@@ -51,6 +51,8 @@ type vol struct {
 	deleted   bool   // and fenced
 	salvaging *place // was chosen; what it holds when the next engine is live is the volume
 	asks      int    // changes of the in-sync set that are under way
+	// gone are the last engines that were live on a node and ended.
+	gone map[volume.NodeID]volume.Epoch
 }
 
 // snapshot is a ready one.
@@ -64,7 +66,7 @@ type snapshot struct {
 func (w *world) newVol(index int) *vol {
 	p := &w.prof
 	v := &vol{w: w, index: index, id: volume.ID(fmt.Sprintf("v%d", index)), conns: map[uint64]*conn{}, foreignAt: map[volume.Epoch]uint64{}, barriers: map[uint64]replication.Barrier{},
-		misled: map[volume.Epoch]bool{}, want: -1}
+		misled: map[volume.Epoch]bool{}, gone: map[volume.NodeID]volume.Epoch{}, want: -1}
 	v.oracle = newOracle(p.regions * blocksPerRegion)
 	var members []replication.Member
 	for _, n := range shuffled(w.rng, len(w.nodes))[:p.replicas] {
@@ -306,6 +308,11 @@ func (v *vol) agent() {
 		}
 	}
 	v.cleanLayers()
+	for _, p := range v.places {
+		if p.node.up && p.node.paused <= w.now && w.chance(0.02) {
+			p.rest()
+		}
+	}
 	if v.pend != nil {
 		v.pend.watch()
 	}
@@ -330,10 +337,22 @@ func (v *vol) attach(n *node, force bool) {
 	w := v.w
 	v.attaching = w.now + 250*millisecond
 	life := n.life
-	v.ask(n, replication.Change{Attach: &replication.Attach{Node: n.id, Force: force}}, func(o replication.CommitOutcome, m replication.Membership) {
+	if w.chance(0.3) {
+		if _, err := v.apply(replication.Change{Attach: &replication.Attach{Node: n.id, Force: force, Assign: true}}); err == nil {
+			w.count.Assigned++
+		}
+	}
+	var gone volume.Epoch
+	if !slices.ContainsFunc(v.engines, func(g *engine) bool { return g.node == n && !g.fenceOnly }) {
+		gone = v.gone[n.id]
+	}
+	v.ask(n, replication.Change{Attach: &replication.Attach{Node: n.id, Force: force, Gone: gone}}, func(o replication.CommitOutcome, m replication.Membership) {
 		v.attaching = 0
 		if o != replication.CommitDone || n.life != life {
 			return
+		}
+		if m.SkipLease && gone == m.Epoch-1 {
+			w.count.Gone++
 		}
 		for _, g := range slices.Clone(v.engines) {
 			if g.node != n || g.fenceOnly {
