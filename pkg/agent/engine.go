@@ -219,6 +219,9 @@ func (n *Node) mountAnchor(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 		return err
 	}
 	if mounted && e.Source == v.eng.path {
+		if want := capability.FSType; want != "" && want != e.Type {
+			return fmt.Errorf("volume %s carries %s, %s was asked for; ask for what it carries: %w", v.id, e.Type, want, volume.ErrInUse)
+		}
 		return nil
 	}
 	if mounted {

@@ -238,13 +238,13 @@ func (n *Node) endInstance(v *vol) {
 		return
 	}
 	close(i.ended)
+	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
+	defer cancel()
 	if v.held != nil {
-		if err := n.letGo(n.ctx, v, i); err != nil {
+		if err := n.letGo(ctx, v, i); err != nil {
 			n.log.Warn("thaw", "volume", v.id, "err", err)
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
-	defer cancel()
 	err := i.e.Detach(ctx)
 	if err != nil {
 		n.log.Warn("engine did not end cleanly", "volume", v.id, "epoch", i.epoch, "err", err)

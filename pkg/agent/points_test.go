@@ -361,6 +361,8 @@ func TestPoint24_25_TwoStagingPaths(t *testing.T) {
 		t.Errorf("write through the reader's staging path: %v", err)
 	}
 	wantErr(t, "a third for block access", h.node.Stage(t.Context(), Stage{Volume: vol1, Path: h.w("b"), Capability: blockCap(volume.SingleNodeWriter)}), volume.ErrInUse)
+	// Accepted, it would be what the volume is brought back with after a restart.
+	wantErr(t, "a third with another filesystem", h.node.Stage(t.Context(), Stage{Volume: vol1, Path: h.w("x"), Capability: fsCap("xfs")}), volume.ErrInUse)
 	h.unstage(vol1, ro)
 	wantContent(t, filepath.Join(rw, "file"), "content")
 	h.unstage(vol1, rw)
