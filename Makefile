@@ -63,7 +63,7 @@ sim: ## Simulate replication: SEEDS seeds from FIRST on, each a cluster with fau
 mutation: ## Switch each rule of the replication protocol off: the simulator must find a violation; prints the table
 	$(GO) test -count=1 -timeout 60m -v -run 'TestMutation' ./test/sim
 
-FAULTS ?= 40
+FAULTS ?= 30
 .PHONY: cluster
 cluster: ## Three daemons in networks of their own, under FAULTS random faults; what clients saw is checked (root)
 	BALLAST_CLUSTER_FAULTS=$(FAULTS) $(GO) test -count=1 -timeout 5h -v ./test/cluster

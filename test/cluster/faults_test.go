@@ -66,7 +66,7 @@ func (r *faultRun) kinds() []kind {
 
 // TestFaults does random things to a cluster while volumes with three replicas are used, one at first on each node.
 func TestFaults(t *testing.T) {
-	faults := setting(t, "BALLAST_CLUSTER_FAULTS", 40)
+	faults := setting(t, "BALLAST_CLUSTER_FAULTS", 30)
 	r := &faultRun{world: newWorld(t, options{disk: 512 * mib}), count: map[string]int{}, rest: map[string]time.Duration{}}
 	kinds := r.kinds()
 	if only := os.Getenv("BALLAST_CLUSTER_KINDS"); only != "" {
