@@ -77,10 +77,12 @@ type FinishCreate struct {
 }
 
 // BeginDelete is the tombstone: the name is free again, nothing can attach. Gone is the epoch of an attachment that is being
-// ended and whose node is gone: it ends too. It answers Volume.
+// ended and whose node is gone: it ends too. With Unfinished a volume that is Ready stays: another controller may have made it
+// since it was looked at. It answers Volume.
 type BeginDelete struct {
-	Volume volume.ID    `json:"volume"`
-	Gone   volume.Epoch `json:"gone,omitempty"`
+	Volume     volume.ID    `json:"volume"`
+	Gone       volume.Epoch `json:"gone,omitempty"`
+	Unfinished bool         `json:"unfinished,omitempty"`
 }
 
 // FinishDelete forgets a volume all of whose replicas are freed. It answers Done.
@@ -176,12 +178,15 @@ type ForgetPool struct {
 	Pool volume.PoolID `json:"pool"`
 }
 
-// Salvage makes one replica's bytes the volume's, whatever the others have; Seen is the newest configuration that any
-// replica reported. It answers Volume.
+// Salvage makes one replica's bytes the volume's, whatever the others have; Seen and SeenEpoch are the newest configuration and
+// epoch that any replica reported. Epoch is the volume's when they did: volume.ErrBusy where another has begun since. It answers
+// Volume.
 type Salvage struct {
-	Volume  volume.ID            `json:"volume"`
-	Replica volume.ReplicaID     `json:"replica"`
-	Seen    volume.ConfigVersion `json:"seen"`
+	Volume    volume.ID            `json:"volume"`
+	Replica   volume.ReplicaID     `json:"replica"`
+	Epoch     volume.Epoch         `json:"epoch"`
+	Seen      volume.ConfigVersion `json:"seen"`
+	SeenEpoch volume.Epoch         `json:"seenEpoch"`
 }
 
 // BeginExpand reserves the growth to Target, in bytes. It answers Volume, Created where no growth was reserved before.
@@ -283,15 +288,17 @@ type FinishGroup struct {
 	Cuts  []Cut          `json:"cuts"`
 }
 
-// BeginDeleteGroup is the tombstone of a group and of all its snapshots. It answers Group.
+// BeginDeleteGroup is the tombstone of a group and of all its snapshots. Unfinished is as in BeginDelete. It answers Group.
 type BeginDeleteGroup struct {
-	Group volume.GroupID `json:"group"`
+	Group      volume.GroupID `json:"group"`
+	Unfinished bool           `json:"unfinished,omitempty"`
 }
 
-// BeginDeleteSnapshot is the tombstone of a snapshot. It is refused with volume.ErrInvalid for a member of a group. It answers
-// Snapshot.
+// BeginDeleteSnapshot is the tombstone of a snapshot. Unfinished is as in BeginDelete. It is refused with volume.ErrInvalid for a
+// member of a group. It answers Snapshot.
 type BeginDeleteSnapshot struct {
-	Snapshot volume.SnapshotID `json:"snapshot"`
+	Snapshot   volume.SnapshotID `json:"snapshot"`
+	Unfinished bool              `json:"unfinished,omitempty"`
 }
 
 // FinishDeleteSnapshot forgets a snapshot that every holder has let go of, and with the last of a group the group. It answers

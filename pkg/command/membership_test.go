@@ -32,7 +32,7 @@ func TestChangeIsTheProtocols(t *testing.T) {
 		{SetMinInSync: &replication.SetMinInSync{MinInSync: 2}},
 		{DropReplica: &replication.DropReplica{ID: "r4"}},
 		{Detach: &replication.Detach{Silent: true}},
-		{Salvage: &replication.Salvage{ID: "r2", Seen: 9}},
+		{Salvage: &replication.Salvage{ID: "r2", Seen: 9, SeenEpoch: 8}},
 		{Tombstone: &replication.Tombstone{}},
 	} {
 		before := Membership(v)

@@ -387,13 +387,16 @@ func (s *Service) elsewhere(ctx context.Context, v volume.Volume, down volume.Po
 }
 
 // abandonCreate undoes a create that was refused with cause. nil: nothing of it is left. Otherwise the reconciler goes on,
-// and the error is not a final one.
+// and the error is not a final one; again where another controller has made the volume meanwhile, which stays.
 func (s *Service) abandonCreate(ctx context.Context, v volume.Volume, cause error) error {
 	ctx, cancel := s.undoing(ctx)
 	defer cancel()
-	x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: v.ID})
+	x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: v.ID, Unfinished: true})
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
+	}
+	if err == nil && x.Volume.State == volume.Ready {
+		return again{fmt.Errorf("volume %s was refused (%v), and another controller has made it; try again: %w", v.ID, cause, volume.ErrBusy)}
 	}
 	if err == nil {
 		err = s.completeDelete(ctx, x.Volume)

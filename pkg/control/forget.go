@@ -135,8 +135,12 @@ func (s *Service) forgetReplica(ctx context.Context, id volume.ID, pool volume.P
 		return ignoreNotFound(err)
 	}
 	if v.State == volume.Creating {
-		if _, err := s.proposeVolume(ctx, command.BeginDelete{Volume: id}); err != nil {
+		x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: id, Unfinished: true})
+		if err != nil {
 			return ignoreNotFound(err)
+		}
+		if x.Volume.State == volume.Ready {
+			return fmt.Errorf("volume %s was made meanwhile; try again: %w", id, volume.ErrBusy)
 		}
 	} else if v.State == volume.Ready {
 		if lost := !slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Pool != pool }); lost {

@@ -193,20 +193,13 @@ func worst(errs []error) error {
 	return nil
 }
 
-// abandonGroup undoes a group that nobody was told of. nil: nothing of it is left. Otherwise the reconciler goes on, and
-// the error is not a final one. The caller has its lock.
+// abandonGroup undoes a group that nobody was told of; one that has been finished meanwhile stays. nil: nothing unfinished is left
+// of it. Otherwise the reconciler goes on, and the error is not a final one. The caller has its lock.
 func (s *Service) abandonGroup(ctx context.Context, id volume.GroupID, cause error) error {
 	ctx, cancel := s.undoing(ctx)
 	defer cancel()
-	g, _, err := s.store.Group(ctx, id)
-	if err == nil && g.State == volume.Ready { // finished while this call waited for its turn
-		return nil
-	}
-	var res command.Group
-	if err == nil {
-		res, err = s.proposeGroup(ctx, command.BeginDeleteGroup{Group: id})
-	}
-	if errors.Is(err, volume.ErrNotFound) {
+	res, err := s.proposeGroup(ctx, command.BeginDeleteGroup{Group: id, Unfinished: true})
+	if errors.Is(err, volume.ErrNotFound) || err == nil && res.Group.State == volume.Ready {
 		return nil
 	}
 	if err == nil {

@@ -79,7 +79,7 @@ func rank(against string) int {
 //
 // volume.ErrInUse: the volume is attached and can be detached, or a replica that is in sync can be reached and none is to be
 // given up for another. ErrInvalid: the replica is none to choose. ErrUnavailable: the node to which the volume is attached
-// still reports, or the replica cannot be fenced. Force overrides that another replica would be better.
+// still reports, or the replica cannot be fenced. ErrBusy: it was attached meanwhile. Force overrides that another replica would be better.
 func (s *Service) Salvage(ctx context.Context, id volume.ID, replica volume.ReplicaID, force bool) (volume.Volume, error) {
 	unlock, err := s.flights.lock(ctx, volumeKey(string(id)))
 	if err != nil {
@@ -122,15 +122,16 @@ func (s *Service) salvage(ctx context.Context, id volume.ID, replica volume.Repl
 	if err != nil {
 		return v, err
 	}
-	x, err := s.proposeVolume(ctx, command.Salvage{Volume: id, Replica: replica, Seen: chosen.seen})
+	x, err := s.proposeVolume(ctx, command.Salvage{Volume: id, Replica: replica, Epoch: v.Epoch, Seen: chosen.seen, SeenEpoch: chosen.seenEpoch})
 	return x.Volume, err
 }
 
 // choice is a candidate that may be salvaged.
 type choice struct {
 	Candidate
-	// seen is the newest configuration that any replica knows.
-	seen volume.ConfigVersion
+	// seen and seenEpoch are the newest configuration and epoch that any replica knows.
+	seen      volume.ConfigVersion
+	seenEpoch volume.Epoch
 }
 
 // choose checks that a volume may be salvaged from a replica.
@@ -157,7 +158,7 @@ func (s *Service) choose(ctx context.Context, v volume.Volume, replica volume.Re
 	}
 	for j, c := range list {
 		if c.Report != nil {
-			chosen.seen = max(chosen.seen, c.Report.ConfigVersion)
+			chosen.seen, chosen.seenEpoch = max(chosen.seen, c.Report.ConfigVersion), max(chosen.seenEpoch, c.Report.Epoch)
 		}
 		better := c.Report != nil && c.Against == "" && (c.Replica.Role == volume.InSync || j < i)
 		if j != i && better && chosen.Replica.Role != volume.InSync && !force {

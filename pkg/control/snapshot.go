@@ -193,23 +193,17 @@ func (s *Service) cutter(ctx context.Context, x volume.Snapshot) (volume.NodeID,
 	return node, spec, nil
 }
 
-// abandonSnapshot undoes a snapshot that nobody was told of. nil: nothing of it is left. Otherwise the reconciler goes on,
-// and the error is not a final one. The caller has its lock.
+// abandonSnapshot undoes a snapshot that nobody was told of; one that has been finished meanwhile stays. nil: nothing unfinished
+// is left of it. Otherwise the reconciler goes on, and the error is not a final one. The caller has its lock.
 func (s *Service) abandonSnapshot(ctx context.Context, id volume.SnapshotID, cause error) error {
 	ctx, cancel := s.undoing(ctx)
 	defer cancel()
-	now, err := s.store.Snapshot(ctx, id)
-	if err == nil && now.State == volume.Ready { // finished while this call waited for its turn
+	x, err := s.proposeSnapshot(ctx, command.BeginDeleteSnapshot{Snapshot: id, Unfinished: true})
+	if errors.Is(err, volume.ErrNotFound) || err == nil && x.Snapshot.State == volume.Ready {
 		return nil
 	}
 	if err == nil {
-		err = s.propose(ctx, command.BeginDeleteSnapshot{Snapshot: id})
-	}
-	if errors.Is(err, volume.ErrNotFound) {
-		return nil
-	}
-	if err == nil {
-		err = s.completeDeleteSnapshot(ctx, now)
+		err = s.completeDeleteSnapshot(ctx, x.Snapshot)
 	}
 	if err != nil {
 		return fmt.Errorf("snapshot %s is dropped (%v) and still being undone (%v): %w", id, cause, err, volume.ErrUnavailable)

@@ -82,7 +82,7 @@ func beginDeleteGroup(v *view, c command.BeginDeleteGroup) (command.Result, erro
 		return nil, fmt.Errorf("group snapshot %s does not exist: %w", c.Group, volume.ErrNotFound)
 	}
 	list := members(v, rec)
-	if rec.State == volume.Deleting {
+	if rec.State == volume.Deleting || c.Unfinished && rec.State == volume.Ready {
 		return command.Group{Group: rec, Snapshots: list}, nil
 	}
 	for i, x := range list {

@@ -64,7 +64,7 @@ func draw(t *rapid.T, s *Store) command.Command {
 	case 7, 8, 9:
 		return command.FinishCreate{Volume: vol}
 	case 10:
-		return command.BeginDelete{Volume: vol}
+		return command.BeginDelete{Volume: vol, Unfinished: rapid.Bool().Draw(t, "unfinished")}
 	case 11:
 		return command.FinishDelete{Volume: vol}
 	case 12:
@@ -126,7 +126,7 @@ func draw(t *rapid.T, s *Store) command.Command {
 	case 33:
 		return command.ForceDetach{Volume: vol, Epoch: epoch}
 	case 34:
-		return command.Salvage{Volume: vol, Replica: rep, Seen: version}
+		return command.Salvage{Volume: vol, Replica: rep, Epoch: epoch, Seen: version, SeenEpoch: epoch}
 	case 35:
 		group := volume.GroupID(fmt.Sprint("group ", i))
 		switch rapid.IntRange(0, 3).Draw(t, "step") {

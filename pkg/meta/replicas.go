@@ -203,5 +203,8 @@ func salvage(v *view, c command.Salvage) (command.Result, error) {
 	if a := rec.Attachment; a != nil {
 		return nil, fmt.Errorf("volume %s is attached to node %s; detach it there first: %w", rec.ID, a.Node, volume.ErrInUse)
 	}
-	return change(v, c.Volume, replication.Change{Salvage: &replication.Salvage{ID: c.Replica, Seen: c.Seen}})
+	if rec.Epoch != c.Epoch {
+		return nil, fmt.Errorf("volume %s was attached, or an engine of it opened, since its replicas were looked at; look again: %w", rec.ID, volume.ErrBusy)
+	}
+	return change(v, c.Volume, replication.Change{Salvage: &replication.Salvage{ID: c.Replica, Seen: c.Seen, SeenEpoch: c.SeenEpoch}})
 }

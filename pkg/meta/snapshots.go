@@ -187,7 +187,7 @@ func beginDeleteSnapshot(v *view, c command.BeginDeleteSnapshot) (command.Result
 	if !ok {
 		return nil, fmt.Errorf("snapshot %s does not exist: %w", c.Snapshot, volume.ErrNotFound)
 	}
-	if rec.State == volume.Deleting {
+	if rec.State == volume.Deleting || c.Unfinished && rec.State == volume.Ready {
 		return command.Snapshot{Snapshot: rec}, nil
 	}
 	if rec.Group != "" {

@@ -137,7 +137,7 @@ func beginDelete(v *view, c command.BeginDelete) (command.Result, error) {
 	if !ok {
 		return nil, fmt.Errorf("volume %s does not exist: %w", c.Volume, volume.ErrNotFound)
 	}
-	if rec.State == volume.Deleting {
+	if rec.State == volume.Deleting || c.Unfinished && rec.State == volume.Ready {
 		return command.Volume{Volume: rec}, nil
 	}
 	a := rec.Attachment

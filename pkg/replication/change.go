@@ -120,10 +120,12 @@ type SetMinInSync struct {
 type Tombstone struct{}
 
 // Salvage makes one replica the only in-sync one, under a new lineage: an admin's decision to take what it has for the
-// volume. Seen is the newest version that any replica reported. The volume must be detached.
+// volume. Seen and SeenEpoch are the newest version and epoch that any replica reported: the record may be an old copy. The
+// volume must be detached.
 type Salvage struct {
-	ID   volume.ReplicaID     `json:"id"`
-	Seen volume.ConfigVersion `json:"seen"`
+	ID        volume.ReplicaID     `json:"id"`
+	Seen      volume.ConfigVersion `json:"seen"`
+	SeenEpoch volume.Epoch         `json:"seenEpoch,omitempty"`
 }
 
 // SetPlacement records where a replica is after its pool was moved.
@@ -389,7 +391,7 @@ func (m *Membership) salvage(s Salvage, without Rules) error {
 	case m.Owner != "":
 		return ErrAttached
 	}
-	m.Epoch++
+	m.Epoch = max(m.Epoch, s.SeenEpoch) + 1
 	m.Clean, m.SkipLease, m.Barrier = false, false, nil
 	if !without.WithoutSalvageReset {
 		m.Lineage++

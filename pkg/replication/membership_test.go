@@ -140,8 +140,8 @@ func TestLeaseIsOwed(t *testing.T) {
 }
 
 func TestSalvage(t *testing.T) {
-	m := mustApply(t, testMembership(t), attach("n1"), remove(1, 1, "a", "b"), Change{Detach: &Detach{}}, Change{Salvage: &Salvage{ID: "a", Seen: 7}})
-	if m.Lineage != 2 || m.ConfigVersion != 8 || m.Epoch != 3 {
+	m := mustApply(t, testMembership(t), attach("n1"), remove(1, 1, "a", "b"), Change{Detach: &Detach{}}, Change{Salvage: &Salvage{ID: "a", Seen: 7, SeenEpoch: 5}})
+	if m.Lineage != 2 || m.ConfigVersion != 8 || m.Epoch != 6 {
 		t.Fatalf("%+v", m)
 	}
 	if diff := cmp.Diff([]volume.ReplicaID{"a"}, m.ISR()); diff != "" {
