@@ -57,6 +57,7 @@ type Control interface {
 	EmptyNode(ctx context.Context, id volume.NodeID) error
 	UndrainNode(ctx context.Context, id volume.NodeID) error
 	RemoveNode(ctx context.Context, id volume.NodeID) error
+	RemovedNodes(ctx context.Context) ([]volume.NodeID, error)
 	CreateJoinToken(ctx context.Context, r jointoken.Record) error
 	RevokeJoinToken(ctx context.Context, id string) error
 	JoinTokens(ctx context.Context) ([]jointoken.Record, error)

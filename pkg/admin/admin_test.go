@@ -144,3 +144,18 @@ func TestDetachNamesTheNode(t *testing.T) {
 		t.Errorf("%v %v", v, err)
 	}
 }
+
+// A removal that not all nodes have heard of is asked for again, by the name that is gone.
+func TestANodeIsRemovedAgain(t *testing.T) {
+	c := admintest.Sample()
+	c.NodeList = append(c.NodeList, volume.Node{ID: "node-9"})
+	a := dial(t, c)
+	for range 2 {
+		if _, err := a.RemoveNode(t.Context(), &adminpb.DeleteRequest{Ref: "node-9"}); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := a.RemoveNode(t.Context(), &adminpb.DeleteRequest{Ref: "node-8"}); status.Code(err) != codes.NotFound {
+		t.Error(err)
+	}
+}

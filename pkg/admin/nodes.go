@@ -163,9 +163,19 @@ func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) 
 	return out, nil
 }
 
-// RemoveNode implements adminpb.AdminServer. A controller's vote is taken first: what is no member must not count.
+// RemoveNode implements adminpb.AdminServer. A controller's vote is taken first: what is no member must not count. One that was
+// removed before is removed again, for the others may not all refuse it yet.
 func (s *Service) RemoveNode(ctx context.Context, r *adminpb.DeleteRequest) (*adminpb.DeleteReply, error) {
 	n, err := s.node(ctx, r.Ref)
+	if errors.Is(err, volume.ErrNotFound) {
+		removed, listErr := s.o.Control.RemovedNodes(ctx)
+		if listErr != nil {
+			return nil, listErr
+		}
+		if n.ID = volume.NodeID(r.Ref); slices.Contains(removed, n.ID) {
+			err = nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -213,7 +213,17 @@ func (c *Cluster) RemoveNode(ctx context.Context, id volume.NodeID) (err error) 
 		}
 	}
 	c.NodeList = slices.DeleteFunc(c.NodeList, func(n volume.Node) bool { return n.ID == id })
+	if !slices.Contains(c.Removed, id) {
+		c.Removed = append(c.Removed, id)
+	}
 	return nil
+}
+
+// RemovedNodes implements admin.Control.
+func (c *Cluster) RemovedNodes(context.Context) ([]volume.NodeID, error) {
+	c.Mu.Lock()
+	defer c.Mu.Unlock()
+	return slices.Clone(c.Removed), nil
 }
 
 // Candidates implements admin.Control.

@@ -36,6 +36,7 @@ type Cluster struct {
 	Vols      []volume.Volume
 	Snaps     []volume.Snapshot
 	NodeList  []volume.Node
+	Removed   []volume.NodeID
 	QuotaList []volume.Quota
 	StrayList []control.Stray
 	Sick      map[volume.ID][]volume.Condition
