@@ -110,3 +110,31 @@ func TestASalvageIsOfOneEpoch(t *testing.T) {
 		t.Errorf("%+v %v", got, err)
 	}
 }
+
+// Limits that a controller which does not lead could not tell a node are told by the one that does.
+func TestLimitsThatAnotherControllerCouldNotTell(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld(t)
+	v := w.mustCreate(create("v"))
+	w.mustAttach(v.ID, "n1")
+	pass := func() {
+		w.reconcile()
+		if _, err := w.State(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pass()
+	b := w.other(func(command.Command) {})
+	for i, later := range []time.Duration{0, time.Hour} { // in which the other one leads
+		w.agents.script("SetQoS", volume.ErrUnavailable)
+		if _, err := b.ModifyVolume(ctx, v.ID, control.Modify{IOPS: new(int64(100 + i))}); err != nil {
+			t.Fatal(err)
+		}
+		w.now = w.now.Add(later)
+		pass()
+		w.reconcile()
+		if got := w.agents.qos[v.ID].IOPS; got != int64(100+i) {
+			t.Errorf("the node limits to %d IOPS", got)
+		}
+	}
+}

@@ -46,8 +46,11 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	defer s.mu.Unlock()
 	now := s.o.Now()
 	if now.Sub(s.looked) > s.o.NodeTimeout {
-		s.lookingSince = now
+		if s.lookingSince = now; !s.looked.IsZero() {
+			s.staleQoS, s.limits = nil, nil // others looked after them meanwhile
+		}
 	}
+	s.noteLimits(st.Volumes)
 	s.looked = now
 	looking := now.Sub(s.lookingSince)
 	offline := map[volume.PoolID]time.Time{}

@@ -62,6 +62,22 @@ func (s *Service) pendingQoS(ctx context.Context) ([]volume.ID, error) {
 	return ids, nil
 }
 
+// noteLimits finds limits that were changed since the last look: another controller may have failed to tell the node, and knows
+// of that alone. The caller has mu.
+func (s *Service) noteLimits(vs []volume.Volume) {
+	now := map[volume.ID]volume.QoS{}
+	for _, v := range vs {
+		if v.Attachment == nil {
+			continue
+		}
+		now[v.ID] = v.QoS
+		if was, known := s.limits[v.ID]; known && was != v.QoS && s.staleQoS != nil {
+			s.staleQoS[v.ID] = true
+		}
+	}
+	s.limits = now
+}
+
 // ResumeVolume goes on with whatever is unfinished on a volume: creating, deleting, expanding, detaching. It returns
 // ErrUnderWay, and does nothing, while a call works on it.
 func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {

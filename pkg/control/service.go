@@ -49,6 +49,8 @@ type Service struct {
 	mu sync.Mutex
 	// staleQoS are attached volumes whose node may not have their limits; nil until all of them have been looked at.
 	staleQoS map[volume.ID]bool
+	// limits are those of attached volumes when State was last asked for.
+	limits map[volume.ID]volume.QoS
 	// looked is when State was last asked for, lookingSince since when without a long pause.
 	looked, lookingSince time.Time
 	// offline are pools without their disk, since when that was seen.
