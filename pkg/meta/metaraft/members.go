@@ -224,6 +224,13 @@ func (s *Store) admit(ctx context.Context, a admit) error {
 	servers := s.servers()
 	at := slices.IndexFunc(servers, func(x raft.Server) bool { return x.ID == raft.ServerID(a.ID) })
 	if at < 0 {
+		removed, err := s.m.RemovedNodes(ctx)
+		if err != nil {
+			return err
+		}
+		if slices.Contains(removed, a.ID) {
+			return fmt.Errorf("node %s was removed from the cluster; it can join anew with a token: %w", a.ID, volume.ErrDenied)
+		}
 		if len(servers) >= MaxMembers {
 			return fmt.Errorf("there are %d controllers, more there cannot be: %w", len(servers), volume.ErrNoSpace)
 		}

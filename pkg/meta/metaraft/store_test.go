@@ -254,6 +254,23 @@ func TestNobodyJoinsAsAnother(t *testing.T) {
 	}
 }
 
+// A node that was removed does not come back as a controller by itself, with the certificate that it still has.
+func TestARemovedNodeIsNotAdmitted(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	leader := c.settled(1)
+	if _, err := leader.store.Propose(within(t), command.RemoveNode{Node: "gone"}); err != nil {
+		t.Fatal(err)
+	}
+	err := leader.store.admit(within(t), admit{ID: "gone", Address: newAddress(), Incarnation: "1"})
+	if !errors.Is(err, volume.ErrDenied) {
+		t.Errorf("it is admitted: %v", err)
+	}
+	if x := leader.store.servers(); len(x) != 1 {
+		t.Errorf("members %+v", x)
+	}
+}
+
 // Peers without a certificate of the cluster get nowhere.
 func TestStrangersAreRefused(t *testing.T) {
 	t.Parallel()
