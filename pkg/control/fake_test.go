@@ -439,7 +439,13 @@ func (a *fakeAgents) Extents(_ context.Context, h volume.Replica, s, base volume
 	if _, ok := a.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", s, h.Pool))]; !ok {
 		return volume.ErrNotFound
 	}
-	return fn(control.Extent{Offset: offset, Length: 4096})
+	if a.down[h.Node] {
+		return volume.ErrUnavailable
+	}
+	if err := fn(control.Extent{Offset: offset, Length: 4096}); err != nil {
+		return err
+	}
+	return a.said("Extents")
 }
 
 // write is a workload's write.

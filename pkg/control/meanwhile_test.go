@@ -2,6 +2,7 @@ package control_test
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"time"
 
@@ -137,4 +138,25 @@ func TestLimitsThatAnotherControllerCouldNotTell(t *testing.T) {
 			t.Errorf("the node limits to %d IOPS", got)
 		}
 	}
+}
+
+// What a snapshot consists of is told by any of its holders, and by the next where one stops answering.
+func TestExtentsOfAnyHolder(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	x := w.mustSnapshot("s", w.mustCreate(replicated("v", 3)).ID)
+	w.agents.setDown(x.Holders[0].Node, true)
+	w.agents.script("Extents", volume.ErrUnavailable) // after the first extent of the second
+	var got []control.Extent
+	wantErr(t, w.Extents(ctx, x.ID, "", 0, func(e control.Extent) error {
+		got = append(got, e)
+		return nil
+	}), nil)
+	if want := []control.Extent{{Offset: 0, Length: 4096}, {Offset: 4096, Length: 4096}}; !slices.Equal(got, want) {
+		t.Errorf("%+v", got)
+	}
+	for _, h := range x.Holders {
+		w.agents.setDown(h.Node, true)
+	}
+	wantErr(t, w.Extents(ctx, x.ID, "", 0, func(control.Extent) error { return nil }), volume.ErrUnavailable)
 }

@@ -285,7 +285,7 @@ func (s *Service) Extents(ctx context.Context, snap, base volume.SnapshotID, off
 	if offset < 0 || offset > x.Size {
 		return fmt.Errorf("offset %d is not within snapshot %s of %d bytes: %w", offset, snap, x.Size, volume.ErrOutOfRange)
 	}
-	holders := x.Holders
+	holders := slices.Clone(x.Holders)
 	if base != "" {
 		b, err := s.readySnapshot(ctx, base)
 		if err != nil {
@@ -306,7 +306,24 @@ func (s *Service) Extents(ctx context.Context, snap, base volume.SnapshotID, off
 	if len(holders) == 0 {
 		return fmt.Errorf("no pool holds what is asked for of snapshot %s: %w", snap, volume.ErrUnavailable)
 	}
-	return s.agents.Extents(ctx, holders[0], snap, base, offset, fn)
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
+	}
+	slices.SortStableFunc(holders, func(a, b volume.Replica) int { return rank(c.silent[a.Node]) - rank(c.silent[b.Node]) })
+	var stopped error
+	for _, h := range holders { // where one does not answer any more the next goes on: all have the same bytes
+		err = s.agents.Extents(ctx, h, snap, base, offset, func(e Extent) error {
+			if stopped = fn(e); stopped == nil {
+				offset = e.Offset + e.Length
+			}
+			return stopped
+		})
+		if stopped != nil || ctx.Err() != nil || !errors.Is(err, volume.ErrUnavailable) {
+			break
+		}
+	}
+	return err
 }
 
 func (s *Service) readySnapshot(ctx context.Context, id volume.SnapshotID) (volume.Snapshot, error) {

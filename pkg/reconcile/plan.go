@@ -4,6 +4,7 @@
 package reconcile
 
 import (
+	"slices"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/control"
@@ -60,7 +61,8 @@ func Plan(p control.Pending) []Action {
 	return out
 }
 
-// Due are the actions that need not pause any more after they failed.
+// Due are the actions that need not pause any more after they failed, those that have waited longest first, and before them what
+// was not tried yet: many that hang in turn, for one disk, are not to keep the others from their place.
 func Due(planned []Action, tried map[Action]Attempt, now time.Time) []Action {
 	var out []Action
 	for _, a := range planned {
@@ -68,6 +70,7 @@ func Due(planned []Action, tried map[Action]Attempt, now time.Time) []Action {
 			out = append(out, a)
 		}
 	}
+	slices.SortStableFunc(out, func(a, b Action) int { return tried[a].Next.Compare(tried[b].Next) })
 	return out
 }
 

@@ -24,7 +24,8 @@ func TestPlan(t *testing.T) {
 	}{
 		{"all", nil, []Action{v1, v2, s1, q1}},
 		{"one pauses", map[Action]Attempt{v1: {Next: now.Add(1)}}, []Action{v2, s1, q1}},
-		{"its pause is over", map[Action]Attempt{v1: {Next: now}}, []Action{v1, v2, s1, q1}},
+		{"its pause is over", map[Action]Attempt{v1: {Next: now}}, []Action{v2, s1, q1, v1}},
+		{"in turn", map[Action]Attempt{v1: {Next: now}, v2: {Next: now.Add(-2)}, s1: {Next: now.Add(-1)}}, []Action{q1, v2, s1, v1}},
 	} {
 		if got := Due(planned, c.tried, now); !slices.Equal(got, c.want) {
 			t.Errorf("%s: %v", c.name, got)
