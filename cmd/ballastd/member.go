@@ -81,7 +81,6 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 		}
 		services.Controller = admission{Service: service, ca: id.ca}
 		renew = services.Controller.Renew
-		dir.members = service
 		node.Start(nearest{own: service, others: asked, led: func() bool {
 			leader, _ := d.member.store.Leader()
 			return leader != ""
@@ -151,6 +150,7 @@ func (d *daemon) openController(id *identity, dir *directory, known []string, pa
 	// This controller's own node is asked as all others are.
 	agents := clusterapi.NewAgents(dir)
 	service := control.New(store, agents, control.Options{Logger: d.log, Audit: d.trail, Members: agents})
+	dir.members = service // before anybody looks for a node
 	loop := reconcile.Start(service, reconcile.Options{Logger: d.log, Leads: func() bool {
 		_, self := store.Leader()
 		return self
