@@ -52,6 +52,11 @@ func TestJoinTokens(t *testing.T) {
 		t.Errorf("%v %v", removed, err)
 	}
 	w.register("n9")
+	wantErr(t, w.RemoveNode(ctx, "n9"), nil)
+	redeem(claim, volume.ErrInUse) // the token that it came with
+	if removed, err := w.RemovedNodes(ctx); err != nil || len(removed) != 1 {
+		t.Errorf("%v %v", removed, err)
+	}
 	w.now = w.now.Add(2 * time.Hour)
 	redeem(claim, volume.ErrStale)
 	if list, err := w.JoinTokens(ctx); err != nil || len(list) != 0 {

@@ -82,9 +82,13 @@ func redeemJoinToken(v *view, c command.RedeemJoinToken) (command.Result, error)
 	if !ok {
 		return nil, jointoken.Unknown(c.Claim.Token)
 	}
+	before := len(rec.Redeemed)
 	rec, err := rec.Redeem(c.Now, c.Claim, v.read(nodes+string(c.Claim.Node)) != nil)
 	if err != nil {
 		return nil, err
+	}
+	if len(rec.Redeemed) == before && v.read(removedNodes+string(c.Claim.Node)) != nil { // what it was let in with is no way back
+		return nil, fmt.Errorf("node %s was removed after it had joined with token %s; make another: %w", c.Claim.Node, rec.ID, volume.ErrInUse)
 	}
 	v.del(removedNodes + string(c.Claim.Node))
 	save(v, joinTokens+rec.ID, rec)
