@@ -52,6 +52,11 @@ func (p *Pool) read(head *chain, b []byte, off int64) error {
 		}
 		at += n
 	}
+	if p.distrusted.Load() > 0 && len(b) > 0 {
+		if err := p.verifyRead(head, off, int64(len(b))); err != nil {
+			return err
+		}
+	}
 	for _, g := range s.segs {
 		if err := p.file.ReadAt(b[g.at:g.at+g.n], g.off); err != nil {
 			return err

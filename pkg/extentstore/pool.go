@@ -45,6 +45,7 @@ type Pool struct {
 	victim     atomic.Uint32
 	dirtyPages atomic.Int64
 	gone       atomic.Uint64 // counts pages that layers had
+	distrusted atomic.Int64  // layers that are damaged
 	grace      grace
 	alloc      allocator
 	commits    committer
@@ -94,12 +95,13 @@ type chain struct {
 	merging atomic.Pointer[chain]
 	pages   presence
 	slots   atomic.Int64 // owned, reserved ones included
+	// damaged: a checksum is not that of what was read; durable, and changed with Pool.mu held. Reads verify such a layer.
+	damaged atomic.Bool
 
 	children int
 	head     *replica
 	snap     *snapshot
 	summed   bool  // each page has its checksums
-	damaged  bool  // one of them is not that of what was read; durable
 	bad      error // what keeps the worker from merging or summing it; where damaged, merging would hide it
 	stuck    bool  // it cannot be freed either
 
@@ -108,7 +110,7 @@ type chain struct {
 }
 
 func (l *chain) record() layerRecord {
-	r := layerRecord{summed: l.summed, damaged: l.damaged}
+	r := layerRecord{summed: l.summed, damaged: l.damaged.Load()}
 	if parent := l.parent.Load(); parent != nil {
 		r.parent = parent.id
 	}

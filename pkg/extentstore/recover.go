@@ -128,8 +128,10 @@ func (p *Pool) readRecords() error {
 			return p.damaged(errors.Join(err, fmt.Errorf("layer record %x", k)))
 		}
 		id := binary.BigEndian.Uint64(k[1:])
-		l := &chain{id: id, summed: r.summed, damaged: r.damaged}
-		if l.damaged {
+		l := &chain{id: id, summed: r.summed}
+		if r.damaged {
+			l.damaged.Store(true)
+			p.distrusted.Add(1)
 			l.bad = errDamaged
 		}
 		p.layers[id] = l

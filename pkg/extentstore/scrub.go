@@ -201,16 +201,6 @@ func (p *Pool) copyOf(l *chain, idx uint32) (e layer.Page, ok bool, err error) {
 	return pg.e, true, nil
 }
 
-// noteDamage makes damage to a layer known for good, or forgets it where err is nil. Pool.mu is held.
-func (p *Pool) noteDamage(l *chain, err error) error {
-	l.bad = err
-	if l.damaged == (err != nil) || p.layers[l.id] != l {
-		return nil
-	}
-	l.damaged = err != nil
-	return p.commitOps([]op{{layerKey(l.id), l.record().encode()}})
-}
-
 // Scrub reads all that has a checksum, paced by MergeRate, and notes what differs: Conditions tells it, also after a
 // restart, until a later scrub finds the layer sound, and background work leaves it alone. It goes on where an earlier one
 // was cut off. The error is of the reading itself or the context's.
@@ -253,7 +243,7 @@ func (p *Pool) Scrub(ctx context.Context) error {
 		if sound {
 			p.mu.Lock()
 			var err error
-			if l.damaged {
+			if l.damaged.Load() {
 				p.log.Info("scrub finds a layer sound again", "layer", l.id)
 				err = p.noteDamage(l, nil)
 			}
@@ -341,9 +331,10 @@ func (p *Pool) scrubPage(l *chain, idx uint32) (bytes int64, verified bool, err 
 	return bytes, verified, nil
 }
 
-// runScrubber scrubs once a week, restarts or not.
+// runScrubber scrubs once a week, restarts or not. Where damage is known of it begins soon after a start: which extents they
+// were is not stored, and there may be more.
 func (p *Pool) runScrubber() error {
-	for {
+	for first := true; ; first = false {
 		last, err := p.lastScrub()
 		if err != nil {
 			if p.ctx.Err() == nil {
@@ -351,7 +342,11 @@ func (p *Pool) runScrubber() error {
 			}
 			return nil
 		}
-		t := time.NewTimer(last.due(time.Now()))
+		wait := last.due(time.Now())
+		if first && p.distrusted.Load() > 0 {
+			wait = scrubSoon
+		}
+		t := time.NewTimer(wait)
 		select {
 		case <-p.ctx.Done():
 			t.Stop()

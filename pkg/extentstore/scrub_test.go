@@ -62,12 +62,83 @@ func TestScrubFindsDamage(t *testing.T) {
 	}
 	// What is damaged can be deleted all the same.
 	must(t, d.Close())
+	if got := damagedText(p); got != "r s" {
+		t.Errorf("damaged: %s", got)
+	}
 	must(t, p.DeleteReplica(ctx, "r"))
 	must(t, p.DeleteSnapshot(ctx, "s", 0))
 	settle(t, p)
-	if r := reasons(p); len(r) > 0 || p.alloc.used != 0 {
-		t.Fatalf("%v, %d slots", r, p.alloc.used)
+	if r := reasons(p); len(r) > 0 || p.alloc.used != 0 || damagedText(p) != "" || p.distrusted.Load() != 0 {
+		t.Fatalf("%v, %d slots, damaged %s", r, p.alloc.used, damagedText(p))
 	}
+}
+
+func damagedText(p *Pool) string {
+	replicas, snapshots := p.Damaged()
+	var out []string
+	for id := range replicas {
+		out = append(out, string(id))
+	}
+	for id := range snapshots {
+		out = append(out, string(id))
+	}
+	slices.Sort(out)
+	return strings.Join(out, " ")
+}
+
+// TestDamageIsNotRead: once damage is known, also after a restart, reads of that extent fail, and no others do.
+func TestDamageIsNotRead(t *testing.T) {
+	m := newMachine()
+	o := Options{Capacity: 64 * mib, MergeRate: 1 << 40, manual: true}
+	p := openMem(t, m, o)
+	ctx := t.Context()
+	d := newReplica(t, p, "r", 16*mib, "")
+	must(t, d.WriteAt(ctx, bytes.Repeat([]byte{1}, 4*layer.ExtentSize), layer.PageSpan-2*layer.ExtentSize)) // in two pages
+	must(t, p.Cut(ctx, "r", "s"))
+	must(t, d.WriteAt(ctx, bytes.Repeat([]byte{2}, 2*layer.BlockSize), layer.PageSpan)) // above the damage to come
+	must(t, d.Flush(ctx))
+	settle(t, p)
+	l := p.layers[1]
+	e, _, err := p.copyOf(l, 1)
+	must(t, err)
+	rot(t, m, e[0].Slot)
+	must(t, p.Scrub(ctx))
+	look := func(dev interface {
+		ReadAt(context.Context, []byte, int64) error
+	}, blocks ...int) {
+		t.Helper()
+		for i := range 4 * layer.BlocksPerExtent {
+			block := i - 2*layer.BlocksPerExtent // from the damaged extent's first
+			err := dev.ReadAt(ctx, make([]byte, layer.BlockSize), layer.PageSpan+int64(block)*layer.BlockSize)
+			if bad := slices.Contains(blocks, block); bad != errors.Is(err, layer.ErrCorrupt) || !bad && err != nil {
+				t.Errorf("block %d: %v", block, err)
+			}
+		}
+		if err := dev.ReadAt(ctx, make([]byte, 4*layer.ExtentSize), layer.PageSpan-2*layer.ExtentSize); !errors.Is(err, layer.ErrCorrupt) {
+			t.Errorf("all of it: %v", err)
+		}
+	}
+	all := []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+	look(d, all[2:]...) // the head has the first two
+	s, err := p.OpenSnapshot(ctx, "s")
+	must(t, err)
+	look(s, all...)
+	must(t, s.Close())
+	must(t, p.Close())
+	p = openMem(t, m.reopen(), o)
+	defer p.Close()
+	d, err = p.OpenReplica(ctx, "r")
+	must(t, err)
+	look(d, all[2:]...)
+	if got := damagedText(p); got != "r s" {
+		t.Errorf("damaged: %s", got)
+	}
+	// A write of a part of a block that nobody knows any more would make the rest look sound.
+	if err := d.WriteAt(ctx, make([]byte, 512), layer.PageSpan+2*layer.BlockSize); !errors.Is(err, layer.ErrCorrupt) {
+		t.Errorf("a write of a part of a block: %v", err)
+	}
+	must(t, d.WriteAt(ctx, bytes.Repeat([]byte{3}, layer.ExtentSize), layer.PageSpan))
+	must(t, d.ReadAt(ctx, make([]byte, 4*layer.ExtentSize), layer.PageSpan-2*layer.ExtentSize))
 }
 
 // TestMergeCarriesChecksums: a merge reads only what it copies, and damage does not get a checksum of its own.

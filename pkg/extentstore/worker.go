@@ -199,7 +199,7 @@ func (p *Pool) stepFree(j *job) error {
 	if err := p.commitOps([]op{{key: layerKey(l.id)}}); err != nil {
 		return err
 	}
-	delete(p.layers, l.id)
+	p.forgetLayer(l)
 	if parent := l.parent.Load(); parent != nil {
 		parent.children--
 	}
@@ -271,7 +271,7 @@ func (p *Pool) stepMerge(j *job) (bytes int64, err error) {
 	}
 	c.parent.Store(above)
 	c.merging.Store(nil)
-	delete(p.layers, l.id)
+	p.forgetLayer(l)
 	p.job = nil
 	return bytes, nil
 }
