@@ -339,6 +339,8 @@ func (p *filePool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]in
 	return map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}
 }
 
+func (p *filePool) Damaged() (map[volume.ReplicaID]bool, map[volume.SnapshotID]bool) { return nil, nil }
+
 func (p *filePool) LastFlush(volume.ReplicaID) volume.Timestamp { return 0 }
 
 func (p *filePool) Conditions(volume.ReplicaID) []volume.Condition { return p.conditions }

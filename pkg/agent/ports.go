@@ -62,6 +62,8 @@ type Pool interface {
 	Written(ctx context.Context, id volume.ReplicaID) (bool, error)
 	// Usage returns the physical bytes of the replicas' and the snapshots' own layers.
 	Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]int64)
+	// Damaged are those in which a scrub found bytes that are not what was written.
+	Damaged() (map[volume.ReplicaID]bool, map[volume.SnapshotID]bool)
 	// LastFlush is when what a replica had was made durable last; 0 is not known.
 	LastFlush(id volume.ReplicaID) volume.Timestamp
 	// Conditions are what is wrong with a replica, the pool's troubles that concern it included.

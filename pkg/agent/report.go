@@ -23,7 +23,7 @@ func (n *Node) poolInfos() []volume.Pool {
 }
 
 func equalUsage(a, b control.Usage) bool {
-	return slices.Equal(a.Pools, b.Pools) && maps.Equal(a.Replicas, b.Replicas) && maps.Equal(a.Snapshots, b.Snapshots)
+	return slices.Equal(a.Pools, b.Pools) && a.Equal(b)
 }
 
 // report registers the node, and then reports what it uses, until the node is closed.

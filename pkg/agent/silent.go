@@ -22,8 +22,10 @@ type silent struct {
 
 // contents is what a pool says of its replicas and snapshots.
 type contents struct {
-	replicas  map[volume.ReplicaID]int64
-	snapshots map[volume.SnapshotID]int64
+	replicas     map[volume.ReplicaID]int64
+	snapshots    map[volume.SnapshotID]int64
+	badReplicas  map[volume.ReplicaID]bool
+	badSnapshots map[volume.SnapshotID]bool
 }
 
 // ask asks a pool; false where it does not answer in time. It is not asked again before it has answered.
@@ -64,11 +66,13 @@ func (s *silent) count(p volume.PoolID, n int) {
 func (n *Node) usage() control.Usage {
 	u := control.Usage{
 		Pools: n.poolInfos(), Replicas: map[volume.ReplicaID]int64{}, Snapshots: map[volume.SnapshotID]int64{},
+		DamagedReplicas: map[volume.ReplicaID]bool{}, DamagedSnapshots: map[volume.SnapshotID]bool{},
 	}
 	for _, p := range n.cfg.Pools {
 		id := p.Info().ID
 		c, ok := ask(&n.silent, id, func() (c contents) {
 			c.replicas, c.snapshots = p.Usage()
+			c.badReplicas, c.badSnapshots = p.Damaged()
 			return c
 		})
 		n.silent.mu.Lock()
@@ -83,6 +87,8 @@ func (n *Node) usage() control.Usage {
 		n.silent.mu.Unlock()
 		maps.Copy(u.Replicas, c.replicas)
 		maps.Copy(u.Snapshots, c.snapshots)
+		maps.Copy(u.DamagedReplicas, c.badReplicas)
+		maps.Copy(u.DamagedSnapshots, c.badSnapshots)
 	}
 	return u
 }

@@ -59,9 +59,8 @@ func (c ReportUsage) Check() error {
 	if err := checkNodeID(c.Node); err != nil {
 		return err
 	}
-	if len(c.Replicas) > MaxReported || len(c.Snapshots) > MaxReported {
-		return fmt.Errorf("report has %d replicas and %d snapshots, the limit is %d each: %w",
-			len(c.Replicas), len(c.Snapshots), MaxReported, volume.ErrInvalid)
+	if r, s := len(c.Replicas)+len(c.DamagedReplicas), len(c.Snapshots)+len(c.DamagedSnapshots); r > MaxReported || s > MaxReported {
+		return fmt.Errorf("report has %d replicas and %d snapshots, the limit is %d each: %w", r, s, MaxReported, volume.ErrInvalid)
 	}
 	for id, n := range c.Replicas {
 		if err := checkBytes("replica "+string(id), n); err != nil {
@@ -170,7 +169,7 @@ func checkNewReplica(r volume.Replica) error {
 	if len(r.Node) > volume.MaxNodeIDLen {
 		return checkNodeID(r.Node)
 	}
-	if r.Role != volume.InSync && r.Role != volume.Filling || r.Incarnation != 0 || r.BootID != 0 || r.RemovedAt != 0 || r.PhysicalBytes != 0 {
+	if r.Role != volume.InSync && r.Role != volume.Filling || r.Incarnation != 0 || r.BootID != 0 || r.RemovedAt != 0 || r.PhysicalBytes != 0 || r.Damaged {
 		return fmt.Errorf("replica %s is not as a new one is: %w", r.ID, volume.ErrInvalid)
 	}
 	return nil

@@ -22,7 +22,8 @@ func samples() []Command {
 	return []Command{
 		RegisterNode{Now: 1, Node: volume.Node{ID: "n", Pools: []volume.Pool{p}, Zone: "z", Address: "h:1", DataAddress: "h:2",
 			Roles: []volume.NodeRole{volume.RoleController, volume.RoleStorage}, BootID: 1 << 63}},
-		ReportUsage{Now: 2, Node: "n", Pools: []volume.Pool{p}, Replicas: map[volume.ReplicaID]int64{"r": 1}, Snapshots: map[volume.SnapshotID]int64{"s": 2}},
+		ReportUsage{Now: 2, Node: "n", Pools: []volume.Pool{p}, Replicas: map[volume.ReplicaID]int64{"r": 1}, Snapshots: map[volume.SnapshotID]int64{"s": 2},
+			DamagedReplicas: map[volume.ReplicaID]bool{"r": true}, DamagedSnapshots: map[volume.SnapshotID]bool{"s": false}},
 		CreateVolume{Volume: volume.Volume{
 			ID: "v", Name: "name", Tenant: "t", State: volume.Creating, Size: volume.MinSize, CreatedAt: 7,
 			Parameters:   volume.Parameters{Replicas: 1, MinInSync: 1, DataLocality: volume.LocalityNone, Pool: "p", FSType: "xfs", BlockSize: 512},

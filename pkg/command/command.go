@@ -25,13 +25,17 @@ type RegisterNode struct {
 }
 
 // ReportUsage is what a node measured. Pools' Capacity, Used and OverProvision are taken; replicas and snapshots that
-// no record knows are passed over. It answers Done.
+// no record knows are passed over. DamagedReplicas and DamagedSnapshots say of those on the node whether they are damaged. It
+// answers Done.
 type ReportUsage struct {
 	Now       volume.Timestamp            `json:"now"`
 	Node      volume.NodeID               `json:"node"`
 	Pools     []volume.Pool               `json:"pools,omitempty"`
 	Replicas  map[volume.ReplicaID]int64  `json:"replicas,omitempty"`
 	Snapshots map[volume.SnapshotID]int64 `json:"snapshots,omitempty"`
+
+	DamagedReplicas  map[volume.ReplicaID]bool  `json:"damagedReplicas,omitempty"`
+	DamagedSnapshots map[volume.SnapshotID]bool `json:"damagedSnapshots,omitempty"`
 }
 
 // SetNodeState says what an admin wants of a node. It is refused with volume.ErrBusy where nodes other than Idle have been

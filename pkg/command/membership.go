@@ -79,7 +79,7 @@ func Change(v volume.Volume, c replication.Change) (volume.Volume, error) {
 			}
 		}
 		if i := slices.IndexFunc(was, func(o volume.Replica) bool { return o.ID == r.ID }); i >= 0 {
-			r.PhysicalBytes = was[i].PhysicalBytes
+			r.PhysicalBytes, r.Damaged = was[i].PhysicalBytes, was[i].Damaged
 		}
 		v.Replicas = append(v.Replicas, r)
 	}

@@ -60,6 +60,9 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 		}
 	}
 	strays := s.watchStrays(node, u, known)
+	if err := s.reportDamage(ctx, node, u, known); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	s.reported[node] = report{u, s.o.Now()}
 	s.mu.Unlock()
@@ -70,6 +73,45 @@ func (s *Service) ReportUsage(ctx context.Context, node volume.NodeID, u Usage) 
 		s.o.Logger.Warn("what was sealed for a snapshot that was given up will be freed later", "node", node, "error", err)
 	}
 	return nil
+}
+
+// reportDamage records what a scrub has found since, and what a later one has found sound.
+func (s *Service) reportDamage(ctx context.Context, node volume.NodeID, u Usage, known usage) error {
+	replicas, snapshots := differ(u.DamagedReplicas, known.damagedReplicas), differ(u.DamagedSnapshots, known.damagedSnapshots)
+	for len(replicas) > 0 || len(snapshots) > 0 {
+		c := command.ReportUsage{Now: s.now(), Node: node, DamagedReplicas: map[volume.ReplicaID]bool{}, DamagedSnapshots: map[volume.SnapshotID]bool{}}
+		for _, id := range take(&replicas, command.MaxReported) {
+			c.DamagedReplicas[id] = u.DamagedReplicas[id]
+			if u.DamagedReplicas[id] {
+				s.o.Logger.Warn("a scrub has found damage in a replica", "replica", id, "node", node)
+			}
+		}
+		for _, id := range take(&snapshots, command.MaxReported) {
+			c.DamagedSnapshots[id] = u.DamagedSnapshots[id]
+		}
+		if err := s.propose(ctx, c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// differ are the ids, in order, of which the record says something else.
+func differ[T ~string](now, known map[T]bool) []T {
+	var ids []T
+	for id, bad := range known {
+		if now[id] != bad {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// Equal tells whether two reports say the same of replicas and snapshots.
+func (u Usage) Equal(o Usage) bool {
+	return maps.Equal(u.Replicas, o.Replicas) && maps.Equal(u.Snapshots, o.Snapshots) &&
+		maps.Equal(u.DamagedReplicas, o.DamagedReplicas) && maps.Equal(u.DamagedSnapshots, o.DamagedSnapshots)
 }
 
 // report is what a node reported last, and when that was compared with the records.
@@ -85,7 +127,7 @@ func (s *Service) reportedLately(node volume.NodeID, u Usage) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	last, ok := s.reported[node]
-	return ok && len(s.suspects[node]) == 0 && s.o.Now().Sub(last.at) < lately && maps.Equal(last.Replicas, u.Replicas) && maps.Equal(last.Snapshots, u.Snapshots)
+	return ok && len(s.suspects[node]) == 0 && s.o.Now().Sub(last.at) < lately && last.Equal(u)
 }
 
 // countFilledIn records as holders the replicas into which snapshots were filled in: one that is in sync has them whole.
@@ -111,10 +153,14 @@ type usage struct {
 	filled map[volume.SnapshotID]volume.Replica
 	// givenUp are the barriers that cut no snapshot after all, by the snapshots' ids, of which there is no record.
 	givenUp map[volume.SnapshotID]uint64
+	// What is recorded as damaged, or not, of what is there.
+	damagedReplicas  map[volume.ReplicaID]bool
+	damagedSnapshots map[volume.SnapshotID]bool
 }
 
 func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, error) {
-	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}, map[volume.SnapshotID]volume.Replica{}, map[volume.SnapshotID]uint64{}}
+	u := usage{map[volume.ReplicaID]int64{}, map[volume.SnapshotID]int64{}, map[volume.SnapshotID]volume.Replica{}, map[volume.SnapshotID]uint64{},
+		map[volume.ReplicaID]bool{}, map[volume.SnapshotID]bool{}}
 	vs, err := s.store.Volumes(ctx, "", 0)
 	if err != nil {
 		return u, err
@@ -134,11 +180,16 @@ func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, erro
 				here[v.ID] = r
 			}
 		}
+		for _, r := range v.Replicas {
+			if r.Node == node {
+				u.damagedReplicas[r.ID] = r.Damaged
+			}
+		}
 	}
 	for _, x := range ss {
 		delete(u.givenUp, x.ID)
 		if i := slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Node == node }); i >= 0 {
-			u.snapshots[x.ID] = x.Holders[i].PhysicalBytes
+			u.snapshots[x.ID], u.damagedSnapshots[x.ID] = x.Holders[i].PhysicalBytes, x.Holders[i].Damaged
 		} else if r, ok := here[x.Volume]; ok && x.State == volume.Ready {
 			u.filled[x.ID] = r
 		}

@@ -56,6 +56,9 @@ type Usage struct {
 	// Replicas and Snapshots map to the physical bytes of their own layers.
 	Replicas  map[volume.ReplicaID]int64
 	Snapshots map[volume.SnapshotID]int64
+	// DamagedReplicas and DamagedSnapshots are those in which a scrub found bytes that are not what was written.
+	DamagedReplicas  map[volume.ReplicaID]bool
+	DamagedSnapshots map[volume.SnapshotID]bool
 }
 
 // Agents is what control needs of nodes. Every method is idempotent: a call that was cut off is made again and ends in

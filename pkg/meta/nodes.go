@@ -138,5 +138,29 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 			putSnapshot(v, rec)
 		}
 	}
+	reportDamage(v, c)
 	return command.Done{}, nil
+}
+
+// reportDamage notes which of a node's replicas and snapshots are damaged.
+func reportDamage(v *view, c command.ReportUsage) {
+	here := func(r volume.Replica) bool { return place(v, r).Node == c.Node }
+	for _, id := range slices.Sorted(maps.Keys(c.DamagedReplicas)) {
+		rec, _ := load[volume.Volume](v, volumes+string(v.read(replicas+string(id))))
+		i := slices.IndexFunc(rec.Replicas, func(r volume.Replica) bool { return r.ID == id && here(r) })
+		if bad := c.DamagedReplicas[id]; i >= 0 && rec.Replicas[i].Damaged != bad {
+			rec.Replicas = slices.Clone(rec.Replicas)
+			rec.Replicas[i].Damaged = bad
+			putVolume(v, rec)
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(c.DamagedSnapshots)) {
+		rec, _ := load[volume.Snapshot](v, snapshots+string(id))
+		i := slices.IndexFunc(rec.Holders, here)
+		if bad := c.DamagedSnapshots[id]; i >= 0 && rec.Holders[i].Damaged != bad {
+			rec.Holders = slices.Clone(rec.Holders)
+			rec.Holders[i].Damaged = bad
+			putSnapshot(v, rec)
+		}
+	}
 }

@@ -134,6 +134,8 @@ type Replica struct {
 	RemovedBarriers uint64 `json:"removedBarriers,omitempty"`
 	// PhysicalBytes is what it occupied when its node last reported, in bytes.
 	PhysicalBytes int64 `json:"physicalBytes,omitempty"`
+	// Damaged: a scrub has found bytes in it that are not what was written, as its node last reported.
+	Damaged bool `json:"damaged,omitempty"`
 }
 
 // ReplicaRole is what a replica is to its volume.
