@@ -295,9 +295,10 @@ func (e *Engine) compare(rs *resync, off, n int64, probe bool) {
 // startHash asks source and target for digests of the same range, which nobody writes meanwhile.
 func (e *Engine) startHash(o *op) {
 	rs := o.fill
-	q := e.reader(0)
+	q := e.reader(o.bad)
 	if rs.dead || q == nil || !rs.m.ready {
-		e.recheck = e.recheck || rs.dead
+		o.doomed = e.isr&^o.bad == 0
+		e.recheck = e.recheck || rs.dead || o.doomed
 		return
 	}
 	o.src, o.digests = q.slot, [2][]byte{}
@@ -315,6 +316,13 @@ func (e *Engine) hashed(o *op, m *member, a *Message) {
 	rs := o.fill
 	if rs.dead {
 		e.recheck = true
+		return
+	}
+	if a.Status == StatusIO && m != rs.m { // another member may be able to read it
+		o.bad = o.bad.With(m.slot)
+		e.forget(o)
+		o.sent = 0
+		e.startHash(o)
 		return
 	}
 	if a.Status != StatusOK {

@@ -268,14 +268,17 @@ func (e *Engine) readSomewhere(o *op) {
 	}
 }
 
-// endDoomed ends reads that no member could carry out.
+// endDoomed ends reads and comparisons that no member could carry out.
 func (e *Engine) endDoomed() {
 	for o := e.ops.first; o != nil; {
 		next := o.next
 		if o.doomed {
-			if o.kind == opCopy {
+			switch o.kind {
+			case opCopy:
 				e.copyFailed(o)
-			} else {
+			case opHash:
+				e.dropTarget(o.fill.m)
+			default:
 				e.answer(o, ResultIO)
 			}
 			e.finish(o)

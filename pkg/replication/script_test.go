@@ -189,6 +189,9 @@ func (s *script) do(f []string) {
 		w.host(f[1]).store.failIO = !has("off")
 	case "failread": // failread REPLICA [off]: its reads fail
 		w.host(f[1]).store.failRead = !has("off")
+	case "rot": // rot REPLICA OFFSET: what is there, in snapshots also, cannot be read any more
+		off := uint32(s.number(f[2]))
+		w.host(f[1]).store.rot.AddRange(off, off+1)
 	case "full": // full REPLICA [off]: it has no room to grow
 		w.host(f[1]).store.full = !has("off")
 	case "controllers": // controllers down|up|late (late: they apply, and the answer is lost)

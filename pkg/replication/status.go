@@ -105,7 +105,12 @@ func (e *Engine) conditions() []volume.Condition {
 	if e.commit != nil && !e.commit.asked {
 		add(volume.Inaccessible, CondControllers, "a change of who is in sync is not committed: I/O that depends on it waits until a majority of the controllers answers")
 	}
-	there := 0
+	there, notWhole := 0, volume.Inaccessible
+	for _, m := range e.members {
+		if m != nil && e.isr.Has(m.slot) && m.open && m.fence != nil && e.valid(m) && !e.failed.Has(m.slot) {
+			notWhole = volume.Degraded // that one serves
+		}
+	}
 	for _, m := range e.members {
 		if m == nil || !e.isr.Has(m.slot) {
 			continue
@@ -115,7 +120,7 @@ func (e *Engine) conditions() []volume.Condition {
 		}
 		switch {
 		case m.open && m.fence != nil && !e.valid(m):
-			add(volume.Inaccessible, CondNotWhole, "replica %s was poisoned by a failed sync, or is on another disk than it was: reopen it; if no other replica comes back, salvage the volume", m.id)
+			add(notWhole, CondNotWhole, "replica %s was poisoned by a failed sync, or is on another disk than it was: reopen it; if no other replica comes back, salvage the volume", m.id)
 		case e.phase != phaseFencing && !m.open && e.lastMember(m):
 			add(volume.Inaccessible, CondReplicaWaits, "replica %s on node %s is the last in sync and does not answer: bring it back", m.id, m.rec.Node)
 		case e.phase != phaseFencing && !m.open:

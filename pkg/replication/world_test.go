@@ -35,8 +35,9 @@ type memStore struct {
 	snaps            []SealedSnapshot
 	layers           map[volume.SnapshotID][]byte
 	failSync, failIO bool
-	full             bool // no room to grow
+	full             bool       // no room to grow
 	failRead         bool
+	rot              region.Set // bytes whose reads fail
 }
 
 func newMemStore(size int64) *memStore {
@@ -81,6 +82,9 @@ func (s *memStore) do(op StoreOp, g Geometry) StoreResult {
 			}
 		}
 		b := make([]byte, op.Len)
+		if s.rot.HasRange(uint32(op.Off), uint32(op.Off+op.Len)) {
+			return StoreResult{Status: StatusIO}
+		}
 		if op.Off < int64(len(src)) {
 			copy(b, src[op.Off:])
 		}
