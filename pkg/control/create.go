@@ -205,6 +205,9 @@ func (s *Service) source(ctx context.Context, from volume.Source) (source, error
 		}
 		x, rs = source{size: v.Size, blockSize: v.Parameters.BlockSize, filesystem: v.Filesystem}, v.InSync()
 	}
+	if sound := slices.DeleteFunc(slices.Clone(rs), func(r volume.Replica) bool { return r.Damaged }); len(sound) > 0 {
+		rs = sound
+	}
 	x.holders = []volume.PoolID{}
 	for _, r := range rs {
 		x.holders = append(x.holders, r.Pool)

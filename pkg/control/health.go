@@ -89,10 +89,14 @@ func (x sight) conditions() []volume.Condition {
 		}
 	}
 	bad := func(c volume.Condition) bool { return c.Severity == volume.Inaccessible }
-	fit := 0 // in sync, and nothing is wrong there
+	lossy := func(c volume.Condition) bool { return c.Severity == volume.DataLoss }
+	fit, sound := 0, 0 // in sync, and nothing is wrong there; and no byte is bad
 	for _, r := range x.InSync() {
 		if !x.isAway(r.ID) && !slices.ContainsFunc(x.seen[r.Node].Replica, bad) {
 			fit++
+			if !slices.ContainsFunc(x.seen[r.Node].Replica, lossy) {
+				sound++
+			}
 		}
 	}
 	for _, c := range x.seen[x.Owner].Device {
@@ -104,6 +108,11 @@ func (x sight) conditions() []volume.Condition {
 		for _, c := range x.seen[r.Node].Replica {
 			if bad(c) && fit > 0 { // what is wrong there concerns that replica only
 				c.Severity = volume.Degraded
+			}
+			if lossy(c) && sound > 0 && r.Role == volume.InSync {
+				c.Severity = volume.Degraded
+				c.Message = fmt.Sprintf("replica %s on node %s: %s. Nothing is lost: %d in sync are sound, they are read instead, and the replica is replaced by another",
+					r.ID, r.Node, before(c.Message, ";"), sound)
 			}
 			add(c)
 		}

@@ -153,11 +153,11 @@ func (s *Service) bringUp(ctx context.Context, v volume.Volume) error {
 	return errors.Join(errs...)
 }
 
-// newest is the last snapshot of a volume that a pool holds from a replica that was there before: a new one goes on from it.
+// newest is the last sound snapshot of a volume that a pool holds from a replica that was there before: a new one goes on from it.
 func newest(xs []volume.Snapshot, pool volume.PoolID) (id volume.SnapshotID) {
 	var at volume.Timestamp
 	for _, x := range xs {
-		if x.State == volume.Ready && x.CreatedAt >= at && slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool }) {
+		if x.State == volume.Ready && x.CreatedAt >= at && slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool && !h.Damaged }) {
 			id, at = x.ID, x.CreatedAt
 		}
 	}

@@ -108,6 +108,25 @@ func (w *world) engine(id volume.ID) {
 	}
 }
 
+func (w *world) carryOut(a reconcile.Action) {
+	w.t.Helper()
+	ctx := context.Background()
+	var err error
+	switch a.Kind {
+	case reconcile.Add:
+		err = w.AddReplica(ctx, volume.ID(a.ID), a.Pool)
+	case reconcile.Drop:
+		err = w.DropReplica(ctx, volume.ID(a.ID), a.Replica)
+	case reconcile.Sync:
+		err = w.Sync(ctx, volume.ID(a.ID))
+	case reconcile.Move:
+		err = w.DropHolder(ctx, volume.SnapshotID(a.ID), a.Pool)
+	}
+	if err != nil {
+		w.t.Fatalf("%+v: %v", a, err)
+	}
+}
+
 // repair plans and carries out repairs, with engines that do their part, until none are planned.
 func (w *world) repair() {
 	w.t.Helper()
@@ -119,19 +138,7 @@ func (w *world) repair() {
 		}
 		actions := reconcile.Repairs(st, reconcile.Limits{})
 		for _, a := range actions {
-			switch a.Kind {
-			case reconcile.Add:
-				err = w.AddReplica(ctx, volume.ID(a.ID), a.Pool)
-			case reconcile.Drop:
-				err = w.DropReplica(ctx, volume.ID(a.ID), a.Replica)
-			case reconcile.Sync:
-				err = w.Sync(ctx, volume.ID(a.ID))
-			case reconcile.Move:
-				err = w.DropHolder(ctx, volume.SnapshotID(a.ID), a.Pool)
-			}
-			if err != nil {
-				w.t.Fatalf("%+v: %v", a, err)
-			}
+			w.carryOut(a)
 		}
 		for _, v := range st.Volumes {
 			if v.State == volume.Ready {

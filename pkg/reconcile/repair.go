@@ -31,10 +31,10 @@ func (l Limits) normal() Limits {
 }
 
 // Repairs returns what is to be done so that volumes have as many replicas in sync as they should, volumes with the fewest
-// copies first. A replica that was away for too long, and one on a node that is being emptied, is replaced: the new one
-// is filled before the old one goes. One that comes back in time is brought up.
+// copies first. A replica that was away for too long, one on a node that is being emptied, and one that is damaged while another
+// is sound, is replaced: the new one is filled before the old one goes. One that comes back in time is brought up.
 func Repairs(st control.State, l Limits) []Action {
-	p := planner{st: st, l: l.normal(), pools: map[volume.PoolID]volume.Node{}, filling: map[volume.NodeID]int{}, engines: map[volume.NodeID]int{}}
+	p := planner{st: st, l: l.normal(), pools: map[volume.PoolID]volume.Node{}, filling: map[volume.NodeID]int{}, leaving: map[volume.NodeID]int{}, engines: map[volume.NodeID]int{}}
 	for _, n := range st.View.Nodes {
 		for _, pool := range n.Pools {
 			p.pools[pool.ID] = n
@@ -51,12 +51,15 @@ func Repairs(st control.State, l Limits) []Action {
 				p.filling[r.Node]++
 			}
 		}
+		for _, r := range v.Leaving {
+			p.leaving[r.Node]++
+		}
 		if v.Attachment == nil && v.Owner != "" {
 			p.engines[v.Owner]++
 		}
 	}
 	slices.SortStableFunc(vs, func(a, b volume.Volume) int {
-		return cmp.Or(cmp.Compare(len(p.good(a)), len(p.good(b))), cmp.Compare(a.ID, b.ID))
+		return cmp.Or(cmp.Compare(len(p.good(a)), len(p.good(b))), cmp.Compare(len(a.Replicas), len(b.Replicas)), cmp.Compare(a.ID, b.ID))
 	})
 	for _, v := range vs {
 		p.repair(v)
@@ -69,9 +72,9 @@ type planner struct {
 	st    control.State
 	l     Limits
 	pools map[volume.PoolID]volume.Node
-	// filling is how many replicas each node fills, engines how many volumes it looks after.
-	filling, engines map[volume.NodeID]int
-	out              []Action
+	// filling is how many replicas each node fills, leaving how many it has still to free, engines how many volumes it looks after.
+	filling, leaving, engines map[volume.NodeID]int
+	out                       []Action
 }
 
 // reachable tells whether a replica can be asked now.
@@ -87,9 +90,15 @@ func (p *planner) stays(r volume.Replica) bool {
 	return known && p.st.Away[r.Pool] < p.l.ReplicaTimeout && n.State != volume.NodeEmptying
 }
 
-// good are the replicas that stay, are in sync and can be reached.
+// keeps tells whether a replica counts for its volume: it stays, and it is not damaged where another is sound. While none is,
+// each of the damaged may have what the others lack.
+func (p *planner) keeps(v volume.Volume, r volume.Replica) bool {
+	return p.stays(r) && !(r.Damaged && slices.ContainsFunc(v.InSync(), func(o volume.Replica) bool { return !o.Damaged && p.stays(o) && p.reachable(o) }))
+}
+
+// good are the replicas that count, are in sync and can be reached.
 func (p *planner) good(v volume.Volume) []volume.Replica {
-	return slices.DeleteFunc(v.InSync(), func(r volume.Replica) bool { return !p.stays(r) || !p.reachable(r) })
+	return slices.DeleteFunc(v.InSync(), func(r volume.Replica) bool { return !p.keeps(v, r) || !p.reachable(r) })
 }
 
 func (p *planner) repair(v volume.Volume) {
@@ -99,7 +108,7 @@ func (p *planner) repair(v volume.Volume) {
 	want := v.Parameters.Replicas
 	var keep, leave []volume.Replica
 	for _, r := range v.Replicas {
-		if p.stays(r) {
+		if p.keeps(v, r) {
 			keep = append(keep, r)
 		} else {
 			leave = append(leave, r)
@@ -112,7 +121,9 @@ func (p *planner) repair(v volume.Volume) {
 	good := p.good(v)
 	switch {
 	case len(keep) < want && len(v.Replicas) < replication.MaxMembers:
-		p.add(v, want-len(keep))
+		if !p.add(v, want-len(keep)) {
+			p.makeRoom(v, keep, leave)
+		}
 	case len(good) >= want && len(leave) > 0:
 		p.out = append(p.out, Action{Kind: Drop, ID: string(v.ID), Replica: leave[0].ID})
 	case len(good) >= want && len(keep) > want:
@@ -142,8 +153,8 @@ func (p *planner) engine(v volume.Volume) bool {
 	return false
 }
 
-// add places new replicas of a volume, as many as may be filled now.
-func (p *planner) add(v volume.Volume, n int) {
+// add places new replicas of a volume, as many as may be filled now, and tells whether there is a place for one.
+func (p *planner) add(v volume.Volume, n int) bool {
 	n = min(n, replication.MaxMembers-len(v.Replicas))
 	r := placement.Request{
 		Size: max(v.Size, v.Target), Replicas: 1, Pool: v.Parameters.Pool, Beside: slices.Concat(v.Replicas, v.Leaving), Refused: map[volume.PoolID]string{},
@@ -156,6 +167,16 @@ func (p *planner) add(v volume.Volume, n int) {
 	if a := v.Attachment; a != nil && v.Parameters.DataLocality != volume.LocalityNone {
 		r.Preferred = []volume.NodeID{a.Node}
 	}
+	for _, x := range p.st.Snapshots {
+		for _, h := range x.Holders {
+			if x.Volume == v.ID && h.Damaged {
+				r.Refused[h.Pool] = "a snapshot of the volume that it holds is damaged"
+			}
+		}
+	}
+	if _, err := placement.Choose(p.st.View, r); err != nil {
+		return false // health says why; there may be room later
+	}
 	for id, node := range p.pools {
 		if p.filling[node.ID] >= p.l.Rebuilds {
 			r.Refused[id] = "its node fills as many replicas as it may"
@@ -164,12 +185,51 @@ func (p *planner) add(v volume.Volume, n int) {
 	for range n {
 		pools, err := placement.Choose(p.st.View, r)
 		if err != nil {
-			return // health says why; there may be room later
+			return true
 		}
 		p.filling[pools[0].Node]++
 		p.out = append(p.out, Action{Kind: Add, ID: string(v.ID), Pool: pools[0].ID})
 		r.Beside = append(r.Beside, volume.Replica{Node: pools[0].Node, Pool: pools[0].ID})
 	}
+	return true
+}
+
+// fewestSound is how many sound copies there must be for a damaged one to go before another has taken its place.
+const fewestSound = 2
+
+// makeRoom drops a damaged replica of a volume that finds no place for another beside it: the other is made where it was. Two
+// sound ones stay, and enough for writes to go on; and the pool must be able to let go of the snapshots that are damaged with it.
+func (p *planner) makeRoom(v volume.Volume, keep, leave []volume.Replica) {
+	i := slices.IndexFunc(leave, func(r volume.Replica) bool { return r.Damaged && p.stays(r) && p.reachable(r) })
+	good := len(p.good(v))
+	if i < 0 || good < len(keep) || good < max(fewestSound, v.Parameters.MinInSync) || len(v.Leaving) > 0 {
+		return
+	}
+	r := leave[i]
+	for _, x := range p.st.Snapshots {
+		if x.Volume == v.ID && damagedIn(x, r.Pool) && p.sound(x) < fewestSound {
+			return
+		}
+	}
+	if p.filling[r.Node]+p.leaving[r.Node] >= p.l.Rebuilds {
+		return
+	}
+	p.filling[r.Node]++
+	p.out = append(p.out, Action{Kind: Drop, ID: string(v.ID), Replica: r.ID})
+}
+
+func damagedIn(x volume.Snapshot, pool volume.PoolID) bool {
+	return slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool && h.Damaged })
+}
+
+// sound counts the holders of a snapshot that stay, can be reached and are not damaged.
+func (p *planner) sound(x volume.Snapshot) (n int) {
+	for _, h := range x.Holders {
+		if p.stays(h) && p.reachable(h) && !h.Damaged {
+			n++
+		}
+	}
+	return n
 }
 
 // drop chooses a replica that is one too many: one that is not in sync, or else, where that may be, the one that is missed
@@ -192,25 +252,24 @@ func (p *planner) drop(v volume.Volume, keep []volume.Replica, inSync bool) {
 	}
 }
 
-// moveSnapshots lets pools of nodes that are being emptied go of snapshots that enough others hold.
+// moveSnapshots lets pools go of snapshots that enough others hold: those of nodes that are being emptied, and damaged ones once
+// the replica is gone that was damaged with them.
 func (p *planner) moveSnapshots(vs []volume.Volume) {
-	replicas := map[volume.ID]int{}
+	byID := map[volume.ID]volume.Volume{}
 	for _, v := range vs {
-		replicas[v.ID] = v.Parameters.Replicas
+		byID[v.ID] = v
 	}
 	for _, x := range p.st.Snapshots {
-		want, ok := replicas[x.Volume]
+		v, ok := byID[x.Volume]
 		if !ok || x.State != volume.Ready {
 			continue // without its volume nobody can fill another holder in
 		}
-		stay := 0
+		want, sound := v.Parameters.Replicas, p.sound(x)
 		for _, h := range x.Holders {
-			if p.stays(h) && p.reachable(h) {
-				stay++
-			}
-		}
-		for _, h := range x.Holders {
-			if p.pools[h.Pool].State == volume.NodeEmptying && p.reachable(h) && stay >= want {
+			there := slices.ContainsFunc(slices.Concat(v.Replicas, v.Leaving), func(r volume.Replica) bool { return r.Pool == h.Pool })
+			emptied := p.pools[h.Pool].State == volume.NodeEmptying && sound >= want
+			damaged := h.Damaged && !there && sound >= min(want, fewestSound)
+			if p.reachable(h) && (emptied || damaged) {
 				p.out = append(p.out, Action{Kind: Move, ID: string(x.ID), Pool: h.Pool})
 			}
 		}

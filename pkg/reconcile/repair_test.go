@@ -26,19 +26,33 @@ func newScene() *scene {
 	return s
 }
 
-// volume adds a volume that should have so many replicas; a replica is written node:role, with i, s or f.
+// volume adds a volume that should have so many replicas; a replica is written node:role, with i, s or f, and ! if it is damaged.
 func (s *scene) volume(id string, want int, replicas ...string) *volume.Volume {
 	v := volume.Volume{ID: volume.ID(id), State: volume.Ready, Size: 1 << 30, Parameters: volume.Parameters{Replicas: want, MinInSync: 1, DataLocality: volume.LocalityPreferred}}
 	for _, text := range replicas {
 		node, role, _ := strings.Cut(text, ":")
+		role, damaged := strings.CutSuffix(role, "!")
 		v.Replicas = append(v.Replicas, volume.Replica{
 			ID: volume.ReplicaID(id + "-" + node), Node: volume.NodeID("n" + node), Pool: volume.PoolID("p" + node),
-			Role: map[string]volume.ReplicaRole{"i": volume.InSync, "s": volume.Stale, "f": volume.Filling}[role],
+			Role: map[string]volume.ReplicaRole{"i": volume.InSync, "s": volume.Stale, "f": volume.Filling}[role], Damaged: damaged,
 		})
 	}
 	s.Volumes = append(s.Volumes, v)
 	return &s.Volumes[len(s.Volumes)-1]
 }
+
+// snapshot adds one of a volume on nodes, written like replicas.
+func (s *scene) snapshot(id, of string, holders ...string) {
+	x := volume.Snapshot{ID: volume.SnapshotID(id), Volume: volume.ID(of), State: volume.Ready}
+	for _, text := range holders {
+		node, damaged := strings.CutSuffix(text, "!")
+		x.Holders = append(x.Holders, volume.Replica{Node: volume.NodeID("n" + node), Pool: volume.PoolID("p" + node), Damaged: damaged})
+	}
+	s.Snapshots = append(s.Snapshots, x)
+}
+
+// only leaves the first nodes.
+func (s *scene) only(n int) { s.View.Nodes = s.View.Nodes[:n] }
 
 func (s *scene) away(node string, d time.Duration) {
 	s.Away[volume.PoolID("p"+node)] = d
@@ -124,6 +138,68 @@ func TestRepairs(t *testing.T) {
 		{"a node is emptied, the new one is there", func(s *scene) { s.volume("a", 1, "1:i", "2:i"); s.empty("1") }, "drop replica a a-1"},
 		{"a node is drained only", func(s *scene) { s.volume("a", 1, "1:i"); s.node("1").State = volume.NodeDrained }, ""},
 
+		{"one is damaged", func(s *scene) { attach(s.volume("a", 2, "1:i!", "2:i"), "1") }, "add replica a p3"},
+		{"one is damaged, detached", func(s *scene) { s.volume("a", 2, "1:i!", "2:i") }, "add replica a p3"},
+		{"one is damaged, its replacement is being filled", func(s *scene) { attach(s.volume("a", 2, "1:i!", "2:i", "3:f"), "1") }, "sync a"},
+		{"one is damaged, its replacement is there", func(s *scene) { attach(s.volume("a", 2, "1:i!", "2:i", "3:i"), "1") }, "drop replica a a-1"},
+		{"one is damaged, its replacement is there, the sound one is away", func(s *scene) {
+			attach(s.volume("a", 2, "1:i!", "2:i", "3:i"), "1")
+			s.away("2", brief)
+		}, ""},
+		{"the only one is damaged", func(s *scene) { s.volume("a", 1, "1:i!") }, ""},
+		{"all are damaged", func(s *scene) { s.volume("a", 2, "1:i!", "2:i!") }, ""},
+		{"the sound one is away", func(s *scene) { s.volume("a", 2, "1:i!", "2:i"); s.away("2", brief) }, ""},
+		{"the sound one is away for too long", func(s *scene) { s.volume("a", 2, "1:i!", "2:i"); s.away("2", long) }, "add replica a p3"},
+		{"the sound one is behind", func(s *scene) { attach(s.volume("a", 2, "1:i!", "2:s"), "1") }, ""},
+		{"a damaged one was sound after all", func(s *scene) { attach(s.volume("a", 2, "1:i", "2:i", "3:f"), "1") }, "drop replica a a-3; sync a"},
+		{"one less is wanted, and one is damaged", func(s *scene) { s.volume("a", 1, "1:i", "2:i!") }, "drop replica a a-2"},
+		{"three on three nodes, one is damaged", func(s *scene) { s.volume("a", 3, "1:i!", "2:i", "3:i"); s.only(3) }, "drop replica a a-1"},
+		{"three on three nodes, one damaged and one behind", func(s *scene) {
+			attach(s.volume("a", 3, "1:i!", "2:i", "3:s"), "2")
+			s.only(3)
+		}, ""},
+		{"three on three nodes, one is damaged, all are needed", func(s *scene) {
+			s.volume("a", 3, "1:i!", "2:i", "3:i").Parameters.MinInSync = 3
+			s.only(3)
+		}, ""},
+		{"two on two nodes, one is damaged", func(s *scene) { s.volume("a", 2, "1:i!", "2:i"); s.only(2) }, ""},
+		{"three on three nodes, one damaged with a snapshot", func(s *scene) {
+			s.volume("a", 3, "1:i!", "2:i", "3:i")
+			s.snapshot("s", "a", "1!", "2", "3")
+			s.only(3)
+		}, "drop replica a a-1"},
+		{"three on three nodes, a snapshot has one other holder", func(s *scene) {
+			s.volume("a", 3, "1:i!", "2:i", "3:i")
+			s.snapshot("s", "a", "1!", "2")
+			s.only(3)
+		}, ""},
+		{"the damaged snapshot goes before the new one comes", func(s *scene) {
+			s.volume("a", 3, "2:i", "3:i")
+			s.snapshot("s", "a", "1!", "2", "3")
+			s.only(3)
+		}, "move snapshot s p1"},
+		{"while the replica is being freed it stays", func(s *scene) {
+			s.volume("a", 3, "2:i", "3:i").Leaving = []volume.Replica{{ID: "a-1", Node: "n1", Pool: "p1"}}
+			s.snapshot("s", "a", "1!", "2", "3")
+			s.only(3)
+		}, ""},
+		{"then the new one comes", func(s *scene) {
+			s.volume("a", 3, "2:i", "3:i")
+			s.snapshot("s", "a", "2", "3")
+			s.only(3)
+		}, "add replica a p1"},
+		{"the only copy of a damaged snapshot stays", func(s *scene) {
+			s.volume("a", 1, "2:i")
+			s.snapshot("s", "a", "1!")
+		}, ""},
+		{"a disk with damage in many volumes, on three nodes", func(s *scene) {
+			for _, id := range []string{"a", "b", "c", "d"} {
+				s.volume(id, 3, "1:i!", "2:i", "3:i")
+			}
+			s.Volumes[3].Replicas = s.Volumes[3].Replicas[1:] // is one short since
+			s.only(3)
+		}, "add replica d p1; drop replica a a-1"},
+
 		{"fewest copies first", func(s *scene) {
 			s.volume("a", 3, "1:i", "4:i")
 			s.volume("b", 3, "4:i")
@@ -138,7 +214,7 @@ func TestRepairs(t *testing.T) {
 			attach(s.volume("a", 2, "1:i", "2:f"), "1")
 			attach(s.volume("b", 2, "1:i", "2:f"), "1")
 			attach(s.volume("c", 2, "1:i"), "1")
-		}, "sync a; sync b; add replica c p3"},
+		}, "add replica c p3; sync a; sync b"},
 		{"two volumes at once that nobody has attached", func(s *scene) {
 			for _, id := range []string{"a", "b", "c"} {
 				s.volume(id, 2, "1:i", "2:s")
