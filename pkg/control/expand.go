@@ -46,7 +46,7 @@ func (s *Service) ExpandVolume(ctx context.Context, id volume.ID, required, limi
 	}
 	x, err := s.proposeVolume(ctx, command.BeginExpand{Volume: id, Target: target})
 	if err == nil {
-		x.Volume, err = s.completeExpand(ctx, x.Volume, x.Created)
+		x.Volume, err = s.completeExpand(ctx, x.Volume)
 	}
 	s.record(ctx, "volume.expand", string(id), fmt.Sprintf("%d to %d bytes", v.Size, target), err)
 	if err != nil {
@@ -55,18 +55,16 @@ func (s *Service) ExpandVolume(ctx context.Context, id volume.ID, required, limi
 	return x.Volume, nil
 }
 
-// completeExpand takes a volume to its Target. Where an engine runs it exposes nothing before all replicas have the size, and a
-// refusal of one ends the expand: those that have grown are larger than what is exposed, which is nothing to anybody. Where
-// none runs it gives the reservation back only where no replica can have grown: when all refuse and fresh tells that none was
-// asked before. The caller has the volume's lock.
-func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh bool) (volume.Volume, error) {
+// completeExpand takes a volume to its Target. Nothing is exposed before all replicas have the size, and a refusal of one ends the
+// expand: those that have grown are larger than what is exposed, with zeros at the end, which is nothing to anybody. The caller
+// has the volume's lock.
+func (s *Service) completeExpand(ctx context.Context, v volume.Volume) (volume.Volume, error) {
 	if v.Target == 0 {
 		return v, nil
 	}
-	grown, err := s.grow(ctx, v)
-	if err != nil {
+	if err := s.grow(ctx, v); err != nil {
 		err = fmt.Errorf("expand volume %s: %w", v.ID, err)
-		if v.Owner == "" && (!fresh || grown) || !unresized(err) {
+		if !unresized(err) {
 			return v, unfinished(err)
 		}
 		ctx, cancel := s.undoing(ctx)
@@ -83,21 +81,21 @@ func (s *Service) completeExpand(ctx context.Context, v volume.Volume, fresh boo
 				s.o.Logger.Info("engine will learn later that an expand was given up", "volume", v.ID, "error", err)
 			}
 		}
-		return v, err
+		return x.Volume, err
 	}
 	x, err := s.proposeVolume(ctx, command.FinishExpand{Volume: v.ID, Size: v.Target, ConfigVersion: v.ConfigVersion})
 	return x.Volume, unfinished(err)
 }
 
 // grow has every replica that is in sync grow to the Target: by the engine, where one runs. The others grow when they are
-// brought up. It tells whether one may have grown although not all have, where no engine runs.
-func (s *Service) grow(ctx context.Context, v volume.Volume) (grown bool, err error) {
+// brought up.
+func (s *Service) grow(ctx context.Context, v volume.Volume) error {
 	if v.Owner != "" {
 		r := volume.Replica{Node: v.Owner}
 		if i := slices.IndexFunc(v.Replicas, func(r volume.Replica) bool { return r.Node == v.Owner }); i >= 0 {
 			r = v.Replicas[i]
 		}
-		return false, s.agents.ExpandVolume(ctx, r, v.ID, v.Target)
+		return s.agents.ExpandVolume(ctx, r, v.ID, v.Target)
 	}
 	rs := v.InSync()
 	errs := make([]error, len(rs))
@@ -110,10 +108,7 @@ func (s *Service) grow(ctx context.Context, v volume.Volume) (grown bool, err er
 		})
 	}
 	wg.Wait()
-	for _, err := range errs {
-		grown = grown || !unresized(err)
-	}
-	return grown, worst(errs)
+	return worst(errs)
 }
 
 // unresized tells whether an error of ResizeReplica means that the replica was not grown.

@@ -359,6 +359,9 @@ func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s cont
 			}
 			key := volume.SnapshotID(fmt.Sprintf("%s@%s", s.ID, x.pool))
 			if _, ok := a.snapshots[key]; !ok {
+				if v, err := a.store.Volume(ctx, s.Volume); err == nil {
+					x.size = min(x.size, v.Size) // a replica that was grown for nothing has zeros at its end
+				}
 				a.snapshots[key] = x
 			}
 			holders = append(holders, r.ID)

@@ -111,7 +111,11 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 	case len(v.Leaving) > 0:
 		return s.resumed(ctx, "replica.free", string(id), s.freeReplicas(ctx, v, v.Leaving))
 	case v.Target != 0:
-		_, err := s.completeExpand(ctx, v, false)
+		x, err := s.completeExpand(ctx, v)
+		if err != nil && x.Target == 0 && x.Size < v.Target { // taken back
+			s.record(ctx, "volume.expand", string(id), takenUp, err)
+			return nil
+		}
 		return s.resumed(ctx, "volume.expand", string(id), err)
 	}
 	return nil
