@@ -35,7 +35,7 @@ type memStore struct {
 	snaps            []SealedSnapshot
 	layers           map[volume.SnapshotID][]byte
 	failSync, failIO bool
-	full             bool       // no room to grow
+	full             bool // no room to grow
 	failRead         bool
 	rot              region.Set // bytes whose reads fail
 }
