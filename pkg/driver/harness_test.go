@@ -447,7 +447,7 @@ func (w *world) state() string {
 		w.t.Fatal(err)
 	}
 	for i := range vs { // what a cut that was taken back leaves
-		vs[i].Revision, vs[i].Barriers = 0, 0
+		vs[i].Revision, vs[i].Barriers, vs[i].GivenUp = 0, 0, nil
 	}
 	b, err := json.Marshal([]any{vs, ss, gs, qs, w.agents.held()})
 	if err != nil {

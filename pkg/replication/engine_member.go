@@ -401,12 +401,13 @@ func (e *Engine) watchAt(m *member) Now {
 	return at
 }
 
-// Evict asks for a member to leave the in-sync set; the last one does not.
+// Evict asks for a member to leave the in-sync set; the last one does not, and one that is only about to be added is none to
+// go on with: its add may be refused.
 func (e *Engine) Evict(now Now, id volume.ReplicaID) {
 	if !e.begin(now) {
 		return
 	}
-	if m := e.member(id); m != nil && e.isr.Has(m.slot) && !e.lastMember(m) && e.phase > phaseFencing {
+	if m := e.member(id); m != nil && e.isr.Has(m.slot) && e.isr&^e.failed&^(1<<m.slot) != 0 && e.phase > phaseFencing {
 		e.lost = e.lost.With(m.slot)
 		e.failed = e.failed.With(m.slot)
 		e.reconnect(m)
