@@ -237,7 +237,17 @@ func (p *place) start(s replication.StoreOp) {
 	p.running = append(p.running, op)
 	first, second := w.prof.storeDelay(&w.schedule, s.Kind)
 	life := p.life
-	w.after(first*d.slow, func() { p.run(op, life, second*d.slow) })
+	p.work(first, func() { p.run(op, life, second) })
+}
+
+// work has the disk work for that long, longer while it is slow; what a slow disk had begun ends soon after it is well again.
+func (p *place) work(left int64, then func()) {
+	slow := p.disk.slow
+	if slow == 1 || left*slow <= 20*millisecond {
+		p.w.after(left*slow, then)
+		return
+	}
+	p.w.after(20*millisecond, func() { p.work(left-20*millisecond/slow, then) })
 }
 
 func (p *place) run(op *storeOp, life uint64, rest int64) {
@@ -250,7 +260,7 @@ func (p *place) run(op *storeOp, life uint64, rest int64) {
 		return
 	}
 	p.execute(op)
-	w.after(rest, func() { p.on(life, func() { p.done(op) }) })
+	p.work(rest, func() { p.on(life, func() { p.done(op) }) })
 }
 
 func (p *place) done(op *storeOp) {
