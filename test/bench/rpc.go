@@ -48,8 +48,8 @@ func (s samples) row(w io.Writer, what string) {
 	fmt.Fprintf(w, "| %s | %d | %s | %s | %s |\n", what, len(s), ms(s.at(50)), ms(s.at(99)), ms(s.at(100)))
 }
 
-// withDaemon runs fn with a ballastd in a temporary directory, which it removes with all that is in it.
-func withDaemon(ctx context.Context, fn func(*harness.Daemon, *harness.Orchestrator) error, args ...string) (err error) {
+// withBinaries runs fn with the commands built into a temporary directory, which it removes with all that is in it.
+func withBinaries(ctx context.Context, fn func(dir string, bin harness.Binaries) error) (err error) {
 	dir, err := os.MkdirTemp("", "ballast-bench-")
 	if err != nil {
 		return err
@@ -63,6 +63,15 @@ func withDaemon(ctx context.Context, fn func(*harness.Daemon, *harness.Orchestra
 	if err != nil {
 		return err
 	}
+	return fn(dir, bin)
+}
+
+// withDaemon runs fn with a ballastd in a temporary directory.
+func withDaemon(ctx context.Context, fn func(*harness.Daemon, *harness.Orchestrator) error, args ...string) error {
+	return withBinaries(ctx, func(dir string, bin harness.Binaries) error { return runDaemon(ctx, dir, bin, fn, args) })
+}
+
+func runDaemon(ctx context.Context, dir string, bin harness.Binaries, fn func(*harness.Daemon, *harness.Orchestrator) error, args []string) (err error) {
 	d, err := harness.New(harness.Options{Dir: dir, Bin: bin, Args: args})
 	if err != nil {
 		return err

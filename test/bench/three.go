@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -19,22 +18,12 @@ type three struct {
 	at []*harness.Orchestrator
 }
 
-// withThree runs fn with a cluster in a temporary directory, which it removes with all that is in it. Without a lab the
-// nodes are at addresses of the loopback device.
-func withThree(ctx context.Context, lab *netlab.Lab, fn func(*three) error, args ...string) (err error) {
-	dir, err := os.MkdirTemp("", "ballast-bench-")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err == nil || !mountsLeft(dir) {
-			err = errors.Join(err, os.RemoveAll(dir))
-		}
-	}()
-	bin, err := harness.Build(ctx, dir, false)
-	if err != nil {
-		return err
-	}
+// withThree runs fn with a cluster in a temporary directory. Without a lab the nodes are at addresses of the loopback device.
+func withThree(ctx context.Context, lab *netlab.Lab, fn func(*three) error, args ...string) error {
+	return withBinaries(ctx, func(dir string, bin harness.Binaries) error { return runThree(ctx, dir, bin, lab, fn, args) })
+}
+
+func runThree(ctx context.Context, dir string, bin harness.Binaries, lab *netlab.Lab, fn func(*three) error, args []string) (err error) {
 	c, err := harness.NewCluster(harness.ClusterOptions{Dir: dir, Bin: bin, Nodes: 3, Lab: lab, Args: args})
 	if err != nil {
 		return err
