@@ -70,26 +70,10 @@ func (s *clusterShow) form(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := s.step("each of them has a vote", func() error { return s.vote(ctx) }); err != nil {
+	if err := s.step("each of them has a vote", func() error { return s.c.WaitVoting(ctx, len(s.c.Nodes())) }); err != nil {
 		return err
 	}
 	return s.ctl(ctx, "cluster", "status")
-}
-
-// vote waits until every controller has caught up and counts for a majority.
-func (s *clusterShow) vote(ctx context.Context) error {
-	var c struct {
-		Controllers []struct{ Voter bool }
-	}
-	return s.until(ctx, []string{"cluster", "status"}, &c, func() bool {
-		voters := 0
-		for _, x := range c.Controllers {
-			if x.Voter {
-				voters++
-			}
-		}
-		return voters == len(s.c.Nodes())
-	})
 }
 
 // until asks ballastctl, in JSON, until what it said will do.

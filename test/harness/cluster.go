@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/ballast-csi/ballast/test/netlab"
 )
@@ -68,7 +69,8 @@ func (c *Cluster) address(i int) string {
 // Nodes of the cluster, in order.
 func (c *Cluster) Nodes() []*Daemon { return c.nodes }
 
-// Start makes the cluster: the first node founds it, the others join.
+// Start makes the cluster: the first node founds it, the others join. Every controller has a vote then: it can do without
+// any minority of them.
 func (c *Cluster) Start(ctx context.Context) error {
 	if err := c.nodes[0].Start(ctx); err != nil {
 		return err
@@ -78,7 +80,36 @@ func (c *Cluster) Start(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return c.WaitVoting(ctx, c.o.Controllers)
+}
+
+// WaitVoting waits until so many controllers have caught up and count for a majority.
+func (c *Cluster) WaitVoting(ctx context.Context, controllers int) error {
+	ctx, cancel := context.WithTimeout(ctx, readyWithin)
+	defer cancel()
+	for {
+		out, err := c.nodes[0].Ctl(ctx, "cluster", "status", "-o", "json")
+		var status struct {
+			Controllers []struct{ Voter bool }
+		}
+		if err == nil {
+			err = json.Unmarshal(out, &status)
+		}
+		voters := 0
+		for _, x := range status.Controllers {
+			if x.Voter {
+				voters++
+			}
+		}
+		if err == nil && voters == controllers {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d controllers have a vote: %w", voters, controllers, errors.Join(err, ctx.Err()))
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // Join starts a node for the first time: with a token that the first node gives.
