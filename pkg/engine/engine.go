@@ -41,8 +41,9 @@ type Engine struct {
 	cancel context.CancelFunc
 	tasks  sync.WaitGroup
 
-	size atomic.Int64
-	wake chan struct{} // the timer is to be set anew
+	size   atomic.Int64
+	wake   chan struct{} // the timer is to be set anew
+	silent atomic.Int64  // since when the log says that the controllers do not answer; 0: they do
 
 	mu       sync.Mutex
 	m        *replication.Engine
@@ -234,13 +235,19 @@ func (e *Engine) commit(number uint64, c replication.Change) {
 	case err == nil:
 	case errors.Is(err, volume.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		outcome = replication.CommitUnknown
-		e.log.Warn("the controllers do not answer", "error", err)
+		if t, last := int64(now()), e.silent.Load(); last == 0 || t-last >= int64(time.Minute) {
+			e.silent.Store(t)
+			e.log.Warn("the controllers do not answer", "error", err)
+		}
 	case m.Volume != e.id:
 		outcome = replication.CommitUnknown // whoever refuses shows the record that it goes by
 		e.log.Warn("the controllers' answer says nothing of the change", "error", err)
 	default:
 		outcome = replication.CommitRefused
 		e.log.Info("the controllers refused a change", "error", err)
+	}
+	if outcome != replication.CommitUnknown && e.silent.Swap(0) != 0 {
+		e.log.Info("the controllers answer again")
 	}
 	e.step(func() {
 		e.m.Committed(now(), number, outcome, m)
