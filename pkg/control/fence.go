@@ -118,7 +118,7 @@ func (c cluster) gone(id volume.NodeID) bool {
 }
 
 // endEngine has a node end the engine of a volume that it runs. A node that is not known answers nothing, and none is waited for
-// longer than it takes one that is well; one that is silent hardly.
+// longer than it takes one that is well; one that is silent, or answers nothing else meanwhile, hardly.
 func (s *Service) endEngine(ctx context.Context, node volume.NodeID, v volume.Volume) (clean bool, err error) {
 	c, err := s.cluster(ctx)
 	if err != nil {
@@ -131,11 +131,22 @@ func (s *Service) endEngine(ctx context.Context, node volume.NodeID, v volume.Vo
 	if silent := c.silent[node]; silent != "" {
 		patience, why = s.o.FenceTimeout, fmt.Errorf("%s, nor does it answer: %w", silent, volume.ErrUnavailable)
 	}
-	limit, cancel := context.WithTimeout(ctx, patience)
+	limit, cancel := context.WithTimeoutCause(ctx, patience, why)
 	defer cancel()
+	limit, giveUp := context.WithCancelCause(limit)
+	var asked sync.WaitGroup
+	defer asked.Wait()
+	defer giveUp(nil)
+	asked.Go(func() {
+		soon, cancel := context.WithTimeout(limit, s.o.FenceTimeout)
+		defer cancel()
+		if _, err := s.agents.Observe(soon, node, nil); err != nil && soon.Err() != nil {
+			giveUp(fmt.Errorf("node %s does not answer: %w", node, volume.ErrUnavailable))
+		}
+	})
 	clean, err = s.agents.Detach(limit, node, v.ID, v.Epoch)
 	if err != nil && limit.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%w (%v)", why, err)
+		err = fmt.Errorf("%w (%v)", context.Cause(limit), err)
 	}
 	return clean, err
 }

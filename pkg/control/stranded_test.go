@@ -187,6 +187,21 @@ func TestANodeThatCannotEndItsEngineIsFenced(t *testing.T) {
 	}
 }
 
+// The time to write out what a workload has written is for nodes that answer.
+func TestANodeThatAnswersNothingIsNotWaitedFor(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	w := newCluster(t)
+	w.endTimeout = time.Hour
+	w.restart()
+	v := w.serve(w.mustAttach(w.mustCreate(replicated("v", 2)).ID, "n1"))
+	w.agents.hanging("n1")
+	wantErr(t, w.Detach(ctx, v.ID, "n1"), nil)
+	if now := w.get(v.ID); now.Attachment != nil || now.Clean || now.Epoch <= v.Epoch {
+		t.Errorf("%+v", now)
+	}
+}
+
 // An engine that its node begins while another is being closed has not ended with it.
 func TestAnEngineBegunMeanwhileIsNotClosedCleanly(t *testing.T) {
 	ctx := context.Background()

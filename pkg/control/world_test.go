@@ -28,6 +28,8 @@ type world struct {
 	f      *faults
 	agents *fakeAgents
 	now    time.Time
+	// endTimeout is the service's after a restart; 100 ms where it is 0.
+	endTimeout time.Duration
 	*control.Service
 }
 
@@ -64,8 +66,12 @@ func (w *world) register(n volume.NodeID, ps ...volume.Pool) {
 // restart begins a new process over the same disks.
 func (w *world) restart() {
 	w.f.arm(0, "", nil)
+	end := w.endTimeout
+	if end == 0 {
+		end = 100 * time.Millisecond
+	}
 	w.Service = control.New(faultyStore{w.store, w.f}, w.agents, control.Options{
-		Now: func() time.Time { return w.now }, UndoTimeout: time.Hour, FenceTimeout: 50 * time.Millisecond, EndTimeout: 100 * time.Millisecond,
+		Now: func() time.Time { return w.now }, UndoTimeout: time.Hour, FenceTimeout: 50 * time.Millisecond, EndTimeout: end,
 	})
 }
 

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -23,7 +24,7 @@ func TestRestartOfAll(t *testing.T) {
 		must(t, r.at(i).Up(t.Context(), m.claim))
 		mounted = append(mounted, m)
 	}
-	for lap, end := range []func(*harness.Daemon) error{(*harness.Daemon).Kill, (*harness.Daemon).Stop, (*harness.Daemon).Kill} {
+	for lap, end := range []func(*harness.Daemon) error{(*harness.Daemon).Kill, stopWithOthers, (*harness.Daemon).Kill} {
 		t.Logf("lap %d", lap+1)
 		must(t, r.working("before the restart"))
 		for _, m := range mounted {
@@ -56,6 +57,16 @@ func TestRestartOfAll(t *testing.T) {
 	}
 	must(t, r.each(r.served, (*served).end))
 	r.nothingLeft()
+}
+
+// stopWithOthers stops a daemon while others are stopped too. The last of them may find nobody to keep what it has still to
+// write out, and says so: the same is lost as in a power cut, which is what was not synced.
+func stopWithOthers(d *harness.Daemon) error {
+	err := d.Stop()
+	if err != nil && strings.Contains(err.Error(), "what was not synced by its workload may be lost") {
+		return nil
+	}
+	return err
 }
 
 // newRun is a cluster with one volume in use on each of three nodes.
