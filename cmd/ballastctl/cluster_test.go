@@ -22,7 +22,7 @@ func TestWhatIsShownOfACluster(t *testing.T) {
 	socket := admintest.Serve(t, admintest.Several(t))
 	for _, args := range []string{
 		"cluster status", "cluster status -o json", "cluster join-token list", "cluster join-token list -o yaml", "node list", "node list -o wide", "node get node-1",
-		"node why node-3", "node why node-4", "replica list", "replica list --volume db -o wide", "replica list --node node-3", "replica list --volume db -o json",
+		"node why node-3", "node why node-4", "replica list", "replica list -o wide", "replica list --volume db -o wide", "replica list --node node-3", "replica list --volume db -o json",
 		"volume list", "volume list -o wide", "volume get db", "volume get queue", "volume get db -o json", "volume why db", "salvage archive", "salvage archive -o json",
 		"snapshot group list", "snapshot group get nightly", "snapshot group why nightly", "snapshot group list -o json",
 	} {

@@ -73,6 +73,14 @@ func orDash(s string) cell {
 	return plain(s)
 }
 
+// agoCell says how long ago t was.
+func agoCell(t *time.Time) cell {
+	if t == nil {
+		return orDash("")
+	}
+	return plain(ageText(t, now()) + " ago")
+}
+
 // safe replaces what could move the cursor or colour a terminal: names come from outside.
 func safe(s string) string {
 	return strings.Map(func(r rune) rune {

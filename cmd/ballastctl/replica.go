@@ -143,7 +143,9 @@ func replicaList(c *cli) *cobra.Command {
   in-sync   has every write that was answered
   stale     missed some while it was away, and is brought up when it can be reached
   filling   is new and not full yet
-  leaving   belongs to the volume no more; its node is yet to free it`,
+  leaving   belongs to the volume no more; its node is yet to free it
+
+With -o wide, json and yaml: when what each had was made durable last, where its node answers.`,
 		Example: "  ballastctl replica list --volume db-data\n  ballastctl replica list --node node-2 -o wide\n" +
 			"  ballastctl replica list -o json | jq '.[] | select(.role != \"in-sync\")'",
 		Args: arguments(),
@@ -164,7 +166,7 @@ func replicaList(c *cli) *cobra.Command {
 				wide := c.output == "wide"
 				t := &table{head: []string{"VOLUME", "ROLE", "NODE", "POOL", "ON DISK", "PROGRESS"}}
 				if wide {
-					t.head = append(t.head, "ID", "LEFT SYNC AT")
+					t.head = append(t.head, "ID", "LEFT SYNC AT", "LAST FLUSH")
 				}
 				for _, x := range rs {
 					row := []cell{plain(x.VolumeName), roleCell(x.Role), plain(x.Node), plain(poolOf(x)), sizeCell(x.PhysicalBytes), behindCell(x)}
@@ -173,7 +175,7 @@ func replicaList(c *cli) *cobra.Command {
 						if x.RemovedAt > 0 {
 							left = fmt.Sprintf("configuration %d", x.RemovedAt)
 						}
-						row = append(row, plain(x.ID), orDash(left))
+						row = append(row, plain(x.ID), orDash(left), agoCell(x.LastFlush))
 					}
 					t.add(row)
 				}

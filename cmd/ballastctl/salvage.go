@@ -113,11 +113,7 @@ func (c *cli) showCandidates(l *adminpb.ListCandidatesReply) error {
 	for _, v := range vs {
 		row := []cell{plain(v.Replica.ID), plain(v.Replica.Node), roleCell(v.Replica.Role)}
 		if v.Answers {
-			flushed := ""
-			if v.LastFlush != nil {
-				flushed = ageText(v.LastFlush, now()) + " ago"
-			}
-			row = append(row, plain(fmt.Sprint(v.ConfigVersion)), plain(fmt.Sprint(v.Epoch)), orDash(flushed), sizeCell(v.SizeBytes))
+			row = append(row, plain(fmt.Sprint(v.ConfigVersion)), plain(fmt.Sprint(v.Epoch)), agoCell(v.LastFlush), sizeCell(v.SizeBytes))
 		} else {
 			row = append(row, orDash(""), orDash(""), orDash(""), orDash(""))
 		}

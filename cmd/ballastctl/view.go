@@ -33,6 +33,7 @@ type replicaView struct {
 	Role          string      `json:"role,omitempty"`
 	PhysicalBytes int64       `json:"physicalBytes"`
 	RemovedAt     uint64      `json:"removedAt,omitempty"`
+	LastFlush     *time.Time  `json:"lastFlush,omitempty"`
 	Resync        *resyncView `json:"resync,omitempty"`
 }
 
@@ -201,7 +202,7 @@ func viewCapability(c *adminpb.Capability) capabilityView {
 func viewReplica(r *adminpb.Replica) replicaView {
 	v := replicaView{
 		ID: r.Id, Volume: r.Volume, VolumeName: r.VolumeName, Node: r.Node, NodeSilent: r.NodeSilent, Pool: r.Pool, PoolName: r.PoolName, Role: r.Role,
-		PhysicalBytes: r.PhysicalBytes, RemovedAt: r.RemovedAt,
+		PhysicalBytes: r.PhysicalBytes, RemovedAt: r.RemovedAt, LastFlush: timeView(r.LastFlush),
 	}
 	if x := r.Resync; x != nil {
 		v.Resync = &resyncView{

@@ -44,6 +44,7 @@ type Control interface {
 
 	Health(ctx context.Context, id volume.ID) (control.Health, error)
 	Unhealthy(ctx context.Context, p control.Page) ([]control.Health, string, error)
+	Healths(ctx context.Context, p control.Page) ([]control.Health, string, error)
 	Candidates(ctx context.Context, id volume.ID) ([]control.Candidate, error)
 	Salvage(ctx context.Context, id volume.ID, replica volume.ReplicaID, force bool) (volume.Volume, error)
 

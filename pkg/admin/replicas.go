@@ -62,18 +62,19 @@ func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasReque
 			return nil, err
 		}
 	}
-	engines := map[volume.ID]*volume.EngineReport{}
+	healths := map[volume.ID]control.Health{}
 	out := &adminpb.ListReplicasReply{}
 	add := func(v volume.Volume) bool {
 		on := func(x volume.Replica) bool { return r.Node == "" || string(x.Node) == r.Node }
 		if !slices.ContainsFunc(v.Replicas, on) && !slices.ContainsFunc(v.Leaving, on) {
 			return true
 		}
-		replicas := replicasOf(v, engines[v.ID], at)
+		h := healths[v.ID]
+		replicas := replicasOf(v, h.Engine, at)
 		slices.SortStableFunc(replicas, func(a, b *adminpb.Replica) int { return strings.Compare(a.Node, b.Node) })
 		for _, p := range replicas {
 			if r.Node == "" || p.Node == r.Node {
-				p.Volume, p.VolumeName = string(v.ID), v.Name
+				p.Volume, p.VolumeName, p.LastFlush = string(v.ID), v.Name, timeToProto(h.LastFlush[volume.ReplicaID(p.Id)])
 				out.Replicas = append(out.Replicas, p)
 			}
 		}
@@ -88,16 +89,12 @@ func (s *Service) ListReplicas(ctx context.Context, r *adminpb.ListReplicasReque
 		if err != nil && !errors.Is(err, volume.ErrNotFound) {
 			return nil, err
 		}
-		engines[v.ID] = h.Engine
+		healths[v.ID] = h
 		add(v)
 		return out, ctx.Err()
 	}
-	unwell, err := s.unwell(ctx)
-	if err != nil {
+	if healths, err = every(ctx, s.o.Control.Healths); err != nil {
 		return nil, err
-	}
-	for id, h := range unwell {
-		engines[id] = h.Engine
 	}
 	return out, errors.Join(s.everyVolume(ctx, add), ctx.Err())
 }

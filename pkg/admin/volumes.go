@@ -12,9 +12,14 @@ import (
 
 // unwell are the volumes that have conditions.
 func (s *Service) unwell(ctx context.Context) (map[volume.ID]control.Health, error) {
+	return every(ctx, s.o.Control.Unhealthy)
+}
+
+// every reads a list of healths to its end.
+func every(ctx context.Context, list func(context.Context, control.Page) ([]control.Health, string, error)) (map[volume.ID]control.Health, error) {
 	m := map[volume.ID]control.Health{}
 	for token := ""; ; {
-		hs, next, err := s.o.Control.Unhealthy(ctx, control.Page{Max: pageSize, Token: token, All: true})
+		hs, next, err := list(ctx, control.Page{Max: pageSize, Token: token, All: true})
 		if err != nil {
 			return nil, err
 		}

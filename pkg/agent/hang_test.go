@@ -222,8 +222,8 @@ func TestReportsBesideHungDisk(t *testing.T) {
 			if got := n.usage(); !equalUsage(got, want) {
 				t.Errorf("usage %+v, was %+v", got, want)
 			}
-			if got := reasons(n.replicaConditions(of)); got != "Inaccessible/PoolSilent" {
-				t.Errorf("conditions %q", got)
+			if got, at := n.observeReplica(of); reasons(got) != "Inaccessible/PoolSilent" || at != 0 {
+				t.Errorf("conditions %q, flushed at %d", reasons(got), at)
 			}
 		}
 		if took := time.Since(start); took != answerLimit {
@@ -231,8 +231,8 @@ func TestReportsBesideHungDisk(t *testing.T) {
 		}
 		resume()
 		synctest.Wait()
-		if got := reasons(n.replicaConditions(of)); got != "" {
-			t.Errorf("conditions %q of a disk that answers again", got)
+		if got, at := n.observeReplica(of); len(got) > 0 || at != a.LastFlush("rep-a") {
+			t.Errorf("conditions %q of a disk that answers again, flushed at %d", reasons(got), at)
 		}
 	})
 }

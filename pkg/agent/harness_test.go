@@ -341,7 +341,8 @@ func (p *filePool) Usage() (map[volume.ReplicaID]int64, map[volume.SnapshotID]in
 
 func (p *filePool) Damaged() (map[volume.ReplicaID]bool, map[volume.SnapshotID]bool) { return nil, nil }
 
-func (p *filePool) LastFlush(volume.ReplicaID) volume.Timestamp { return 0 }
+// LastFlush is another for each replica.
+func (p *filePool) LastFlush(id volume.ReplicaID) volume.Timestamp { return volume.Timestamp(len(id)) }
 
 func (p *filePool) Conditions(volume.ReplicaID) []volume.Condition { return p.conditions }
 

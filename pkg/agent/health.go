@@ -23,7 +23,8 @@ func (n *Node) Observe(_ context.Context, node volume.NodeID, of []control.Subje
 	}
 	out := make([]control.Observation, len(of))
 	for i, s := range of {
-		out[i].Replica, out[i].Device = n.replicaConditions(s.Replica), n.deviceConditions(s.Volume)
+		out[i].Replica, out[i].LastFlush = n.observeReplica(s.Replica)
+		out[i].Device = n.deviceConditions(s.Volume)
 		if r, runs := n.engine(s.Volume); runs {
 			out[i].Engine = &r
 		}
@@ -46,7 +47,7 @@ func (n *Node) Health(ctx context.Context, id volume.ID) ([]volume.Condition, er
 	i := slices.IndexFunc(cv.Replicas, func(r volume.Replica) bool { return r.Node == n.cfg.ID })
 	var out []volume.Condition
 	if i >= 0 {
-		out = n.replicaConditions(cv.Replicas[i])
+		out, _ = n.observeReplica(cv.Replicas[i])
 	} else if !known && (cv.Attachment == nil || cv.Attachment.Node != n.cfg.ID) {
 		return nil, fmt.Errorf("volume %s is not on node %s: %w", id, n.cfg.ID, volume.ErrNotFound)
 	}
@@ -62,25 +63,29 @@ func (n *Node) Health(ctx context.Context, id volume.ID) ([]volume.Condition, er
 	return out, nil
 }
 
-// replicaConditions are what is wrong with a replica here; one without an ID has no troubles.
-func (n *Node) replicaConditions(r volume.Replica) []volume.Condition {
-	bad := func(reason, format string, a ...any) []volume.Condition {
-		return []volume.Condition{{Severity: volume.Inaccessible, Reason: reason, Message: fmt.Sprintf(format, a...)}}
+// observeReplica tells what is wrong with a replica here, and when it was flushed last; one without an ID has no troubles.
+func (n *Node) observeReplica(r volume.Replica) ([]volume.Condition, volume.Timestamp) {
+	bad := func(reason, format string, a ...any) ([]volume.Condition, volume.Timestamp) {
+		return []volume.Condition{{Severity: volume.Inaccessible, Reason: reason, Message: fmt.Sprintf(format, a...)}}, 0
 	}
 	p, ok := n.pools[r.Pool]
 	switch {
 	case r.ID == "":
-		return nil
+		return nil, 0
 	case !ok:
 		return bad("PoolMissing", "pool %s is not open on node %s; bring its disk back and restart ballastd", r.Pool, n.cfg.ID)
 	case !p.HasReplica(r.ID):
 		return bad("ReplicaMissing", "pool %s has no replica %s; was its directory replaced? Bring the old one back, or restore a snapshot", r.Pool, r.ID)
 	}
-	conditions, ok := ask(&n.silent, r.Pool, func() []volume.Condition { return p.Conditions(r.ID) })
+	type answer struct {
+		conditions []volume.Condition
+		lastFlush  volume.Timestamp
+	}
+	a, ok := ask(&n.silent, r.Pool, func() answer { return answer{p.Conditions(r.ID), p.LastFlush(r.ID)} })
 	if !ok {
 		return bad("PoolSilent", "pool %s on node %s does not answer: its disk hangs; look at the kernel's log and at the disk, and restart ballastd once it is sound", p.Info().Name, n.cfg.ID)
 	}
-	return conditions
+	return a.conditions, a.lastFlush
 }
 
 // deviceConditions are what is wrong with a volume's engine, device and filesystem here.

@@ -149,6 +149,7 @@ type fakeAgents struct {
 	down       map[volume.NodeID]bool
 	conditions []volume.Condition
 	troubled   volume.NodeID // the only one that has the conditions; "" is all
+	flushed    map[volume.ReplicaID]volume.Timestamp
 	atDevice   map[volume.NodeID][]volume.Condition
 	running    *volume.EngineReport // on runner
 	runner     volume.NodeID
@@ -429,6 +430,7 @@ func (a *fakeAgents) Observe(ctx context.Context, node volume.NodeID, of []contr
 			out[i].Replica = slices.Clone(a.conditions)
 		}
 		out[i].Device = slices.Clone(a.atDevice[node])
+		out[i].LastFlush = a.flushed[s.Replica.ID]
 		if a.running != nil && node == a.runner {
 			out[i].Engine = a.running
 		}

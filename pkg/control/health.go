@@ -33,11 +33,20 @@ func (s *Service) Health(ctx context.Context, id volume.ID) (Health, error) {
 		return Health{}, err
 	}
 	x := o.look(ctx, []volume.Volume{v})[0]
-	return Health{Volume: id, Conditions: x.conditions(), Engine: x.engine()}, ctx.Err()
+	return x.health(), ctx.Err()
 }
 
 // Unhealthy lists the volumes with conditions in order of id, and the token of the next page or "".
 func (s *Service) Unhealthy(ctx context.Context, p Page) ([]Health, string, error) {
+	return s.healths(ctx, p, func(h Health) bool { return len(h.Conditions) > 0 })
+}
+
+// Healths lists how every volume is, likewise.
+func (s *Service) Healths(ctx context.Context, p Page) ([]Health, string, error) {
+	return s.healths(ctx, p, func(Health) bool { return true })
+}
+
+func (s *Service) healths(ctx context.Context, p Page, wanted func(Health) bool) ([]Health, string, error) {
 	if p.Max < 0 {
 		return nil, "", fmt.Errorf("page of %d entries: %w", p.Max, volume.ErrInvalid)
 	}
@@ -57,14 +66,14 @@ func (s *Service) Unhealthy(ctx context.Context, p Page) ([]Health, string, erro
 			return nil, "", err
 		}
 		for _, x := range seen {
-			cs := x.conditions()
-			if len(cs) == 0 {
+			h := x.health()
+			if !wanted(h) {
 				continue
 			}
 			if p.Max > 0 && len(out) == p.Max {
 				return out, string(out[len(out)-1].Volume), nil
 			}
-			out = append(out, Health{Volume: x.ID, Conditions: cs, Engine: x.engine()})
+			out = append(out, h)
 		}
 		if next == "" {
 			return out, "", nil

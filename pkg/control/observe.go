@@ -152,6 +152,16 @@ func (o *observer) conclude(x *sight) {
 	}
 }
 
+func (x sight) health() Health {
+	h := Health{Volume: x.ID, Conditions: x.conditions(), Engine: x.engine(), LastFlush: map[volume.ReplicaID]volume.Timestamp{}}
+	for _, r := range x.Replicas {
+		if at := x.seen[r.Node].LastFlush; at > 0 {
+			h.LastFlush[r.ID] = at
+		}
+	}
+	return h
+}
+
 // engine is what the volume's engine tells.
 func (x sight) engine() *volume.EngineReport { return x.seen[x.Owner].Engine }
 

@@ -121,6 +121,8 @@ type Observation struct {
 	Replica, Device []volume.Condition `json:",omitempty"`
 	// Engine is nil where the node does not run the volume's.
 	Engine *volume.EngineReport `json:",omitempty"`
+	// LastFlush is when what the replica there had was made durable last; 0 is not known.
+	LastFlush volume.Timestamp `json:",omitempty"`
 }
 
 // Health is what is wrong with a volume; no condition is healthy.
@@ -129,4 +131,6 @@ type Health struct {
 	Conditions []volume.Condition
 	// Engine is how its engine is, nil where none can be asked.
 	Engine *volume.EngineReport
+	// LastFlush is when what replicas had was made durable last, of those whose nodes told it.
+	LastFlush map[volume.ReplicaID]volume.Timestamp
 }

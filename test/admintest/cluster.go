@@ -88,6 +88,7 @@ func Several(t interface{ Fatal(...any) }) *Cluster {
 			"vol-00000000000000000002": {{Severity: volume.Inaccessible, Reason: "BelowMinInSync", Message: "1 replicas are in sync, minInSync is 2: writes wait until another is, or minInSync is lowered"}},
 			"vol-00000000000000000003": {{Severity: volume.Inaccessible, Reason: "NoReplicaReachable", Message: "no replica that was in sync can be reached: bring one of their nodes back"}},
 		},
+		Flushed: map[volume.ReplicaID]volume.Timestamp{"rep-a1": Ago(3 * time.Second), "rep-a2": Ago(4 * time.Second), "rep-b1": Ago(time.Second), "rep-d2": Ago(70 * time.Hour)},
 		CandidateList: map[volume.ID][]control.Candidate{"vol-00000000000000000003": {
 			{Replica: replica("c2", 2, volume.Stale), Report: &control.ReplicaReport{
 				Present: true, Role: volume.Stale, Lineage: 1, Epoch: 4, ConfigVersion: 8, LastFlush: Ago(25 * time.Minute), Size: 10 << 30,

@@ -40,6 +40,7 @@ type Cluster struct {
 	QuotaList []volume.Quota
 	StrayList []control.Stray
 	Sick      map[volume.ID][]volume.Condition
+	Flushed   map[volume.ReplicaID]volume.Timestamp
 	NotReady  error
 	// Refuse is what lists of volumes are refused with.
 	Refuse error
@@ -412,7 +413,7 @@ func (c *Cluster) Health(_ context.Context, id volume.ID) (control.Health, error
 	if err == nil && v.State == volume.Deleting {
 		err = fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
 	}
-	return control.Health{Volume: id, Conditions: c.Sick[id], Engine: c.engine(id)}, err
+	return c.health(id), err
 }
 
 // Unhealthy implements admin.Control.
@@ -421,11 +422,27 @@ func (c *Cluster) Unhealthy(_ context.Context, p control.Page) ([]control.Health
 	defer c.Mu.Unlock()
 	var all []control.Health
 	for _, v := range c.Vols {
-		if cs := c.Sick[v.ID]; len(cs) > 0 {
-			all = append(all, control.Health{Volume: v.ID, Conditions: cs, Engine: c.engine(v.ID)})
+		if len(c.Sick[v.ID]) > 0 {
+			all = append(all, c.health(v.ID))
 		}
 	}
 	return page(all, p)
+}
+
+// Healths implements admin.Control.
+func (c *Cluster) Healths(_ context.Context, p control.Page) ([]control.Health, string, error) {
+	c.Mu.Lock()
+	defer c.Mu.Unlock()
+	var all []control.Health
+	for _, v := range c.Vols {
+		all = append(all, c.health(v.ID))
+	}
+	return page(all, p)
+}
+
+// health is how a volume is. Mu is held.
+func (c *Cluster) health(id volume.ID) control.Health {
+	return control.Health{Volume: id, Conditions: c.Sick[id], Engine: c.engine(id), LastFlush: c.Flushed}
 }
 
 // Nodes implements admin.Control.
