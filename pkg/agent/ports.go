@@ -38,7 +38,8 @@ type Frontend interface {
 	Release(name string)
 }
 
-// Pool is what a node needs of a pool. The methods that control.Agents has too promise what is written there.
+// Pool is what a node needs of a pool. The methods that control.Agents has too promise what is written there. On a disk that hangs
+// those with a context, all but OpenReplica, end with it: volume.ErrUnavailable, and what was begun may still be done.
 type Pool interface {
 	// Info returns the pool; Node is not set. It does not wait for the disk.
 	Info() volume.Pool

@@ -325,13 +325,15 @@ func (h *replicaHost) forget(ctx context.Context, p Pool, s volume.SnapshotID, u
 		if x.pool != p {
 			continue
 		}
-		if err := x.take(ctx); err != nil {
+		err := x.locked(ctx, func() error {
+			if x.r != nil {
+				x.r.Forget(s, upTo)
+			}
+			return nil
+		}, nil)
+		if err != nil {
 			return err
 		}
-		if x.r != nil {
-			x.r.Forget(s, upTo)
-		}
-		x.unlock()
 	}
 	return nil
 }

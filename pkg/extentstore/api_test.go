@@ -38,7 +38,7 @@ func TestCallsAreIdempotentAndChecked(t *testing.T) {
 	must(t, err)
 	snap, err := p.OpenSnapshot(ctx, "s")
 	must(t, err)
-	if !p.HasReplica("r") || p.HasReplica("x") || !p.HasSnapshot("s") || p.HasSnapshot("x") || len(p.Replicas()) != 2 {
+	if !p.HasReplica("r") || p.HasReplica("x") || !hasSnapshot(p, "s") || hasSnapshot(p, "x") || len(p.Replicas()) != 2 {
 		t.Error("what is there")
 	}
 	opened := func(_ Device, err error) error { return err }

@@ -12,7 +12,7 @@ import (
 // Cut seals a replica's present state as a snapshot: all writes that returned before the call are in it. Writes wait for
 // a short moment that does not depend on the replica's size. A snapshot of that id of the same replica is nil.
 func (p *Pool) Cut(ctx context.Context, id volume.ReplicaID, snap volume.SnapshotID) error {
-	return p.cut(ctx, &cutting{replica: id, snap: snap})
+	return p.await(ctx, func() error { return p.cut(ctx, &cutting{replica: id, snap: snap}) }, nil)
 }
 
 // cutting says what is to be sealed as what.
@@ -38,7 +38,7 @@ func (c *cutting) done(p *Pool) (bool, error) {
 		return false, fmt.Errorf("snapshot %s is of replica %s: %w", c.snap, s.replica, volume.ErrExists)
 	case !c.replace || s.number == c.number:
 		return true, nil
-	case s.readers > 0:
+	case s.readers.Load() > 0:
 		return false, fmt.Errorf("snapshot %s of barrier %d is being read: %w", c.snap, s.number, volume.ErrBusy)
 	}
 	return false, nil
@@ -52,7 +52,7 @@ func (p *Pool) cut(ctx context.Context, c *cutting) error {
 		return err
 	}
 	defer p.users.RUnlock()
-	r, done, err := p.beginCut(c)
+	r, done, err := p.beginCut(ctx, c)
 	if done || err != nil {
 		return err
 	}
@@ -70,7 +70,7 @@ func (p *Pool) cut(ctx context.Context, c *cutting) error {
 			return err
 		}
 	}
-	return p.seal(r, c)
+	return p.seal(ctx, r, c)
 }
 
 // cuts are the seals of a pool that are under way, and those that must not come any more. Guarded by Pool.mu.
@@ -137,10 +137,10 @@ func (p *Pool) flushBeforeCut(ctx context.Context, r *replica) error {
 }
 
 // beginCut notes that a cut is under way, unless the snapshot is there already.
-func (p *Pool) beginCut(c *cutting) (_ *replica, done bool, err error) {
+func (p *Pool) beginCut(ctx context.Context, c *cutting) (_ *replica, done bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
+	if err := p.ready(ctx); err != nil {
 		return nil, false, err
 	}
 	if done, err := c.done(p); done || err != nil {
@@ -161,10 +161,10 @@ func (p *Pool) endCut(c *cutting) {
 }
 
 // seal makes the head the snapshot's layer and opens a new one, in one transaction. Writes are kept out.
-func (p *Pool) seal(r *replica, c *cutting) error {
+func (p *Pool) seal(ctx context.Context, r *replica, c *cutting) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
+	if err := p.ready(ctx); err != nil {
 		return err
 	}
 	if p.replicas[r.id] != r {

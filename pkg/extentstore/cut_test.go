@@ -38,7 +38,7 @@ func TestGivenUpWhileItIsSealed(t *testing.T) {
 			if err := <-sealed; !errors.Is(err, volume.ErrBusy) {
 				t.Errorf("the seal ended with %v", err)
 			}
-			if p.HasSnapshot("s") || len(p.layers) != layers || len(p.cuts.running) != 0 {
+			if hasSnapshot(p, "s") || len(p.layers) != layers || len(p.cuts.running) != 0 {
 				t.Error("something of the snapshot is left")
 			}
 			must(t, d.Seal(ctx, "s", 4))
@@ -70,7 +70,7 @@ func TestSealAfterItWasGivenUp(t *testing.T) {
 	must(t, d.Seal(ctx, "other", 3))
 	must(t, d.Seal(ctx, "s", 4))
 	must(t, p.DeleteSnapshot(ctx, "s", 3)) // once more, and late
-	if !p.HasSnapshot("s") {
+	if !hasSnapshot(p, "s") {
 		t.Error("what a later barrier cut is gone")
 	}
 	// What a pool only lets go of may come back to it.
@@ -96,7 +96,7 @@ func TestGivenUpAfterARestart(t *testing.T) {
 	must(t, d.Flush(ctx))
 	m = m.crash(1)
 	p = openMem(t, m, Options{Capacity: 64 * mib, manual: true})
-	if !p.HasSnapshot("s") {
+	if !hasSnapshot(p, "s") {
 		t.Fatal("the crash took the seal")
 	}
 	must(t, p.DeleteSnapshot(ctx, "s", 3))
@@ -109,7 +109,7 @@ func TestGivenUpAfterARestart(t *testing.T) {
 	sound(t, m)
 	p = openMem(t, m, Options{Capacity: 64 * mib, manual: true})
 	defer p.Close()
-	if p.HasSnapshot("s") || len(p.layers) != 1 {
+	if hasSnapshot(p, "s") || len(p.layers) != 1 {
 		t.Errorf("%d layers after another crash", len(p.layers))
 	}
 }

@@ -181,25 +181,6 @@ func (h *Replica) begin(ctx context.Context) error {
 	return err
 }
 
-// ReplicaState is the protocol's state of a replica, open or not; nil where there is none.
-func (p *Pool) ReplicaState(ctx context.Context, id volume.ReplicaID) ([]byte, error) {
-	if err := p.use(); err != nil {
-		return nil, err
-	}
-	defer p.users.RUnlock()
-	p.mu.Lock()
-	r := p.replicas[id]
-	p.mu.Unlock()
-	if r == nil {
-		return nil, noReplica(p, id)
-	}
-	b, err := p.kv.Get(journalKey(keyState, r.journal))
-	if b == nil || err != nil {
-		return nil, err
-	}
-	return decodeState(b)
-}
-
 // purge is what is left of a journal whose replica was deleted, or with all false, of one peer in it.
 type purge struct {
 	id  uint64

@@ -117,11 +117,8 @@ func TestJournal(t *testing.T) {
 	must(t, r.DropMissed(ctx, ""))
 	expect(want[0], want[1])
 	settle(t, p)
-	if got, err := p.ReplicaState(ctx, "r"); err != nil || string(got) != "two" {
-		t.Errorf("state of the replica: %q %v", got, err)
-	}
-	if _, err := p.ReplicaState(ctx, "x"); !errors.Is(err, volume.ErrNotFound) {
-		t.Errorf("state of no replica: %v", err)
+	if got := r.State(); string(got) != "two" {
+		t.Errorf("state of the replica: %q", got)
 	}
 	must(t, r.AddMissed(ctx, tag("d", 1), runs(0, 2*purgeStep*missedExtents+1)))
 	must(t, r.Close())

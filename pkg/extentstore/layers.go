@@ -98,7 +98,7 @@ func (p *Pool) between(r *replica, snap, base volume.SnapshotID) (head, end *cha
 	var pinned []*snapshot
 	release := func() {
 		for _, s := range pinned {
-			s.readers--
+			s.readers.Add(-1)
 		}
 	}
 	pin := func(id volume.SnapshotID) (s *snapshot, err error) {
@@ -127,11 +127,7 @@ func (p *Pool) between(r *replica, snap, base volume.SnapshotID) (head, end *cha
 			return nil, nil, 0, nil, fmt.Errorf("snapshot %s is not an earlier state of %q: %w", base, snap, volume.ErrInvalid)
 		}
 	}
-	return head, end, size, func() {
-		p.mu.Lock()
-		release()
-		p.mu.Unlock()
-	}, nil
+	return head, end, size, release, nil
 }
 
 // descends tells whether a layer is above another or is it. Pool.mu is held.

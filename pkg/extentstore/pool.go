@@ -27,7 +27,8 @@ const (
 	maxDirtyPages = 16 << 10
 )
 
-// Pool is an open pool. All methods may be called at once.
+// Pool is an open pool. All methods may be called at once. Those with a context end with it, whatever the disk does, but for
+// OpenReplica: what they have begun goes on then, and they return volume.ErrUnavailable.
 type Pool struct {
 	dir   string
 	opts  Options
@@ -68,7 +69,8 @@ type Pool struct {
 	purges    []purge
 	closed    bool
 
-	users   sync.RWMutex // shared by what neither mu nor a handle keeps the pool open for
+	users   sync.RWMutex  // shared by what neither mu nor a handle keeps the pool open for
+	awaited chan struct{} // holds a token of each await
 	failed  atomic.Pointer[error]
 	starved atomic.Int64 // writes that the filesystem has no room for
 	job     *job         // of the worker
@@ -125,7 +127,7 @@ type snapshot struct {
 	volume  volume.ID
 	tenant  string
 	replica volume.ReplicaID
-	readers int // guarded by Pool.mu
+	readers atomic.Int32 // who raises it holds Pool.mu
 }
 
 // deps are a pool's ports.
@@ -143,7 +145,8 @@ func start(dir string, d deps, o Options) (_ *Pool, err error) {
 		dir: dir, opts: o, log: o.Logger, file: d.file, kv: d.kv, space: d.space, release: d.release,
 		thin:   o.Kind == volume.PoolDir,
 		layers: map[uint64]*chain{}, replicas: map[volume.ReplicaID]*replica{}, snapshots: map[volume.SnapshotID]*snapshot{},
-		kicked: make(chan struct{}, 1), flushMe: make(chan struct{}, 1), compactMe: make(chan struct{}, 1),
+		awaited: make(chan struct{}, maxAwaited),
+		kicked:  make(chan struct{}, 1), flushMe: make(chan struct{}, 1), compactMe: make(chan struct{}, 1),
 	}
 	p.freed.some = make(chan struct{}, 1)
 	p.cuts.over = map[volume.SnapshotID]uint64{}
@@ -283,6 +286,9 @@ func (p *Pool) Close() error {
 		errs = append(errs, h.Close())
 	}
 	errs = append(errs, p.group.Wait())
+	for range maxAwaited {
+		p.awaited <- struct{}{} // nothing is awaited any more, from now on
+	}
 	if p.failure() == nil && !p.opts.salvage {
 		p.mu.Lock()
 		all := make([]*chain, 0, len(p.layers))

@@ -43,6 +43,12 @@ func newReplica(t testing.TB, p *Pool, id volume.ReplicaID, size int64, parent v
 	return d
 }
 
+func hasSnapshot(p *Pool, id volume.SnapshotID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.snapshots[id] != nil
+}
+
 // settle does all background work that there is.
 func settle(t testing.TB, p *Pool) {
 	t.Helper()

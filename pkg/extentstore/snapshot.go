@@ -20,15 +20,11 @@ func (p *Pool) pin(id volume.SnapshotID) (*snapshot, error) {
 	if s == nil {
 		return nil, noSnapshot(p, id)
 	}
-	s.readers++
+	s.readers.Add(1)
 	return s, nil
 }
 
-func (p *Pool) unpin(s *snapshot) {
-	p.mu.Lock()
-	s.readers--
-	p.mu.Unlock()
-}
+func (s *snapshot) unpin() { s.readers.Add(-1) }
 
 // use keeps the pool open until users is unlocked.
 func (p *Pool) use() error {
@@ -51,9 +47,13 @@ type reader struct {
 // OpenSnapshot returns a snapshot as a device that cannot be written: WriteAt and Zero return volume.ErrInvalid. The
 // snapshot cannot be deleted until it is closed.
 func (p *Pool) OpenSnapshot(ctx context.Context, id volume.SnapshotID) (Device, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	s, err := p.pin(id)
+	var s *snapshot
+	err := p.await(ctx, func() (err error) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		s, err = p.pin(id)
+		return err
+	}, func() { s.unpin() })
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +103,7 @@ func (r *reader) Close() error {
 	defer r.life.Unlock()
 	if !r.closed {
 		r.closed = true
-		r.p.unpin(r.s)
+		r.s.unpin()
 	}
 	return nil
 }
@@ -116,18 +116,58 @@ func (p *Pool) Extents(ctx context.Context, snap, base volume.SnapshotID, offset
 	if offset < 0 {
 		return fmt.Errorf("offset %d: %w", offset, volume.ErrOutOfRange)
 	}
-	s, b, err := p.pinBoth(snap, base)
+	var s, b *snapshot
+	unpin := func() {
+		s.unpin()
+		if b != nil {
+			b.unpin()
+		}
+	}
+	err := p.await(ctx, func() (err error) {
+		s, b, err = p.pinBoth(snap, base)
+		return err
+	}, unpin)
 	if err != nil {
 		return err
 	}
-	defer p.unpin(s)
+	defer unpin()
 	var end *chain
 	if b != nil {
-		defer p.unpin(b)
 		end = b.layer
 	}
-	return p.walk(ctx, s.layer, end, s.size, offset, fn)
+	for more := true; more; {
+		var runs []extent
+		err := p.await(ctx, func() error {
+			err := p.walk(ctx, s.layer, end, s.size, offset, func(off, n int64) error {
+				if len(runs) == extentsStep {
+					return errEnough
+				}
+				runs = append(runs, extent{off, n})
+				return nil
+			})
+			if more = errors.Is(err, errEnough); more {
+				return nil
+			}
+			return err
+		}, nil)
+		if err != nil {
+			return err
+		}
+		for _, r := range runs {
+			if err := fn(r.off, r.n); err != nil {
+				return err
+			}
+			offset = r.off + r.n
+		}
+	}
+	return nil
 }
+
+// extentsStep is how many runs Extents finds at once.
+const extentsStep = 128
+
+// extent is a run of bytes.
+type extent struct{ off, n int64 }
 
 // errFound ends a walk.
 var errFound = errors.New("found")
@@ -135,6 +175,18 @@ var errFound = errors.New("found")
 // Written tells whether any block of a replica has data, its own or of a layer below: false is a volume of which nothing
 // was ever written, or all that was has been zeroed. A block that was written with zeros counts.
 func (p *Pool) Written(ctx context.Context, id volume.ReplicaID) (bool, error) {
+	var some bool
+	err := p.await(ctx, func() (err error) {
+		some, err = p.written(ctx, id)
+		return err
+	}, nil)
+	if err != nil {
+		return false, err
+	}
+	return some, nil
+}
+
+func (p *Pool) written(ctx context.Context, id volume.ReplicaID) (bool, error) {
 	p.mu.Lock()
 	r := p.replicas[id]
 	if r == nil || p.closed {
@@ -193,14 +245,14 @@ func (p *Pool) pinBoth(snap, base volume.SnapshotID) (s, b *snapshot, err error)
 		return s, nil, err
 	}
 	if b, err = p.pin(base); err != nil {
-		s.readers--
+		s.unpin()
 		return nil, nil, err
 	}
 	if s.layer.descends(b.layer) {
 		return s, b, nil
 	}
-	s.readers--
-	b.readers--
+	s.unpin()
+	b.unpin()
 	return nil, nil, fmt.Errorf("snapshot %s is not an earlier state of %s: %w", base, snap, volume.ErrInvalid)
 }
 

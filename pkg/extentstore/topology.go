@@ -24,6 +24,10 @@ type ReplicaSpec struct {
 
 // CreateReplica makes a replica; one of that id and volume that exists is nil. It costs the same whatever the size.
 func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
+	return p.await(ctx, func() error { return p.createReplica(ctx, s) }, nil)
+}
+
+func (p *Pool) createReplica(ctx context.Context, s ReplicaSpec) error {
 	if err := s.check(); err != nil {
 		return err
 	}
@@ -34,7 +38,7 @@ func (p *Pool) CreateReplica(ctx context.Context, s ReplicaSpec) error {
 	defer unpin()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
+	if err := p.ready(ctx); err != nil {
 		return err
 	}
 	if r := p.replicas[s.ID]; r != nil {
@@ -74,17 +78,17 @@ func (p *Pool) fits(ctx context.Context, s ReplicaSpec) (unpin func(), err error
 		p.mu.Unlock()
 		return func() {}, nil
 	}
-	from.readers++
+	from.readers.Add(1)
 	p.mu.Unlock()
 	err = p.walk(ctx, from.layer, nil, from.size, s.Size, func(int64, int64) error { return errFound })
 	if errors.Is(err, errFound) {
 		err = fmt.Errorf("replica %s of %d bytes is smaller than snapshot %s of %d: %w", s.ID, s.Size, s.Parent, from.size, volume.ErrOutOfRange)
 	}
 	if err != nil {
-		p.unpin(from)
+		from.unpin()
 		return nil, err
 	}
-	return func() { p.unpin(from) }, nil
+	return from.unpin, nil
 }
 
 func (s ReplicaSpec) check() error {
@@ -103,8 +107,11 @@ func (s ReplicaSpec) check() error {
 	return nil
 }
 
-// ready tells whether the database may be changed. Pool.mu is held.
-func (p *Pool) ready() error {
+// ready tells whether the database may be changed, for somebody who still waits for it. Pool.mu is held.
+func (p *Pool) ready(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	if p.closed {
 		return errPoolClosed
 	}
@@ -135,9 +142,13 @@ func (p *Pool) adopt(l, parent *chain) {
 // DeleteReplica forgets a replica; its space is freed in the background, also after a restart. One that is not there is
 // nil; one that is open is volume.ErrInUse.
 func (p *Pool) DeleteReplica(ctx context.Context, id volume.ReplicaID) error {
+	return p.await(ctx, func() error { return p.deleteReplica(ctx, id) }, nil)
+}
+
+func (p *Pool) deleteReplica(ctx context.Context, id volume.ReplicaID) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
+	if err := p.ready(ctx); err != nil {
 		return err
 	}
 	r := p.replicas[id]
@@ -164,9 +175,13 @@ func (p *Pool) DeleteReplica(ctx context.Context, id volume.ReplicaID) error {
 // up to that number which is asked for later: an order that was given up may still be on its way. With a number, what
 // a later barrier has cut under the name stays.
 func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID, upTo uint64) error {
+	return p.await(ctx, func() error { return p.deleteSnapshot(ctx, id, upTo) }, nil)
+}
+
+func (p *Pool) deleteSnapshot(ctx context.Context, id volume.SnapshotID, upTo uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
+	if err := p.ready(ctx); err != nil {
 		return err
 	}
 	p.cuts.giveUp(id, upTo)
@@ -174,7 +189,7 @@ func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID, upTo ui
 	if s == nil || upTo > 0 && s.number > upTo {
 		return nil
 	}
-	if s.readers > 0 {
+	if s.readers.Load() > 0 {
 		return fmt.Errorf("snapshot %s is being read: %w", id, volume.ErrBusy)
 	}
 	if err := p.commitOps([]op{{key: snapshotKey(id)}}); err != nil {
@@ -194,9 +209,13 @@ func (s *snapshot) record() snapshotRecord {
 // Resize grows a replica; the new bytes read as zeros. It is durable before it is seen. A size that the replica has
 // already is nil.
 func (p *Pool) Resize(ctx context.Context, id volume.ReplicaID, size int64) error {
+	return p.await(ctx, func() error { return p.resize(ctx, id, size) }, nil)
+}
+
+func (p *Pool) resize(ctx context.Context, id volume.ReplicaID, size int64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := p.ready(); err != nil {
+	if err := p.ready(ctx); err != nil {
 		return err
 	}
 	r := p.replicas[id]
@@ -234,13 +253,6 @@ type ReplicaInfo struct {
 func (p *Pool) HasReplica(id volume.ReplicaID) bool {
 	_, ok := p.present.Load(id)
 	return ok
-}
-
-// HasSnapshot tells whether the pool has a snapshot.
-func (p *Pool) HasSnapshot(id volume.SnapshotID) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.snapshots[id] != nil
 }
 
 // Replicas lists the replicas, in no order.
