@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -72,6 +73,50 @@ func TestWithoutAMajority(t *testing.T) {
 	var v clusterView
 	if r := ctl(socket, "cluster", "status", "-o", "json"); json.Unmarshal([]byte(r.out), &v) != nil || len(v.Controllers) != 3 || v.Unreadable == "" {
 		t.Errorf("exit %d: %s", r.code, r.out)
+	}
+	// Whatever else is asked for, it is said who is away and what to do.
+	r = ctl(socket, "volume", "list")
+	if r.code != exitUnreachable || !strings.Contains(r.err, "no controller leads") || !strings.Contains(r.err, "1 of 3 controllers answer, 2 must (not node-2, node-3): bring 1 of these") {
+		t.Errorf("exit %d: %s", r.code, r.err)
+	}
+	w := startCtl(t, socket, "volume", "watch")
+	if code, errs := w.end(t); code != exitUnreachable || !strings.Contains(errs, "not node-2, node-3") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	c.Mu.Lock()
+	c.ControllerList[1].Answers = true // it is something else that is not there
+	c.Mu.Unlock()
+	if r := ctl(socket, "volume", "list"); r.code != exitUnreachable || strings.Contains(r.err, "controllers answer") {
+		t.Errorf("exit %d: %s", r.code, r.err)
+	}
+}
+
+// slowTyping is a person who takes their time.
+type slowTyping struct {
+	io.Reader
+	wait time.Duration
+}
+
+func (s *slowTyping) Read(p []byte) (int, error) {
+	time.Sleep(s.wait)
+	s.wait = 0
+	return s.Reader.Read(p)
+}
+
+func TestAQuestionIsNotTimed(t *testing.T) {
+	defer func(p func(any) bool) { isPerson = p }(isPerson)
+	isPerson = func(any) bool { return true }
+	socket := admintest.Serve(t, admintest.Several(t))
+	for _, c := range []struct{ args, typed string }{
+		{"volume delete web", "y\n"},
+		{"salvage archive --replica rep-c2 --accept-data-loss", "archive\n"},
+	} {
+		const timeout = time.Second
+		var out, errs bytes.Buffer
+		args := append([]string{"--socket", socket, "--timeout", timeout.String()}, strings.Fields(c.args)...)
+		if code := run(context.Background(), args, streams{in: &slowTyping{strings.NewReader(c.typed), 3 * timeout / 2}, out: &out, err: &errs}); code != exitOK {
+			t.Errorf("%s: exit %d: %s", c.args, code, errs.String())
+		}
 	}
 }
 

@@ -28,7 +28,7 @@ func (c *cli) client(ctx context.Context) (adminpb.AdminClient, error) {
 	if c.conn != nil {
 		return adminpb.NewAdminClient(c.conn), nil
 	}
-	options := []grpc.DialOption{grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer))}
+	options := []grpc.DialOption{grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)), grpc.WithUnaryInterceptor(c.limit)}
 	target := "passthrough:///" + c.socket
 	if c.server != "" {
 		creds, err := c.credentials(ctx)
@@ -49,6 +49,13 @@ func (c *cli) client(ctx context.Context) (adminpb.AdminClient, error) {
 	}
 	c.conn = conn
 	return adminpb.NewAdminClient(c.conn), nil
+}
+
+// limit bounds how long an answer is waited for.
+func (c *cli) limit(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, o ...grpc.CallOption) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	return invoke(ctx, method, req, reply, cc, o...)
 }
 
 // credentials reads the certificate, and says in plain words what is wrong with it or with the server.

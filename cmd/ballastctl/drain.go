@@ -40,7 +40,7 @@ func (w *waiting) show(text string) {
 	fmt.Fprintln(w.w, safe(text))
 }
 
-// poll calls done, each time within --timeout, until it returns true or fails.
+// poll calls done now and then, until it returns true or fails.
 func (c *cli) poll(cmd *cobra.Command, done func(context.Context, adminpb.AdminClient) (bool, error)) error {
 	for {
 		var ended bool

@@ -91,7 +91,7 @@ func explain(err error) (string, int) {
 	case codes.InvalidArgument, codes.OutOfRange:
 		return s.Message(), exitUsage
 	case codes.Unavailable:
-		return s.Message() + "; it may be starting or stopping: try again; `ballastctl cluster status` and the daemon's log say more", exitUnreachable
+		return s.Message() + "; try again; `ballastctl cluster status` and the daemon's log say more", exitUnreachable
 	case codes.DeadlineExceeded:
 		return "no answer in time; `ballastctl cluster status` says whether a majority of the controllers answers; a change may still go on: look at the state before you try again, or wait longer with --timeout", exitUnreachable
 	case codes.Canceled:

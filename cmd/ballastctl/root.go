@@ -202,13 +202,12 @@ func arguments(names ...string) cobra.PositionalArgs {
 	}
 }
 
-// call connects and runs fn with the deadline of --timeout.
+// call connects and runs fn. Each answer is waited for as long as --timeout says: the time that a person takes to answer a
+// question does not count.
 func (c *cli) call(cmd *cobra.Command, fn func(context.Context, adminpb.AdminClient) error) error {
-	ctx, cancel := context.WithTimeout(cmd.Context(), c.timeout)
-	defer cancel()
-	a, err := c.client(ctx)
+	a, err := c.client(cmd.Context())
 	if err != nil {
 		return err
 	}
-	return fn(ctx, a)
+	return fn(cmd.Context(), a)
 }

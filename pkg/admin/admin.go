@@ -159,8 +159,8 @@ func (s *Service) Version(context.Context, *adminpb.VersionRequest) (*adminpb.Ve
 	return r, nil
 }
 
-// readyWait bounds how long is waited for readiness: without a majority of the controllers no read is answered.
-const readyWait = 5 * time.Second
+// readyWait bounds how long is waited for readiness: longer than it takes to say that the controllers have no majority.
+const readyWait = 7 * time.Second
 
 // Health implements adminpb.AdminServer.
 func (s *Service) Health(ctx context.Context, _ *adminpb.HealthRequest) (*adminpb.HealthReply, error) {

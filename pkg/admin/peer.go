@@ -13,6 +13,7 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/audit"
 	"github.com/ballast-csi/ballast/pkg/rpcerr"
+	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
 // peerCredentials identifies callers by the process at the other end of a Unix socket, unix(7) SO_PEERCRED.
@@ -83,6 +84,17 @@ func caller(ctx context.Context) string {
 	return "admin"
 }
 
+// whoIsAway adds to an error that comes of it that the controllers have no majority, and what to do.
+func (s *Service) whoIsAway(ctx context.Context, err error) error {
+	if !errors.Is(err, volume.ErrUnavailable) || s.o.Cluster == nil {
+		return err
+	}
+	if votes, asked := s.votes(ctx); asked == nil && !votes.majority() {
+		return fmt.Errorf("%w; %s: %s", err, votes, votes.next())
+	}
+	return err
+}
+
 // unary lets in who may, names the caller to those who record changes, and maps errors.
 func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	if err := authorise(ctx, info.FullMethod); err != nil {
@@ -90,7 +102,7 @@ func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	}
 	reply, err := handler(audit.WithActor(ctx, caller(ctx)), req)
 	if err != nil {
-		return nil, rpcerr.Error(err)
+		return nil, rpcerr.Error(s.whoIsAway(ctx, err))
 	}
 	return reply, nil
 }
@@ -100,5 +112,5 @@ func (s *Service) stream(srv any, stream grpc.ServerStream, info *grpc.StreamSer
 	if err := authorise(stream.Context(), info.FullMethod); err != nil {
 		return err
 	}
-	return rpcerr.Error(handler(srv, stream))
+	return rpcerr.Error(s.whoIsAway(stream.Context(), handler(srv, stream)))
 }

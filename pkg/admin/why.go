@@ -84,28 +84,51 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 
 // whyUnreadable is said where the state cannot be read: of whatever was asked, that is what there is to say.
 func (s *Service) whyUnreadable(ctx context.Context, cause error) (string, error) {
+	v, err := s.votes(ctx)
+	if err != nil || v.majority() {
+		return "", cause
+	}
+	return fmt.Sprintf("That cannot be told: the controllers have no majority. Now %s. Volumes whose replicas are all well go on; "+
+		"where a replica fails I/O waits, nothing can be created, attached or changed, and nothing is lost. Next: %s.", v, v.next()), nil
+}
+
+// votes are how many of the controllers answer just now.
+type votes struct {
+	voters int
+	away   []string
+}
+
+func (s *Service) votes(ctx context.Context) (votes, error) {
 	cs, err := s.o.Cluster.Controllers(ctx)
 	if err != nil {
-		return "", cause
+		return votes{}, err
 	}
-	var away []string
-	voters, answer := 0, 0
+	var v votes
 	for _, c := range cs {
-		switch {
-		case c.Voter && c.Answers:
-			voters, answer = voters+1, answer+1
-		case c.Voter:
-			voters, away = voters+1, append(away, string(c.ID))
+		if c.Voter {
+			v.voters++
+			if !c.Answers {
+				v.away = append(v.away, string(c.ID))
+			}
 		}
 	}
-	if answer > voters/2 {
-		return "", cause
-	}
-	slices.Sort(away)
-	return fmt.Sprintf("That cannot be told: the controllers have no majority. %d of %d answer (not %s). Volumes whose replicas are all well go on; "+
-		"where a replica fails I/O waits, nothing can be created, attached or changed, and nothing is lost. "+
-		"Next: bring %d of these controllers back with the disks that they had: see that the host is up, its network too, and ballastd runs there.",
-		answer, voters, strings.Join(away, ", "), voters/2+1-answer), nil
+	slices.Sort(v.away)
+	return v, ctx.Err() // nobody has answered one that has gone
+}
+
+// needed is how many must answer.
+func (v votes) needed() int { return v.voters/2 + 1 }
+
+func (v votes) majority() bool { return v.voters-len(v.away) >= v.needed() }
+
+func (v votes) String() string {
+	return fmt.Sprintf("%d of %d controllers answer, %d must (not %s)", v.voters-len(v.away), v.voters, v.needed(), strings.Join(v.away, ", "))
+}
+
+// next says what to do where there is no majority.
+func (v votes) next() string {
+	return fmt.Sprintf("bring %d of these controllers back with the disks that they had: see that the host is up, its network too, and ballastd runs there",
+		v.needed()-(v.voters-len(v.away)))
 }
 
 // whyNodeInFull adds what else concerns a node's admin.

@@ -107,6 +107,7 @@ type node struct {
 	address string
 	hang    chan struct{} // writes of the log wait while there is something in it
 	store   *Store        // nil while it is down
+	timing  timing        // of the next start
 }
 
 var quick = timing{
@@ -135,7 +136,7 @@ func (c *cluster) close() {
 
 // add starts one more controller, which joins the first of those that run.
 func (c *cluster) add() *node {
-	x := &node{c: c, n: len(c.nodes), id: volume.NodeID(fmt.Sprint("n", len(c.nodes)+1)), dir: c.t.TempDir(), hang: make(chan struct{}, 1)}
+	x := &node{c: c, n: len(c.nodes), id: volume.NodeID(fmt.Sprint("n", len(c.nodes)+1)), dir: c.t.TempDir(), hang: make(chan struct{}, 1), timing: quick}
 	x.address = newAddress()
 	c.nodes = append(c.nodes, x)
 	c.t.Cleanup(x.stop) // after TempDir, to come before its end
@@ -174,7 +175,7 @@ func (x *node) options() Options {
 	server, client := x.c.ca.tls(x.c.t, string(x.id), x.address)
 	o := Options{
 		ID: x.id, Dir: x.dir, Listener: listen(x.c.t, x.address), Advertise: x.address, Server: server, Client: client, Identify: commonName,
-		Bootstrap: x.n == 0, timing: quick, network: x.dial, Logger: testLogger(x.id),
+		Bootstrap: x.n == 0, timing: x.timing, network: x.dial, Logger: testLogger(x.id),
 	}
 	o.timing.hang = func() {
 		x.hang <- struct{}{}

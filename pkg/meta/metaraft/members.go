@@ -67,11 +67,16 @@ func (s *Store) Stats() Stats {
 
 // Members returns the controllers of the cluster as this one knows them, and asks each how it is.
 func (s *Store) Members(ctx context.Context) ([]Member, error) {
-	if _, err := s.member(); err != nil {
-		return nil, err
-	}
 	leader, _ := s.Leader()
 	servers := s.servers()
+	if _, err := s.member(); err != nil {
+		// One that is not let in yet knows the others from its disk: who of them does not answer may be why.
+		c, readErr := s.configuration()
+		if s.Failed() != nil || readErr != nil || len(c.Servers) == 0 {
+			return nil, errors.Join(err, readErr)
+		}
+		servers = c.Servers
+	}
 	list := make([]Member, len(servers))
 	ctx, cancel := context.WithTimeout(ctx, s.o.timing.heartbeat)
 	defer cancel()

@@ -62,7 +62,7 @@ type Options struct {
 type timing struct {
 	heartbeat time.Duration // a leader that is silent for so long, or somewhat longer, is replaced
 	stall     time.Duration // a disk that takes so long does not lead
-	patience  time.Duration // a call is tried again for so long
+	patience  time.Duration // a call is tried again for so long, and for half of it where no controller leads
 	pause     time.Duration // between tries of what has to be tried again
 	snapshots uint64        // entries between two snapshots; as many are kept behind one
 	hang      func()        // called before each write of the log
@@ -333,6 +333,7 @@ func (s *Store) propose(ctx context.Context, kind meta.Kind, body []byte) (comma
 func (s *Store) lead(ctx context.Context, do func(ctx context.Context, leader raft.ServerAddress, self, again bool) error) (sent bool, err error) {
 	limited, cancel := context.WithTimeout(ctx, s.o.timing.patience)
 	defer cancel()
+	led := time.Now() // a leader was known last
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, s.o.timing.heartbeat/4) {
 		changed := s.leaders.next()
 		r, last := s.member()
@@ -354,6 +355,7 @@ func (s *Store) lead(ctx context.Context, do func(ctx context.Context, leader ra
 				}()
 				err := do(attempt, leader, id == raft.ServerID(s.o.ID), sent)
 				end()
+				led = time.Now()
 				switch {
 				case err == nil:
 					return true, nil
@@ -376,8 +378,11 @@ func (s *Store) lead(ctx context.Context, do func(ctx context.Context, leader ra
 		if ctx.Err() != nil {
 			return sent, fmt.Errorf("%w (%v)", ctx.Err(), last)
 		}
-		if limited.Err() != nil {
-			return sent, fmt.Errorf("%v: %w", last, volume.ErrUnavailable)
+		if limited.Err() != nil || time.Since(led) > s.o.timing.patience/2 {
+			if !errors.Is(last, volume.ErrUnavailable) {
+				last = fmt.Errorf("%v: %w", last, volume.ErrUnavailable)
+			}
+			return sent, last
 		}
 	}
 }

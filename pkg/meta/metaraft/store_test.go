@@ -130,9 +130,19 @@ func TestLinksThatPassOneWay(t *testing.T) {
 func TestWithoutAMajority(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3)
+	c.nodes[0].stop()
+	c.nodes[0].timing.patience = 8 * time.Second
+	c.nodes[0].start()
+	c.settled(3)
 	c.nodes[0].mustSet("t", 1)
 	c.nodes[1].stop()
 	c.nodes[2].stop()
+	// Without a leader it is given up sooner than one is waited for that does not answer.
+	start := time.Now()
+	_, err := c.nodes[0].quota(t.Context(), "t")
+	if !errors.Is(err, volume.ErrUnavailable) || time.Since(start) >= c.nodes[0].timing.patience {
+		t.Errorf("after %s: %v", time.Since(start), err)
+	}
 	for _, f := range []func(ctx context.Context) error{
 		func(ctx context.Context) error { return c.nodes[0].set(ctx, "t", 2) },
 		func(ctx context.Context) error { _, err := c.nodes[0].quota(ctx, "t"); return err },
@@ -143,6 +153,22 @@ func TestWithoutAMajority(t *testing.T) {
 		}
 		cancel()
 	}
+	alone := func() {
+		t.Helper()
+		list, err := c.nodes[0].store.Members(t.Context())
+		if err != nil || len(list) != 3 {
+			t.Fatalf("%+v, %v", list, err)
+		}
+		for _, m := range list {
+			if !m.Voter || m.Answers != (m.ID == c.nodes[0].id) {
+				t.Errorf("%+v, and only %s is there", m, c.nodes[0].id)
+			}
+		}
+	}
+	alone()
+	c.nodes[0].stop()
+	c.nodes[0].start() // it is not let in, and knows from its disk who could do that
+	alone()
 	c.nodes[1].start()
 	c.nodes[1].mustSet("t", 3)
 	c.nodes[0].mustSee("t", 3)
