@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/ballast-csi/ballast/pkg/keylock"
+	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/rpcerr"
 )
 
@@ -34,6 +35,8 @@ var changing = map[string]bool{
 type interceptor struct {
 	log     *slog.Logger
 	timeout time.Duration
+	// unhealthy is a plugin that says so: it is probed every few seconds.
+	unhealthy *repeat.Trouble
 }
 
 func (i interceptor) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
@@ -103,6 +106,14 @@ func (i interceptor) finish(ctx context.Context, method string, req any, start t
 		level = slog.LevelError
 	default:
 		level = slog.LevelInfo
+	}
+	if path.Base(method) == "Probe" {
+		if code == codes.OK && i.unhealthy.Over() {
+			i.log.Info("CSI probes are answered well again")
+		}
+		if code != codes.OK && !i.unhealthy.Again() {
+			level = slog.LevelDebug
+		}
 	}
 	if i.log.Enabled(ctx, level) {
 		attrs := []slog.Attr{

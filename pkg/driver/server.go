@@ -11,6 +11,8 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
+
+	"github.com/ballast-csi/ballast/pkg/repeat"
 )
 
 const (
@@ -57,7 +59,7 @@ func NewServer(s Services, o ServerOptions) (*Server, error) {
 	if o.Timeout == 0 {
 		o.Timeout = DefaultTimeout
 	}
-	i := interceptor{log: o.Logger, timeout: o.Timeout}
+	i := interceptor{log: o.Logger, timeout: o.Timeout, unhealthy: &repeat.Trouble{}}
 	unary, stream := []grpc.UnaryServerInterceptor{i.unary}, []grpc.StreamServerInterceptor{i.stream}
 	if o.Unary != nil {
 		unary = append([]grpc.UnaryServerInterceptor{o.Unary}, unary...)

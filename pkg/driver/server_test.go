@@ -260,6 +260,31 @@ func TestOuterInterceptorsSeeTheCode(t *testing.T) {
 	}
 }
 
+// An orchestrator probes every few seconds, and a plugin that is unhealthy may be so for days.
+func TestProbesDoNotFillTheLog(t *testing.T) {
+	log, sick := &syncBuffer{}, errors.New("its disk is older than it was")
+	locks := keylock.New(time.Minute)
+	t.Cleanup(func() {
+		if err := locks.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	client := csi.NewIdentityClient(serve(t, Services{Identity: NewIdentity("", readyFunc(func(context.Context) error { return sick }), locks)},
+		ServerOptions{Logger: slog.New(slog.NewTextHandler(log, nil))}))
+	for range 10 {
+		_, err := client.Probe(t.Context(), &csi.ProbeRequest{})
+		wantCode(t, err, codes.FailedPrecondition)
+	}
+	sick = nil
+	for range 10 {
+		_, err := client.Probe(t.Context(), &csi.ProbeRequest{})
+		wantCode(t, err, codes.OK)
+	}
+	if got := log.String(); strings.Count(got, "disk is older") != 1 || strings.Count(got, "well again") != 1 || strings.Count(got, "\n") != 2 {
+		t.Errorf("the log:\n%s", got)
+	}
+}
+
 type readyFunc func(context.Context) error
 
 func (f readyFunc) Ready(ctx context.Context) error { return f(ctx) }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/block"
+	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -42,8 +43,8 @@ type Engine struct {
 	tasks  sync.WaitGroup
 
 	size   atomic.Int64
-	wake   chan struct{} // the timer is to be set anew
-	silent atomic.Int64  // since when the log says that the controllers do not answer; 0: they do
+	wake   chan struct{}  // the timer is to be set anew
+	silent repeat.Trouble // the controllers do not answer
 
 	mu       sync.Mutex
 	m        *replication.Engine
@@ -235,8 +236,7 @@ func (e *Engine) commit(number uint64, c replication.Change) {
 	case err == nil:
 	case errors.Is(err, volume.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		outcome = replication.CommitUnknown
-		if t, last := int64(now()), e.silent.Load(); last == 0 || t-last >= int64(time.Minute) {
-			e.silent.Store(t)
+		if e.silent.Again() {
 			e.log.Warn("the controllers do not answer", "error", err)
 		}
 	case m.Volume != e.id:
@@ -246,7 +246,7 @@ func (e *Engine) commit(number uint64, c replication.Change) {
 		outcome = replication.CommitRefused
 		e.log.Info("the controllers refused a change", "error", err)
 	}
-	if outcome != replication.CommitUnknown && e.silent.Swap(0) != 0 {
+	if outcome != replication.CommitUnknown && e.silent.Over() {
 		e.log.Info("the controllers answer again")
 	}
 	e.step(func() {

@@ -28,7 +28,7 @@ var (
 	adapters = []string{"pkg/extentstore", "pkg/engine", "pkg/nbd", "pkg/meta", "pkg/meta/metaraft", "pkg/mount", "pkg/frontend/fuseloop", "pkg/replicanet"}
 	services = []string{"pkg/control", "pkg/reconcile", "pkg/agent", "pkg/clusterapi", "pkg/driver", "pkg/admin"}
 	// tools are small and know nothing of volumes' lives; anything but core and ports may use them.
-	tools = []string{"pkg/apart", "pkg/ioflusher", "pkg/keylock", "pkg/rpcerr", "pkg/audit", "pkg/metrics", "pkg/block/throttle", "pkg/pki"}
+	tools = []string{"pkg/apart", "pkg/repeat", "pkg/ioflusher", "pkg/keylock", "pkg/rpcerr", "pkg/audit", "pkg/metrics", "pkg/block/throttle", "pkg/pki"}
 	// suites are for tests; only tests import them.
 	suites = []string{"pkg/block/blocktest", "pkg/frontend/frontendtest"}
 )
