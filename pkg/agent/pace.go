@@ -75,8 +75,8 @@ func (i *instance) read(m replication.Membership) {
 
 // pace keeps what resyncs have in flight to what the workloads of this node hardly feel, until the node is closed.
 func (n *Node) pace() {
-	tick := time.NewTicker(time.Duration(replication.PaceEvery))
-	defer tick.Stop()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	p := replication.NewPacer()
 	start := time.Now()
 	done := map[*instance]map[volume.ReplicaID]int64{}
@@ -85,7 +85,7 @@ func (n *Node) pace() {
 		select {
 		case <-n.ctx.Done():
 			return
-		case <-tick.C:
+		case <-timer.C:
 		}
 		s := replication.PaceSample{Now: replication.Now(time.Since(start))}
 		ops, p99 := n.meter.Take()
@@ -118,6 +118,11 @@ func (n *Node) pace() {
 			s.Alone = s.Alone || there == 1
 		}
 		s.Copied = copied
+		next := time.Duration(replication.PaceEvery)
+		if !s.Resyncing && s.Ops == 0 {
+			next = lookEvery // a node at rest is left alone
+		}
+		timer.Reset(next)
 		window := p.Sample(s)
 		for _, i := range syncing {
 			i.e.SetResyncWindow(max(window/int64(len(syncing)), replication.MinWindow))
