@@ -31,8 +31,10 @@ type config struct {
 	cluster     *clusterConfig
 	pools       []poolConfig
 	stopTimeout time.Duration
-	logLevel    slog.Level
-	logFormat   string
+	// replicaTimeout is for how long a replica may be away before another is made elsewhere.
+	replicaTimeout time.Duration
+	logLevel       slog.Level
+	logFormat      string
 }
 
 // clusterConfig is a node's place in a cluster.
@@ -98,7 +100,7 @@ type settings struct {
 	pools                                         []string
 	poolCapacity, reserve                         string
 	overProvision                                 float64
-	stopTimeout                                   time.Duration
+	stopTimeout, replicaTimeout                   time.Duration
 	logLevel, logFormat                           string
 }
 
@@ -124,6 +126,7 @@ func addFlags(f *pflag.FlagSet) *settings {
 	f.Float64Var(&s.overProvision, "over-provision", 10, "`ratio` of provisioned bytes to capacity that pools allow")
 	f.StringVar(&s.reserve, "reserve", "", "`size` that pools keep for deletes and metadata (default: the pool's own)")
 	f.DurationVar(&s.stopTimeout, "stop-timeout", 20*time.Second, "how long calls may take to end when the daemon stops, and then devices and pools to be closed")
+	f.DurationVar(&s.replicaTimeout, "replica-timeout", 10*time.Minute, "how long a replica may be away before another is made on another node; the leading controller's counts, so give all controllers the same. A node counts as away after 2m at the earliest")
 	f.StringVar(&s.logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&s.logFormat, "log-format", "text", "text or json")
 	return s
@@ -224,7 +227,7 @@ func (s *settings) read(f *pflag.FlagSet, given func(string) bool, set func(name
 }
 
 func (s *settings) check() (config, error) {
-	c := config{stopTimeout: s.stopTimeout, logFormat: s.logFormat, metrics: s.metrics}
+	c := config{stopTimeout: s.stopTimeout, replicaTimeout: s.replicaTimeout, logFormat: s.logFormat, metrics: s.metrics}
 	var err error
 	if err := c.logLevel.UnmarshalText([]byte(s.logLevel)); err != nil {
 		return c, fmt.Errorf("log-level: %q is none of debug, info, warn, error", s.logLevel)
@@ -234,6 +237,9 @@ func (s *settings) check() (config, error) {
 	}
 	if s.stopTimeout <= 0 {
 		return c, errors.New("stop-timeout: must be more than 0")
+	}
+	if s.replicaTimeout <= 0 {
+		return c, errors.New("replica-timeout: must be more than 0")
 	}
 	if c.dataDir, err = filepath.Abs(s.dataDir); err != nil {
 		return c, err

@@ -133,6 +133,7 @@ func TestWrongSettings(t *testing.T) {
 		{[]string{"--log-level", "loud"}, "log-level"},
 		{[]string{"--log-format", "xml"}, "log-format"},
 		{[]string{"--stop-timeout", "0s"}, "stop-timeout"},
+		{[]string{"--replica-timeout", "0s"}, "replica-timeout"},
 		{[]string{"--config", filepath.Join(dir, "none")}, "no such file"},
 		{[]string{"--config", file("datadir: /x")}, "no such setting"},
 		{[]string{"--config", file("config: /x")}, "no such setting"},

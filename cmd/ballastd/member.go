@@ -151,7 +151,8 @@ func (d *daemon) openController(id *identity, dir *directory, known []string, pa
 	agents := clusterapi.NewAgents(dir)
 	service := control.New(store, agents, control.Options{Logger: d.log, Audit: d.trail, Members: agents})
 	dir.members = service // before anybody looks for a node
-	loop := reconcile.Start(service, reconcile.Options{Logger: d.log, Leads: func() bool {
+	limits := reconcile.Limits{ReplicaTimeout: d.cfg.replicaTimeout}
+	loop := reconcile.Start(service, reconcile.Options{Logger: d.log, Limits: limits, Leads: func() bool {
 		_, self := store.Leader()
 		return self
 	}})

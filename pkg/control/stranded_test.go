@@ -84,6 +84,9 @@ func TestSalvageEndsAnAttachmentThatNothingElseEnds(t *testing.T) {
 	if _, err := w.ForgetPool(ctx, "p1", false); err != nil {
 		t.Error(err)
 	}
+	if _, err := w.Node(ctx, "n1"); err != nil { // it is a member still: its certificate is good until it is removed
+		t.Errorf("the node went with its pool: %v", err)
+	}
 	wantErr(t, w.RemoveNode(ctx, "n1"), nil)
 }
 

@@ -68,9 +68,13 @@ func leave(v *view, p volume.Pool, now volume.Timestamp) error {
 			p.ID, old.ID, max(0, now-old.LastSeen)/1e9, takeover/1e9, volume.ErrBusy)
 	}
 	forgetPool(v, p)
+	if len(old.Pools) == 1 && p.Capacity != 0 {
+		forgetNode(v, old.ID) // nothing is left of it: a host that was renamed
+	}
 	return nil
 }
 
+// forgetPool takes a pool from its node, which stays: it is a member until it is removed.
 func forgetPool(v *view, p volume.Pool) {
 	v.del(pools + string(p.ID))
 	n, ok := load[nodeRecord](v, nodes+string(p.Node))
@@ -78,10 +82,6 @@ func forgetPool(v *view, p volume.Pool) {
 		return
 	}
 	n.Pools = slices.DeleteFunc(n.Pools, func(id volume.PoolID) bool { return id == p.ID })
-	if len(n.Pools) == 0 && p.Capacity != 0 {
-		forgetNode(v, n.ID) // nothing is left of it: a host that was renamed
-		return
-	}
 	save(v, nodes+string(n.ID), n)
 }
 

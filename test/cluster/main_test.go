@@ -81,6 +81,8 @@ type options struct {
 	disk int64
 	// founded is how many nodes are in the cluster at first; all where it is 0.
 	founded int
+	// args are added to every node's command line.
+	args []string
 }
 
 // newWorld starts a cluster. Tests run one after another: a lab is a machine's.
@@ -100,7 +102,7 @@ func newWorld(t *testing.T, o options) *world {
 	}
 	w := &world{lab: lab, rnd: rand.New(rand.NewPCG(seed, 0)), t: t, dir: dir}
 	t.Cleanup(w.close)
-	w.Cluster, err = harness.NewCluster(harness.ClusterOptions{Dir: dir, Bin: bin, Nodes: o.nodes, Controllers: o.controllers, Lab: lab})
+	w.Cluster, err = harness.NewCluster(harness.ClusterOptions{Dir: dir, Bin: bin, Nodes: o.nodes, Controllers: o.controllers, Lab: lab, Args: o.args})
 	if err != nil {
 		t.Fatal(err)
 	}
