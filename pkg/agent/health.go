@@ -81,7 +81,7 @@ func (n *Node) observeReplica(r volume.Replica) ([]volume.Condition, volume.Time
 		conditions []volume.Condition
 		lastFlush  volume.Timestamp
 	}
-	a, ok := ask(&n.silent, r.Pool, func() answer { return answer{p.Conditions(r.ID), p.LastFlush(r.ID)} })
+	a, ok := ask(&n.silent, string(r.Pool), func() answer { return answer{p.Conditions(r.ID), p.LastFlush(r.ID)} })
 	if !ok {
 		return bad("PoolSilent", "pool %s on node %s does not answer: its disk hangs; look at the kernel's log and at the disk, and restart ballastd once it is sound", p.Info().Name, n.cfg.ID)
 	}

@@ -59,6 +59,7 @@ type Node struct {
 	mu     sync.Mutex
 	vols   map[volume.ID]*vol
 	past   map[volume.ID]past
+	paths  map[string]volume.ID // whose they are by the records
 	closed bool
 
 	host  replicaHost
@@ -66,7 +67,7 @@ type Node struct {
 
 	exports exports
 
-	silent silent // pools that do not answer
+	silent silent // pools and paths that do not answer
 
 	rollbackLimit, closeLimit time.Duration // shorter in tests
 }
@@ -126,7 +127,7 @@ func Open(cfg Config) (n *Node, err error) {
 	}
 	n = &Node{
 		cfg: cfg, log: cfg.Logger,
-		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, past: map[volume.ID]past{}, recovered: make(chan struct{}),
+		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, paths: map[string]volume.ID{}, past: map[volume.ID]past{}, recovered: make(chan struct{}),
 		rollbackLimit: rollbackLimit, closeLimit: closeLimit,
 	}
 	if n.cfg.Timing == (replication.Timing{}) {
@@ -160,6 +161,9 @@ func Open(cfg Config) (n *Node, err error) {
 		v := newVol(r.Volume)
 		v.rec = r
 		n.vols[r.Volume] = v
+		for _, p := range r.paths() {
+			n.paths[p] = r.Volume
+		}
 		for _, d := range r.Devices {
 			cfg.Frontend.Reserve(d.Name, d.Path)
 		}
@@ -323,9 +327,16 @@ func (n *Node) save(v *vol, changed record) error {
 	if len(changed.Targets) == 0 {
 		changed.Devices = nil
 	}
-	if err := n.records.save(&changed); err != nil {
+	// A path is one volume's: undoing what another has there would take this one's away.
+	before, after := v.rec.paths(), changed.paths()
+	if err := n.claim(v.id, before, after); err != nil {
 		return err
 	}
+	if err := n.records.save(&changed); err != nil {
+		n.disclaim(v.id, after, before)
+		return err
+	}
+	n.disclaim(v.id, before, after)
 	if len(changed.Devices) == 0 {
 		for _, d := range v.rec.Devices {
 			n.cfg.Frontend.Release(d.Name)
@@ -333,6 +344,37 @@ func (n *Node) save(v *vol, changed record) error {
 	}
 	v.rec = changed
 	return nil
+}
+
+// claim makes the new paths of a volume its own; volume.ErrExists: one is another's.
+func (n *Node) claim(id volume.ID, before, after []string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	added := slices.DeleteFunc(slices.Clone(after), func(p string) bool { return slices.Contains(before, p) })
+	for _, p := range added {
+		if of := n.paths[p]; of != "" && of != id {
+			return takenBy(p, of)
+		}
+	}
+	for _, p := range added {
+		n.paths[p] = id
+	}
+	return nil
+}
+
+// disclaim gives up the paths that are not needed any more.
+func (n *Node) disclaim(id volume.ID, had, needed []string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range had {
+		if n.paths[p] == id && !slices.Contains(needed, p) {
+			delete(n.paths, p)
+		}
+	}
+}
+
+func takenBy(path string, id volume.ID) error {
+	return fmt.Errorf("%s is a path of volume %s; unpublish or unstage it there first: %w", path, id, volume.ErrExists)
 }
 
 // give records that a workload is about to be given a kernel device, and keeps it from becoming another volume's.

@@ -82,7 +82,7 @@ func (n *Node) Publish(ctx context.Context, q Publish) error {
 	if len(rec.Targets) >= maxPaths {
 		return fmt.Errorf("volume %s is published at %d paths: %w", v.id, len(rec.Targets), volume.ErrInUse)
 	}
-	if err := n.free(q.Path, q.Capability.Access == volume.AccessMount); err != nil {
+	if err := n.free(ctx, &rec, q.Path, q.Capability.Access == volume.AccessMount); err != nil {
 		return err
 	}
 	rec.Targets = append(rec.Targets, t)

@@ -199,6 +199,87 @@ func TestForeignMountStays(t *testing.T) {
 	h.unstage("vol-a", h.w("s"))
 }
 
+// mountDead mounts a filesystem whose server has gone.
+func mountDead(t *testing.T, at string) {
+	t.Helper()
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Mount("dead", at, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd))
+		err = errors.Join(err, unix.Close(fd))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDeadMountsInTheWay: what is dead at a path that is given to a volume is taken away, and nothing else.
+func TestDeadMountsInTheWay(t *testing.T) {
+	h := newHost(t)
+	h.create("vol-a", 64*mib)
+	rw := fsCap("ext4")
+	for _, dir := range []string{"s", "t"} {
+		if err := os.Mkdir(h.w(dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		mountDead(t, h.w(dir))
+		mountDead(t, h.w(dir))
+	}
+	h.stage("vol-a", h.w("s"), rw)
+	publish := func() error {
+		return h.node.Publish(t.Context(), Publish{Volume: "vol-a", Staging: h.w("s"), Path: h.w("t"), Capability: rw})
+	}
+	wantErr(t, "publish", publish(), nil)
+	h.unpublish("vol-a", h.w("t"))
+	// A live one beneath a dead one is somebody's.
+	if err := os.MkdirAll(h.w("t"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("foreign", h.w("t"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	mountDead(t, h.w("t"))
+	wantErr(t, "publish where a live mount is", publish(), volume.ErrExists)
+	if e, mounted, err := mount.At(h.w("t")); err != nil || !mounted || e.Source != "foreign" {
+		t.Errorf("the foreign mount is gone: %+v %v %v", e, mounted, err)
+	}
+	if err := unix.Unmount(h.w("t"), 0); err != nil {
+		t.Fatal(err)
+	}
+	h.unstage("vol-a", h.w("s"))
+}
+
+// TestAPathIsOneVolumes: undoing what one volume has at a path would undo another's there.
+func TestAPathIsOneVolumes(t *testing.T) {
+	h := newHost(t)
+	raw, rw := blockCap(volume.SingleNodeWriter), fsCap("ext4")
+	h.create("vol-a", 64*mib)
+	h.create("vol-b", 64*mib)
+	h.stage("vol-a", h.w("s"), raw) // nothing is mounted there
+	stage := func(id volume.ID, c volume.Capability) error {
+		return h.node.Stage(t.Context(), Stage{Volume: id, Path: h.w("s"), Capability: c})
+	}
+	wantErr(t, "stage another there", stage("vol-b", rw), volume.ErrExists)
+	h.crash()
+	h.start()
+	wantErr(t, "stage another there after a restart", stage("vol-b", rw), volume.ErrExists)
+	h.unstage("vol-a", h.w("s"))
+	wantErr(t, "stage another once it is free", stage("vol-b", rw), nil)
+	h.unstage("vol-b", h.w("s"))
+	errs := make(chan error, 2)
+	for _, id := range []volume.ID{"vol-a", "vol-b"} {
+		go func() { errs <- stage(id, raw) }()
+	}
+	if a, b := <-errs, <-errs; (a == nil) == (b == nil) || !errors.Is(errors.Join(a, b), volume.ErrExists) {
+		t.Errorf("two at once: %v, %v", a, b)
+	}
+	for _, id := range []volume.ID{"vol-a", "vol-b"} {
+		h.unstage(id, h.w("s"))
+	}
+	if len(h.node.paths) > 0 {
+		t.Errorf("left: %v", h.node.paths)
+	}
+}
+
 // TestPathsInTheWay: a call that is refused leaves alone what it found at its path.
 func TestPathsInTheWay(t *testing.T) {
 	h := newHost(t)

@@ -9,14 +9,15 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// answerLimit bounds how long is waited for what a pool says of itself. It may be changing its records, on a disk that hangs.
+// answerLimit bounds how long is waited for what a pool says of itself, which may be changing its records on a disk that hangs,
+// or what a mount does that is not ours.
 const answerLimit = 2 * time.Second
 
-// silent knows the pools that do not answer, and what they said last.
+// silent knows the pools, and the paths, that do not answer, and what pools said last.
 type silent struct {
 	mu sync.Mutex
-	// late counts the questions to a pool that were given up and are not answered yet.
-	late map[volume.PoolID]int
+	// late counts the questions to each that were given up and are not answered yet.
+	late map[string]int
 	last map[volume.PoolID]contents
 }
 
@@ -28,10 +29,10 @@ type contents struct {
 	badSnapshots map[volume.SnapshotID]bool
 }
 
-// ask asks a pool; false where it does not answer in time. It is not asked again before it has answered.
-func ask[T any](s *silent, p volume.PoolID, question func() T) (answer T, ok bool) {
+// ask asks a pool or a path; false where it does not answer in time. It is not asked again before it has answered.
+func ask[T any](s *silent, whom string, question func() T) (answer T, ok bool) {
 	s.mu.Lock()
-	hangs := s.late[p] > 0
+	hangs := s.late[whom] > 0
 	s.mu.Unlock()
 	if hangs {
 		return answer, false
@@ -45,21 +46,23 @@ func ask[T any](s *silent, p volume.PoolID, question func() T) (answer T, ok boo
 		return answer, true
 	case <-limit.C:
 	}
-	s.count(p, 1)
+	s.count(whom, 1)
 	go func() {
 		<-answers
-		s.count(p, -1)
+		s.count(whom, -1)
 	}()
 	return answer, false
 }
 
-func (s *silent) count(p volume.PoolID, n int) {
+func (s *silent) count(whom string, n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.late == nil {
-		s.late = map[volume.PoolID]int{}
+		s.late = map[string]int{}
 	}
-	s.late[p] += n
+	if s.late[whom] += n; s.late[whom] == 0 {
+		delete(s.late, whom)
+	}
 }
 
 // usage is what the node's pools hold; of one that does not answer, what it held last.
@@ -70,7 +73,7 @@ func (n *Node) usage() control.Usage {
 	}
 	for _, p := range n.cfg.Pools {
 		id := p.Info().ID
-		c, ok := ask(&n.silent, id, func() (c contents) {
+		c, ok := ask(&n.silent, string(id), func() (c contents) {
 			c.replicas, c.snapshots = p.Usage()
 			c.badReplicas, c.badSnapshots = p.Damaged()
 			return c

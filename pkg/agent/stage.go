@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/mount"
@@ -89,7 +90,7 @@ func (n *Node) Stage(ctx context.Context, q Stage) error {
 	if len(rec.Stages) >= maxPaths {
 		return fmt.Errorf("volume %s is staged at %d paths: %w", v.id, len(rec.Stages), volume.ErrInUse)
 	}
-	if err := n.free(q.Path, true); err != nil {
+	if err := n.free(ctx, &rec, q.Path, true); err != nil {
 		return err
 	}
 	_, err = os.Lstat(q.Path)
@@ -152,16 +153,35 @@ func (n *Node) open(ctx context.Context, id volume.ID) (Cluster, *vol, volume.Vo
 	return c, v, cv, nil
 }
 
-// free returns volume.ErrExists where something that is not the volume's is in the way of a directory, or else a file.
-func (n *Node) free(path string, dir bool) error {
-	e, mounted, err := mount.At(path)
-	if err != nil {
-		return err
+// free returns volume.ErrExists where something that is not the volume's is in the way of a directory, or else a file. A dead
+// mount that no volume has here is no reason to refuse: the orchestrator gives the path to this volume, nobody is served by
+// what is there, and it would be in the way for ever.
+func (n *Node) free(ctx context.Context, rec *record, path string, dir bool) error {
+	n.mu.Lock()
+	of := n.paths[path]
+	n.mu.Unlock()
+	if of != "" && (of != rec.Volume || slices.Contains(rec.paths(), path)) {
+		return takenBy(path, of)
 	}
-	if mounted {
-		return fmt.Errorf("%s is a mount of %s already; unmount that first: %w", path, e.Source, volume.ErrExists)
+	const most = 64
+	for range most {
+		e, mounted, err := mount.At(path)
+		if err != nil {
+			return err
+		}
+		if !mounted {
+			return mount.Fits(path, dir)
+		}
+		if dead, ok := ask(&n.silent, path, func() bool { return mount.Dead(path) }); !ok || !dead {
+			return fmt.Errorf("%s is a mount of %s already; unmount that first: %w", path, e.Source, volume.ErrExists)
+		}
+		n.log.Warn("a dead mount is removed from a path that is given to a volume", "volume", rec.Volume, "path", path, "source", e.Source, "type", e.Type)
+		if err := mount.DropTop(path); err != nil {
+			return err
+		}
+		n.clean(ctx)
 	}
-	return mount.Fits(path, dir)
+	return fmt.Errorf("unmount %s: mounts keep appearing: %w", path, volume.ErrBusy)
 }
 
 // bringUp makes a recorded staging path live. The volume is attached.

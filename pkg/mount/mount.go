@@ -204,6 +204,14 @@ func Drop(path string) error {
 	return fmt.Errorf("unmount %s: mounts keep appearing: %w", path, volume.ErrBusy)
 }
 
+// DropTop takes the topmost mount at path out of the tree, as Drop does with all.
+func DropTop(path string) error {
+	if err := unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("unmount %s: %w", path, err)
+	}
+	return nil
+}
+
 // Remove removes an unmounted target, empty file or empty directory. What was written beneath a mount is never deleted.
 func Remove(path string) error {
 	info, err := os.Lstat(path)

@@ -86,6 +86,23 @@ func Corrupted(path string) bool {
 	return kmount.IsCorruptedMnt(err)
 }
 
+// Dead tells whether what is mounted at a path serves nobody any more: touching it fails in a way that does not pass. Of a mount
+// that is not ours less is sure than Corrupted takes for granted: a live one may refuse root, or its host be away for a while.
+func Dead(path string) bool {
+	touch := func() error {
+		var fs unix.Statfs_t
+		var st unix.Stat_t
+		return errors.Join(unix.Statfs(path, &fs), unix.Stat(path, &st))
+	}
+	err := apart.Do(touch)
+	for _, dead := range []error{unix.ENOTCONN, unix.ESTALE, unix.EIO, unix.ENODEV} {
+		if errors.Is(err, dead) {
+			return true
+		}
+	}
+	return false
+}
+
 // IsDevice tells whether path is a node of the same block device as device, as after a bind mount of it.
 func IsDevice(path, device string) bool {
 	a, aerr := os.Stat(path)
