@@ -167,7 +167,7 @@ func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID, epo
 }
 
 func late(id volume.ID, asked, newest volume.Epoch) error {
-	return fmt.Errorf("volume %s: asked to end epoch %d, epoch %d has begun here since: %w", id, asked, newest, volume.ErrStale)
+	return fmt.Errorf("volume %s: it was asked in epoch %d, epoch %d has begun here since: %w", id, asked, newest, volume.ErrStale)
 }
 
 // stop ends the device: cleanly where nobody uses the volume, and else by failing its I/O.
@@ -194,7 +194,7 @@ func (n *Node) detachStaged(ctx context.Context, v *vol) error {
 }
 
 // SetQoS implements control.Agents.
-func (n *Node) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error {
+func (n *Node) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, q volume.QoS) error {
 	if err := n.here(node); err != nil {
 		return err
 	}
@@ -203,6 +203,9 @@ func (n *Node) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q v
 		return err
 	}
 	defer n.release(v)
+	if v.inst != nil && v.inst.epoch > epoch {
+		return late(id, epoch, v.inst.epoch)
+	}
 	if v.eng != nil {
 		v.eng.dev.SetLimits(q)
 	}

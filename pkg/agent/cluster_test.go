@@ -451,7 +451,7 @@ func TestEngineWithoutDevice(t *testing.T) {
 	if _, err := c.cluster.Commit(t.Context(), vol1, replication.Change{ExpandIntent: &replication.ExpandIntent{Target: 32 * mib}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.ExpandVolume(t.Context(), c.replica(1), vol1, 32*mib); err != nil {
+	if err := n.ExpandVolume(t.Context(), c.replica(1), vol1, c.cluster.epoch(vol1), 32*mib); err != nil {
 		t.Fatal(err)
 	}
 	wantErr(t, "delete of a replica in use", n.DeleteReplica(t.Context(), "n1", c.pool("n1"), c.replica(1).ID), volume.ErrInUse)
@@ -489,7 +489,7 @@ func TestEngineWithoutDevice(t *testing.T) {
 	if rep, err := c.nodes["n3"].Inspect(t.Context(), r, vol1); err != nil || !rep.Present || rep.Role != volume.InSync || rep.Size != 32*mib {
 		t.Errorf("%+v, %v", rep, err)
 	}
-	if err := n.Evict(t.Context(), "n1", vol1, c.replica(2).ID); err != nil {
+	if err := n.Evict(t.Context(), "n1", vol1, c.cluster.epoch(vol1), c.replica(2).ID); err != nil {
 		t.Fatal(err)
 	}
 	if !c.detach("n1") {

@@ -77,7 +77,7 @@ func TestDamageIsReplaced(t *testing.T) {
 	must(err)
 	must(n.OpenEngine(t.Context(), "n1", vol1, 1)) // reads the record anew
 	c.waitInSync(3)
-	must(n.Evict(t.Context(), "n1", vol1, c.replica(1).ID))
+	must(n.Evict(t.Context(), "n1", vol1, c.cluster.epoch(vol1), c.replica(1).ID))
 	dev, err := c.nodes["n3"].cfg.Pools[0].OpenSnapshot(t.Context(), "snap-1")
 	must(err)
 	clear(got)

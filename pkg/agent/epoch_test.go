@@ -22,6 +22,7 @@ func TestLateCallsOfAnOlderEpoch(t *testing.T) {
 	c.detach("n1")
 	c.assign("n1")
 	wantErr(t, "an engine that was asked for before", n.OpenEngine(t.Context(), "n1", vol1, old), volume.ErrBusy)
+	wantErr(t, "an eviction that was asked for before", n.Evict(t.Context(), "n1", vol1, old, c.replica(2).ID), volume.ErrBusy)
 	if e, runs := n.Engines()[vol1]; runs {
 		t.Errorf("an engine runs: %+v", e)
 	}
@@ -44,6 +45,11 @@ func TestLateCallsOfAnOlderEpoch(t *testing.T) {
 	if err := n.OpenEngine(t.Context(), "n1", vol1, old); err != nil { // it runs: nothing is begun
 		t.Error(err)
 	}
+	wantErr(t, "an eviction of before", n.Evict(t.Context(), "n1", vol1, old, c.replica(2).ID), volume.ErrBusy)
+	wantErr(t, "an expand of before", n.ExpandVolume(t.Context(), c.replica(1), vol1, old, 32*mib), volume.ErrBusy)
+	wantErr(t, "limits of before", n.SetQoS(t.Context(), "n1", vol1, old, volume.QoS{IOPS: 1}), volume.ErrStale)
+	c.waitInSync(2)
+	wantErr(t, "limits of now", n.SetQoS(t.Context(), "n1", vol1, now, volume.QoS{IOPS: 1000}), nil)
 	c.unstage("n1")
 	c.detach("n1")
 }

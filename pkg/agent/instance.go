@@ -275,13 +275,19 @@ func (n *Node) wasClean(ctx context.Context, id volume.ID) bool {
 	return m.Clean || p.clean && p.epoch == m.Epoch
 }
 
-// anyEpoch is for what may be asked of an engine of whichever epoch it is.
-const anyEpoch volume.Epoch = 0
-
 // engineOf returns a volume, locked, with its engine, which runs already or is run for this. volume.ErrBusy: another node is
-// to run it, as the controllers have it now, or none runs and the volume is in a later epoch than the one it was asked in:
-// whoever asked has given up since.
+// to run it, as the controllers have it now, or the volume is in a later epoch than the one it was asked in: whoever asked has
+// given up since. An engine that runs already is returned in any epoch.
 func (n *Node) engineOf(ctx context.Context, node volume.NodeID, id volume.ID, asked volume.Epoch) (*vol, *instance, error) {
+	return n.engineFor(ctx, node, id, asked, true)
+}
+
+// engineIn is engineOf for what would strike an engine that it was not meant for: one that runs is returned in that epoch only.
+func (n *Node) engineIn(ctx context.Context, node volume.NodeID, id volume.ID, asked volume.Epoch) (*vol, *instance, error) {
+	return n.engineFor(ctx, node, id, asked, false)
+}
+
+func (n *Node) engineFor(ctx context.Context, node volume.NodeID, id volume.ID, asked volume.Epoch, anyThatRuns bool) (*vol, *instance, error) {
 	if err := n.here(node); err != nil {
 		return nil, nil, err
 	}
@@ -293,9 +299,9 @@ func (n *Node) engineOf(ctx context.Context, node volume.NodeID, id volume.ID, a
 		n.release(v)
 		return nil, nil, fmt.Errorf("the engine of volume %s is node %q's, not this node's: %w", id, cv.Owner, volume.ErrBusy)
 	}
-	if runs := v.inst != nil && v.inst.epoch == cv.Epoch; !runs && asked != anyEpoch && asked != cv.Epoch {
+	if runs := v.inst != nil && v.inst.epoch == cv.Epoch; asked != cv.Epoch && !(runs && anyThatRuns) {
 		n.release(v)
-		return nil, nil, fmt.Errorf("an engine of volume %s was asked for in epoch %d, it is in epoch %d: %w", id, asked, cv.Epoch, volume.ErrBusy)
+		return nil, nil, fmt.Errorf("the engine of volume %s was asked for in epoch %d, it is in epoch %d: %w", id, asked, cv.Epoch, volume.ErrBusy)
 	}
 	i, err := n.instance(ctx, c, v, cv)
 	if err != nil {

@@ -396,7 +396,7 @@ func TestPoint26_OnlineExpand(t *testing.T) {
 				if _, err := h.cluster.Commit(t.Context(), vol1, intent); err != nil {
 					t.Fatal(err)
 				}
-				if err := h.node.ExpandVolume(t.Context(), h.replica(vol1), vol1, 640*mib); err != nil {
+				if err := h.node.ExpandVolume(t.Context(), h.replica(vol1), vol1, h.cluster.epoch(vol1), 640*mib); err != nil {
 					t.Fatal(err)
 				}
 				if got, err := h.node.Expand(t.Context(), q); err != nil || got != 640*mib {

@@ -12,8 +12,8 @@ import (
 )
 
 // ExpandVolume implements control.Agents.
-func (n *Node) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error {
-	v, i, err := n.engineOf(ctx, r.Node, id, anyEpoch)
+func (n *Node) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch, size int64) error {
+	v, i, err := n.engineIn(ctx, r.Node, id, epoch)
 	if err != nil {
 		return err
 	}
@@ -135,8 +135,8 @@ func (n *Node) OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID,
 const evictLook = 10 * time.Millisecond
 
 // Evict implements control.Agents.
-func (n *Node) Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error {
-	v, i, err := n.engineOf(ctx, node, id, anyEpoch)
+func (n *Node) Evict(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, r volume.ReplicaID) error {
+	v, i, err := n.engineIn(ctx, node, id, epoch)
 	if err != nil {
 		return err
 	}

@@ -100,8 +100,8 @@ func (r *recorder) HasReplica(_ context.Context, n volume.NodeID, p volume.PoolI
 func (r *recorder) ResizeReplica(_ context.Context, n volume.NodeID, p volume.PoolID, id volume.ReplicaID, size int64) error {
 	return r.note(n, p, id, size)
 }
-func (r *recorder) ExpandVolume(_ context.Context, at volume.Replica, id volume.ID, size int64) error {
-	return r.note(at, id, size)
+func (r *recorder) ExpandVolume(_ context.Context, at volume.Replica, id volume.ID, e volume.Epoch, size int64) error {
+	return r.note(at, id, e, size)
 }
 func (r *recorder) Fence(_ context.Context, at volume.Replica, id volume.ID, e volume.Epoch) (time.Duration, error) {
 	return 1234 * time.Millisecond, r.note(at, id, e)
@@ -112,8 +112,8 @@ func (r *recorder) Inspect(_ context.Context, at volume.Replica, id volume.ID) (
 func (r *recorder) OpenEngine(_ context.Context, n volume.NodeID, id volume.ID, e volume.Epoch) error {
 	return r.note(n, id, e)
 }
-func (r *recorder) Evict(_ context.Context, n volume.NodeID, id volume.ID, replica volume.ReplicaID) error {
-	return r.note(n, id, replica)
+func (r *recorder) Evict(_ context.Context, n volume.NodeID, id volume.ID, e volume.Epoch, replica volume.ReplicaID) error {
+	return r.note(n, id, e, replica)
 }
 func (r *recorder) CutSnapshot(_ context.Context, n volume.NodeID, s control.SnapshotSpec) ([]volume.ReplicaID, error) {
 	return []volume.ReplicaID{"a", "b"}, r.note(n, s)
@@ -130,8 +130,8 @@ func (r *recorder) DeleteSnapshot(_ context.Context, n volume.NodeID, p volume.P
 func (r *recorder) Detach(_ context.Context, n volume.NodeID, id volume.ID, e volume.Epoch) (bool, error) {
 	return true, r.note(n, id, e)
 }
-func (r *recorder) SetQoS(_ context.Context, n volume.NodeID, id volume.ID, q volume.QoS) error {
-	return r.note(n, id, q)
+func (r *recorder) SetQoS(_ context.Context, n volume.NodeID, id volume.ID, e volume.Epoch, q volume.QoS) error {
+	return r.note(n, id, e, q)
 }
 func (r *recorder) Observe(_ context.Context, n volume.NodeID, of []control.Subject) ([]control.Observation, error) {
 	return []control.Observation{

@@ -63,6 +63,7 @@ type (
 	setQoS struct {
 		Node   volume.NodeID
 		Volume volume.ID
+		Epoch  volume.Epoch
 		QoS    volume.QoS
 	}
 	expel   struct{ Node, Removed volume.NodeID }
@@ -98,7 +99,7 @@ var nodeMethods = []grpc.MethodDesc{
 		return none{}, a.ResizeReplica(ctx, r.Node, r.Pool, r.ID, r.Size)
 	}),
 	unary(nodeService, "ExpandVolume", func(a control.Agents, ctx context.Context, r *ofVolume) (none, error) {
-		return none{}, a.ExpandVolume(ctx, r.Replica, r.Volume, r.Size)
+		return none{}, a.ExpandVolume(ctx, r.Replica, r.Volume, r.Epoch, r.Size)
 	}),
 	unary(nodeService, "Fence", func(a control.Agents, ctx context.Context, r *ofVolume) (time.Duration, error) {
 		return a.Fence(ctx, r.Replica, r.Volume, r.Epoch)
@@ -110,7 +111,7 @@ var nodeMethods = []grpc.MethodDesc{
 		return none{}, a.OpenEngine(ctx, r.Node, r.Volume, r.Epoch)
 	}),
 	unary(nodeService, "Evict", func(a control.Agents, ctx context.Context, r *onVolume) (none, error) {
-		return none{}, a.Evict(ctx, r.Node, r.Volume, r.Replica)
+		return none{}, a.Evict(ctx, r.Node, r.Volume, r.Epoch, r.Replica)
 	}),
 	unary(nodeService, "CutSnapshot", func(a control.Agents, ctx context.Context, r *snapshotSpec) ([]volume.ReplicaID, error) {
 		return a.CutSnapshot(ctx, r.Node, r.Spec)
@@ -128,7 +129,7 @@ var nodeMethods = []grpc.MethodDesc{
 		return a.Detach(ctx, r.Node, r.Volume, r.Epoch)
 	}),
 	unary(nodeService, "SetQoS", func(a control.Agents, ctx context.Context, r *setQoS) (none, error) {
-		return none{}, a.SetQoS(ctx, r.Node, r.Volume, r.QoS)
+		return none{}, a.SetQoS(ctx, r.Node, r.Volume, r.Epoch, r.QoS)
 	}),
 	unary(nodeService, "Observe", func(a control.Agents, ctx context.Context, r *observe) ([]control.Observation, error) {
 		return a.Observe(ctx, r.Node, r.Of)
@@ -217,8 +218,8 @@ func (a *Agents) ResizeReplica(ctx context.Context, n volume.NodeID, pool volume
 	return do(ctx, a, n, "ResizeReplica", &resizeReplica{n, pool, id, size})
 }
 
-func (a *Agents) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error {
-	return do(ctx, a, r.Node, "ExpandVolume", &ofVolume{Node: r.Node, Replica: r, Volume: id, Size: size})
+func (a *Agents) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch, size int64) error {
+	return do(ctx, a, r.Node, "ExpandVolume", &ofVolume{Node: r.Node, Replica: r, Volume: id, Epoch: epoch, Size: size})
 }
 
 func (a *Agents) Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (time.Duration, error) {
@@ -233,8 +234,8 @@ func (a *Agents) OpenEngine(ctx context.Context, n volume.NodeID, id volume.ID, 
 	return do(ctx, a, n, "OpenEngine", &onVolume{Node: n, Volume: id, Epoch: epoch})
 }
 
-func (a *Agents) Evict(ctx context.Context, n volume.NodeID, id volume.ID, r volume.ReplicaID) error {
-	return do(ctx, a, n, "Evict", &onVolume{Node: n, Volume: id, Replica: r})
+func (a *Agents) Evict(ctx context.Context, n volume.NodeID, id volume.ID, epoch volume.Epoch, r volume.ReplicaID) error {
+	return do(ctx, a, n, "Evict", &onVolume{Node: n, Volume: id, Epoch: epoch, Replica: r})
 }
 
 func (a *Agents) CutSnapshot(ctx context.Context, n volume.NodeID, s control.SnapshotSpec) ([]volume.ReplicaID, error) {
@@ -257,8 +258,8 @@ func (a *Agents) Detach(ctx context.Context, n volume.NodeID, id volume.ID, epoc
 	return node[bool](ctx, a, n, "Detach", &onVolume{Node: n, Volume: id, Epoch: epoch})
 }
 
-func (a *Agents) SetQoS(ctx context.Context, n volume.NodeID, id volume.ID, q volume.QoS) error {
-	return do(ctx, a, n, "SetQoS", &setQoS{n, id, q})
+func (a *Agents) SetQoS(ctx context.Context, n volume.NodeID, id volume.ID, epoch volume.Epoch, q volume.QoS) error {
+	return do(ctx, a, n, "SetQoS", &setQoS{n, id, epoch, q})
 }
 
 func (a *Agents) Observe(ctx context.Context, n volume.NodeID, of []control.Subject) ([]control.Observation, error) {

@@ -95,7 +95,7 @@ func (s *Service) grow(ctx context.Context, v volume.Volume) error {
 		if i := slices.IndexFunc(v.Replicas, func(r volume.Replica) bool { return r.Node == v.Owner }); i >= 0 {
 			r = v.Replicas[i]
 		}
-		return s.agents.ExpandVolume(ctx, r, v.ID, v.Target)
+		return s.agents.ExpandVolume(ctx, r, v.ID, v.Epoch, v.Target)
 	}
 	rs := v.InSync()
 	errs := make([]error, len(rs))
@@ -151,7 +151,7 @@ func (s *Service) ModifyVolume(ctx context.Context, id volume.ID, m Modify) (vol
 func (s *Service) applyQoS(ctx context.Context, v volume.Volume) error {
 	var err error
 	if v.Attachment != nil {
-		err = s.agents.SetQoS(ctx, v.Attachment.Node, v.ID, v.QoS)
+		err = s.agents.SetQoS(ctx, v.Attachment.Node, v.ID, v.Epoch, v.QoS)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

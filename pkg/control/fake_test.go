@@ -257,9 +257,12 @@ func (a *fakeAgents) ResizeReplica(ctx context.Context, node volume.NodeID, _ vo
 	})
 }
 
-func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error {
+func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch, size int64) error {
 	members := a.members(ctx, id)
 	return a.do(ctx, "ExpandVolume", r.Node, func() error {
+		if err := a.inEpoch(ctx, id, epoch); err != nil {
+			return err
+		}
 		for _, m := range members {
 			x, ok := a.replicas[m.ID]
 			if !ok || a.down[m.Node] {
@@ -270,6 +273,14 @@ func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, id volu
 		}
 		return a.said("device")
 	})
+}
+
+// inEpoch is volume.ErrBusy where a request is not of the volume's epoch.
+func (a *fakeAgents) inEpoch(ctx context.Context, id volume.ID, epoch volume.Epoch) error {
+	if v, err := a.store.Volume(ctx, id); err == nil && v.Epoch != epoch {
+		return fmt.Errorf("volume %s is in epoch %d, not %d: %w", id, v.Epoch, epoch, volume.ErrBusy)
+	}
+	return nil
 }
 
 // members are what an engine knows to be in sync.
@@ -318,12 +329,15 @@ func (a *fakeAgents) OpenEngine(ctx context.Context, node volume.NodeID, id volu
 	})
 }
 
-func (a *fakeAgents) Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error {
+func (a *fakeAgents) Evict(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, r volume.ReplicaID) error {
 	v, err := a.store.Volume(ctx, id)
 	if err != nil {
 		return err
 	}
 	return a.do(ctx, "Evict", node, func() error {
+		if err := a.inEpoch(ctx, id, epoch); err != nil {
+			return err
+		}
 		_, err := a.store.Propose(ctx, command.Commit{Volume: id, Change: replication.Change{Reconfigure: &replication.Reconfigure{
 			Epoch: v.Epoch, ConfigVersion: v.ConfigVersion, Remove: []volume.ReplicaID{r}}}})
 		return err
@@ -402,8 +416,11 @@ func (a *fakeAgents) Detach(ctx context.Context, node volume.NodeID, id volume.I
 	return err == nil, err
 }
 
-func (a *fakeAgents) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error {
+func (a *fakeAgents) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, q volume.QoS) error {
 	return a.do(ctx, "SetQoS", node, func() error {
+		if err := a.inEpoch(ctx, id, epoch); err != nil {
+			return err
+		}
 		if a.attached[id] == node {
 			a.qos[id] = q
 		}

@@ -163,7 +163,7 @@ func (s *Service) forgetReplica(ctx context.Context, id volume.ID, pool volume.P
 			continue
 		}
 		if v.State == volume.Ready && r.Role == volume.InSync && v.Owner != "" && len(v.InSync()) > 1 {
-			if err := s.agents.Evict(ctx, v.Owner, id, r.ID); err != nil {
+			if err := s.agents.Evict(ctx, v.Owner, id, v.Epoch, r.ID); err != nil {
 				return fmt.Errorf("engine of volume %s on node %s: %w", id, v.Owner, unfinished(err))
 			}
 		}

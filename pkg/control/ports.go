@@ -77,8 +77,8 @@ type Agents interface {
 	ResizeReplica(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.ReplicaID, size int64) error
 	// ExpandVolume has the engine on r's node grow every replica that is in sync, durably, and then the kernel's device where
 	// there is one. An engine that does not run yet is run for that. r is the replica that the node has itself, if any. Errors
-	// are those of ResizeReplica.
-	ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error
+	// are those of ResizeReplica, and volume.ErrBusy: the volume is in another epoch than the one that is given, and the request late.
+	ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch, size int64) error
 	// Fence has a replica refuse what comes with a lower epoch, durably, and returns for how long the engine that it
 	// answered before may go on serving reads.
 	Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (lease time.Duration, err error)
@@ -88,8 +88,8 @@ type Agents interface {
 	// anew; a new one is begun only while epoch is still the volume's, else volume.ErrBusy: the request is late. Nil: its replicas
 	// are alike, and what is behind is being brought up.
 	OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) error
-	// Evict has the engine take a replica out of the in-sync set; volume.ErrInUse for the last.
-	Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error
+	// Evict has the engine take a replica out of the in-sync set; volume.ErrInUse for the last, volume.ErrBusy as above.
+	Evict(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, r volume.ReplicaID) error
 	// CutSnapshot seals the present state under the snapshot's id, on every replica that is in sync, and returns those; an
 	// engine that does not run yet is run for that. Everything acknowledged before the call is in it, and where Drain was called before, all that was acknowledged when it
 	// returned and nothing else. volume.ErrBusy: it was not possible without holding writes for too long, or the replicas in
@@ -109,8 +109,9 @@ type Agents interface {
 	// unmounted first; one that is published fails all its I/O for good. volume.ErrStale: the node has begun a later epoch, which
 	// goes on.
 	Detach(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) (clean bool, err error)
-	// SetQoS changes the limits of a volume where it is attached; elsewhere it does nothing.
-	SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error
+	// SetQoS changes the limits of a volume where it is attached; elsewhere it does nothing. volume.ErrStale: the node has begun
+	// a later epoch than the one that is given, with the limits of then.
+	SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, q volume.QoS) error
 	// Observe tells how volumes are on that node: one observation for each subject, in order.
 	Observe(ctx context.Context, node volume.NodeID, of []Subject) ([]Observation, error)
 	// Extents calls fn with the runs of a snapshot that may differ from base, in order and not overlapping, from offset

@@ -184,7 +184,7 @@ func (s *Service) DropReplica(ctx context.Context, id volume.ID, replica volume.
 		if len(v.InSync()) == 1 {
 			return fmt.Errorf("replica %s is the only one of volume %s that is in sync: %w", replica, id, volume.ErrInUse)
 		}
-		if err := s.agents.Evict(ctx, v.Owner, id, replica); err != nil {
+		if err := s.agents.Evict(ctx, v.Owner, id, v.Epoch, replica); err != nil {
 			return fmt.Errorf("engine of volume %s on node %s: %w", id, v.Owner, err)
 		}
 	}

@@ -249,7 +249,7 @@ func (a *fakeAgents) ResizeReplica(_ context.Context, _ volume.NodeID, _ volume.
 	return a.locked(func() { a.replicas[id] = size })
 }
 
-func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, _ volume.ID, size int64) error {
+func (a *fakeAgents) ExpandVolume(ctx context.Context, r volume.Replica, _ volume.ID, _ volume.Epoch, size int64) error {
 	return a.ResizeReplica(ctx, r.Node, r.Pool, r.ID, size)
 }
 
@@ -274,7 +274,7 @@ func (a *fakeAgents) OpenEngine(context.Context, volume.NodeID, volume.ID, volum
 	return nil
 }
 
-func (a *fakeAgents) Evict(context.Context, volume.NodeID, volume.ID, volume.ReplicaID) error {
+func (a *fakeAgents) Evict(context.Context, volume.NodeID, volume.ID, volume.Epoch, volume.ReplicaID) error {
 	return nil
 }
 
@@ -319,7 +319,9 @@ func (a *fakeAgents) Detach(_ context.Context, n volume.NodeID, id volume.ID, _ 
 	return true, a.locked(func() { a.detached = append(a.detached, fmt.Sprintf("%s from %s", id, n)) })
 }
 
-func (a *fakeAgents) SetQoS(context.Context, volume.NodeID, volume.ID, volume.QoS) error { return nil }
+func (a *fakeAgents) SetQoS(context.Context, volume.NodeID, volume.ID, volume.Epoch, volume.QoS) error {
+	return nil
+}
 
 func (a *fakeAgents) Observe(_ context.Context, _ volume.NodeID, of []control.Subject) ([]control.Observation, error) {
 	out := make([]control.Observation, len(of))
