@@ -253,6 +253,28 @@ func TestDrainWaits(t *testing.T) {
 	}
 }
 
+func TestASnapshotKeepsANodeUp(t *testing.T) {
+	c := admintest.Several(t)
+	c.Vols = c.Vols[3:] // web, on node-1 and node-2
+	c.Vols[0].Parameters.MinInSync = 1
+	c.Snaps = []volume.Snapshot{{ID: "snap-1", Name: "monday", Volume: c.Vols[0].ID, State: volume.Ready, Holders: []volume.Replica{{Node: "node-2", Pool: "pool-2"}}}}
+	socket := admintest.Serve(t, c)
+	for _, want := range []string{"snapshot monday of volume web: its only copy is there; ", "volume set web --replicas N", "or delete it"} {
+		if r := ctl(socket, "node", "drain", "node-2"); r.code != exitRefused || !strings.Contains(r.err, want) {
+			t.Errorf("exit %d: %s; want %q", r.code, r.err, want)
+		}
+	}
+	if r := ctl(socket, "node", "why", "node-2"); !strings.Contains(strings.Join(strings.Fields(r.out), " "), "make what needs 1 snapshot (monday) wait") {
+		t.Errorf("exit %d: %s%s", r.code, r.out, r.err)
+	}
+	c.Mu.Lock()
+	c.Snaps[0].Volume = "vol-gone"
+	c.Mu.Unlock()
+	if r := ctl(socket, "node", "drain", "node-2"); r.code != exitRefused || !strings.Contains(r.err, "of volume vol-gone, which was deleted: its only copy") || strings.Contains(r.err, "replicas N") {
+		t.Errorf("exit %d: %s", r.code, r.err)
+	}
+}
+
 func TestSalvageWantsTheName(t *testing.T) {
 	defer func(p func(any) bool) { isPerson = p }(isPerson)
 	isPerson = func(any) bool { return true }

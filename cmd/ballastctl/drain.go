@@ -65,19 +65,33 @@ func blockersText(bs []*adminpb.DrainBlocker) string {
 	var out []string
 	for _, b := range bs[:min(most, len(bs))] {
 		text := fmt.Sprintf("volume %s: %s", b.VolumeName, b.Reason)
+		if b.Snapshot != "" {
+			of := b.VolumeName
+			if of == "" {
+				of = b.Volume + ", which was deleted"
+			}
+			text = fmt.Sprintf("snapshot %s of volume %s: %s", b.SnapshotName, of, b.Reason)
+		}
 		for _, r := range b.Resyncs {
 			text += fmt.Sprintf(" (%s: %s)", r.Node, strings.Join(strings.Fields(progressCell(*viewReplica(r).Resync).text), " "))
 		}
 		out = append(out, text)
 	}
 	if len(bs) > most {
-		out = append(out, fmt.Sprintf("and %d more volumes", len(bs)-most))
+		out = append(out, fmt.Sprintf("and %d more", len(bs)-most))
 	}
 	return strings.Join(out, "; ")
 }
 
-// drainAdvice says what helps with the first volume.
+// drainAdvice says what helps with the first volume or snapshot.
 func drainAdvice(bs []*adminpb.DrainBlocker, node string) string {
+	if b := bs[0]; b.Snapshot != "" {
+		if b.VolumeName == "" {
+			return fmt.Sprintf("bring the nodes of its other holders back, if it has any, or wait until another holds it: ballastctl node drain %s --wait; or restore it, or delete it", node)
+		}
+		return fmt.Sprintf("bring the nodes of its other holders back, if it has any, or give its volume another replica, which is given the snapshot "+
+			"(ballastctl volume set %s --replicas N), and wait: ballastctl node drain %s --wait; or delete it", b.VolumeName, node)
+	}
 	if len(bs[0].Resyncs) > 0 {
 		return fmt.Sprintf("wait for its resync: ballastctl node drain %s --wait", node)
 	}
@@ -90,13 +104,13 @@ func nodeDrain(c *cli, r resource[nodeView]) *cobra.Command {
 		Use:   "drain NODE",
 		Short: "Ask that a node may be stopped, for maintenance",
 		Long: `Ask that a node may be stopped, for maintenance. It is granted only while every volume with a copy in sync there keeps
-enough of them on nodes that stay up, and until ` + "`node undrain`" + ` nothing new is placed on the node. Another node is not drained
+enough of them on nodes that stay up, and every snapshot a copy, and until ` + "`node undrain`" + ` nothing new is placed on the node. Another node is not drained
 where the two together would leave a volume with too few.
 
 Copies are not moved: they catch up when the node is back. To take a node away for good use ` + "`node empty`" + `. Workloads are
 moved by their orchestrator.
 
-Where it is refused, the volumes that need the node are named. With --wait the command waits until it is granted.`,
+Where it is refused, the volumes and snapshots that need the node are named. With --wait the command waits until it is granted.`,
 		Example: "  ballastctl node drain node-2 --wait && ssh node-2 reboot\n  ballastctl node undrain node-2",
 		Args:    arguments("NODE"),
 		RunE: func(cmd *cobra.Command, args []string) error {

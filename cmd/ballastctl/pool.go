@@ -94,7 +94,7 @@ func poolForget(c *cli) *cobra.Command {
 volumes with other replicas get new ones in their stead, and what is being deleted ends.
 
 A pool that is open is refused: take its disk away and restart ballastd, or empty its node, first. The pools of a node that
-does not report may be forgotten. Refused is also one with the only copy of a volume or a snapshot, unless --accept-data-loss is given;
+has not reported for 2 minutes may be forgotten; before that it is said how long is left. Refused is also one with the only copy of a volume or a snapshot, unless --accept-data-loss is given;
 these stay in the lists, without their data, until they are deleted. Where another replica is left that was not in sync, the
 volume is to be salvaged from it first: see ` + "`salvage`" + `.
 

@@ -144,11 +144,26 @@ func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) 
 	}
 	out := &adminpb.ListDrainBlockersReply{}
 	for _, b := range bs {
-		p := &adminpb.DrainBlocker{Volume: string(b.Volume), Reason: b.Reason}
+		p := &adminpb.DrainBlocker{Volume: string(b.Volume), Reason: b.Reason, Snapshot: string(b.Snapshot)}
+		if b.Snapshot != "" {
+			x, err := s.o.Control.Snapshot(ctx, b.Snapshot)
+			if errors.Is(err, volume.ErrNotFound) {
+				continue // deleted meanwhile: it blocks no more
+			}
+			if err == nil {
+				p.VolumeName, err = s.volumeName(ctx, b.Volume)
+			}
+			if err != nil {
+				return nil, err
+			}
+			p.SnapshotName = x.Name
+			out.Blockers = append(out.Blockers, p)
+			continue
+		}
 		v, err := s.o.Control.Volume(ctx, b.Volume)
 		switch {
 		case errors.Is(err, volume.ErrNotFound):
-			continue // deleted meanwhile: it blocks no more
+			continue
 		case err != nil:
 			return nil, err
 		}

@@ -156,20 +156,35 @@ func (s *Service) whyNodeInFull(ctx context.Context, n volume.Node) (string, err
 		return text, err
 	}
 	return text + fmt.Sprintf(" It must stay up just now: stopping it would make %s wait, so `ballastctl node drain %s` is refused. "+
-		"`ballastctl node drain %s --wait` drains it as soon as other replicas are in sync; a volume with one replica needs a second (`ballastctl volume set VOLUME --replicas 2`).",
-		s.blockedVolumes(ctx, blockers), n.ID, n.ID), nil
+		"`ballastctl node drain %s --wait` drains it as soon as other replicas are in sync and hold the snapshots; a volume with one replica needs a second (`ballastctl volume set VOLUME --replicas 2`).",
+		s.blocking(ctx, blockers), n.ID, n.ID), nil
 }
 
-func (s *Service) blockedVolumes(ctx context.Context, bs []placement.Blocker) string {
-	var names []string
+func (s *Service) blocking(ctx context.Context, bs []placement.Blocker) string {
+	var vs, ss []string
 	for _, b := range bs {
+		if b.Snapshot != "" {
+			name := string(b.Snapshot)
+			if x, err := s.o.Control.Snapshot(ctx, b.Snapshot); err == nil {
+				name = x.Name
+			}
+			ss = append(ss, name)
+			continue
+		}
 		name := string(b.Volume)
 		if v, err := s.o.Control.Volume(ctx, b.Volume); err == nil {
 			name = v.Name
 		}
-		names = append(names, name)
+		vs = append(vs, name)
 	}
-	return fmt.Sprintf("%s (%s)", countOf("volume", names), firstOf(names))
+	var out []string
+	if len(vs) > 0 {
+		out = append(out, fmt.Sprintf("%s (%s)", countOf("volume", vs), firstOf(vs)))
+	}
+	if len(ss) > 0 {
+		out = append(out, fmt.Sprintf("what needs %s (%s)", countOf("snapshot", ss), firstOf(ss)))
+	}
+	return strings.Join(out, " and ")
 }
 
 func isOrAre(n int, one, several string) string {

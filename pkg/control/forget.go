@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -43,7 +44,10 @@ func (s *Service) forgetPool(ctx context.Context, id volume.PoolID, accept bool)
 				continue
 			}
 			if known = true; p.Capacity > 0 && c.silent[n.ID] == "" {
-				return lost, fmt.Errorf("pool %s is open on node %s; empty that node instead, or stop it and disconnect the disk: %w", id, n.ID, volume.ErrInUse)
+				silent := s.silence(n)
+				return lost, fmt.Errorf("pool %s is open on node %s, which reported %s ago; empty that node instead, or restart it without the disk. "+
+					"Where the node itself is gone: it counts as gone after %s without a report, try again in %s: %w",
+					id, n.ID, silent.Round(time.Second), s.o.NodeTimeout, max(0, s.o.NodeTimeout-silent).Round(time.Second)+time.Second, volume.ErrInUse)
 			}
 		}
 	}

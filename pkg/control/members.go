@@ -15,8 +15,8 @@ import (
 )
 
 // DrainNode grants that a node be stopped: from then on nothing is placed on it. It is refused with volume.ErrInUse, naming
-// the volumes and the reasons, where one of them would be left without a copy that is in sync on a node that stays, or
-// with fewer than it needs to be written. A node that is drained already is nil.
+// the volumes and snapshots and the reasons, where one of them would be left without a copy that is in sync on a node that
+// stays, or a volume with fewer than it needs to be written. A node that is drained already is nil.
 func (s *Service) DrainNode(ctx context.Context, id volume.NodeID) error {
 	return s.setNode(ctx, "node.drain", id, volume.NodeDrained)
 }
@@ -57,11 +57,11 @@ func (s *Service) decideNode(ctx context.Context, id volume.NodeID, to volume.No
 		}
 	}
 	if to == volume.NodeDrained {
-		vs, err := s.store.Volumes(ctx, "", 0)
+		bs, err := s.blockers(ctx, c, id)
 		if err != nil {
 			return err
 		}
-		if bs := placement.Blockers(c.view(), vs, id); len(bs) > 0 {
+		if len(bs) > 0 {
 			return blocked(id, bs)
 		}
 	}
@@ -77,20 +77,32 @@ func (s *Service) DrainBlockers(ctx context.Context, id volume.NodeID) ([]placem
 	if err != nil {
 		return nil, err
 	}
+	return s.blockers(ctx, c, id)
+}
+
+func (s *Service) blockers(ctx context.Context, c cluster, id volume.NodeID) ([]placement.Blocker, error) {
 	vs, err := s.store.Volumes(ctx, "", 0)
-	return placement.Blockers(c.view(), vs, id), err
+	if err != nil {
+		return nil, err
+	}
+	xs, err := s.store.Snapshots(ctx, "", "", 0)
+	return placement.Blockers(c.view(), vs, xs, id), err
 }
 
 func blocked(id volume.NodeID, bs []placement.Blocker) error {
 	const most = 5
 	var why []string
 	for _, b := range bs[:min(len(bs), most)] {
-		why = append(why, fmt.Sprintf("volume %s: %s", b.Volume, b.Reason))
+		what := fmt.Sprintf("volume %s", b.Volume)
+		if b.Snapshot != "" {
+			what = fmt.Sprintf("snapshot %s of volume %s", b.Snapshot, b.Volume)
+		}
+		why = append(why, what+": "+b.Reason)
 	}
 	if len(bs) > most {
 		why = append(why, fmt.Sprintf("and %d more", len(bs)-most))
 	}
-	return fmt.Errorf("node %s must stay up (%s); wait until their other replicas are in sync, or give them more, and try again: %w",
+	return fmt.Errorf("node %s must stay up (%s); wait until their other replicas are in sync and hold the snapshots, or give them more, and try again: %w",
 		id, strings.Join(why, "; "), volume.ErrInUse)
 }
 

@@ -394,7 +394,14 @@ func TestDrainIsGrantedOnlyWithACleanCopyElsewhere(t *testing.T) {
 	if wantErr(t, err, volume.ErrInUse); err != nil && !strings.Contains(err.Error(), string(alone.ID)) {
 		t.Errorf("%v does not name %s", err, alone.ID)
 	}
+	snap, err := w.CreateSnapshot(ctx, control.CreateSnapshot{Name: "s", Volume: alone.ID})
+	wantErr(t, err, nil)
 	wantErr(t, w.DeleteVolume(ctx, alone.ID), nil)
+	err = w.DrainNode(ctx, other)
+	if wantErr(t, err, volume.ErrInUse); err != nil && !strings.Contains(err.Error(), "snapshot "+string(snap.ID)) {
+		t.Errorf("%v does not name %s", err, snap.ID)
+	}
+	wantErr(t, w.DeleteSnapshot(ctx, snap.ID), nil)
 	wantErr(t, w.DrainNode(ctx, "n1"), nil)
 	wantErr(t, w.DrainNode(ctx, "n1"), nil)
 	err = w.DrainNode(ctx, "n2")

@@ -6,15 +6,18 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
-// Blocker is a volume that needs a node to stay up, and why.
+// Blocker is a volume, or a snapshot, that needs a node to stay up, and why.
 type Blocker struct {
-	Volume volume.ID
-	Reason string
+	// Volume is also that of the snapshot, which may have been deleted.
+	Volume   volume.ID
+	Snapshot volume.SnapshotID // "" is the volume itself
+	Reason   string
 }
 
 // Blockers lists the volumes that a node cannot be stopped for: those with a replica in sync there, and not enough of them
-// on nodes that stay to be read and written. Nodes that are down, drained or being emptied do not stay.
-func Blockers(v View, volumes []volume.Volume, node volume.NodeID) []Blocker {
+// on nodes that stay to be read and written; then the snapshots of which the only sound copy that can be reached is there.
+// Nodes that are down, drained or being emptied do not stay.
+func Blockers(v View, volumes []volume.Volume, snapshots []volume.Snapshot, node volume.NodeID) []Blocker {
 	stays := map[volume.NodeID]bool{}
 	for _, n := range v.Nodes {
 		stays[n.ID] = n.ID != node && n.State == volume.NodeActive && v.Down[n.ID] == ""
@@ -52,7 +55,30 @@ func Blockers(v View, volumes []volume.Volume, node volume.NodeID) []Blocker {
 		case len(x.Replicas) == 1:
 			why += "; it has no other"
 		}
-		out = append(out, Blocker{x.ID, why})
+		out = append(out, Blocker{Volume: x.ID, Reason: why})
+	}
+	for _, x := range snapshots {
+		if x.State != volume.Ready || x.Hidden {
+			continue
+		}
+		affected, left := false, 0
+		for _, h := range x.Holders {
+			switch {
+			case h.Damaged:
+			case h.Node == node:
+				affected = true
+			case stays[h.Node]:
+				left++
+			}
+		}
+		if !affected || left > 0 {
+			continue
+		}
+		why := "its only sound copy that can be reached is there"
+		if len(x.Holders) == 1 {
+			why = "its only copy is there"
+		}
+		out = append(out, Blocker{Volume: x.Volume, Snapshot: x.ID, Reason: why})
 	}
 	return out
 }

@@ -42,8 +42,43 @@ func TestBlockers(t *testing.T) {
 		if c.set != nil {
 			c.set(&v)
 		}
-		bs := Blockers(v, []volume.Volume{c.v}, "n1")
+		bs := Blockers(v, []volume.Volume{c.v}, nil, "n1")
 		if (len(bs) > 0) != (c.says != "") || len(bs) > 0 && !strings.Contains(bs[0].Reason, c.says) {
+			t.Errorf("%s: %v, want %q", c.name, bs, c.says)
+		}
+	}
+}
+
+func TestSnapshotsBlock(t *testing.T) {
+	snap := func(state volume.State, holders ...string) volume.Snapshot {
+		x := volume.Snapshot{ID: "s", Volume: "v", State: state}
+		for _, h := range holders {
+			node, damaged := strings.CutSuffix(h, "!")
+			x.Holders = append(x.Holders, volume.Replica{Node: volume.NodeID(node), Damaged: damaged})
+		}
+		return x
+	}
+	hidden := snap(volume.Ready, "n1")
+	hidden.Hidden = true
+	for _, c := range []struct {
+		name string
+		x    volume.Snapshot
+		says string // "" is no blocker
+	}{
+		{"a copy elsewhere", snap(volume.Ready, "n1", "n2"), ""},
+		{"not affected", snap(volume.Ready, "n2"), ""},
+		{"the only one", snap(volume.Ready, "n1"), "its only copy is there"},
+		{"the other is down", snap(volume.Ready, "n1", "n3"), "can be reached"},
+		{"the other is damaged", snap(volume.Ready, "n1", "n2!"), "only sound copy"},
+		{"its own copy is damaged", snap(volume.Ready, "n1!"), ""},
+		{"not cut yet", snap(volume.Creating, "n1"), ""},
+		{"being deleted", snap(volume.Deleting, "n1"), ""},
+		{"a clone's", hidden, ""},
+	} {
+		v := cluster(1, 1, 1)
+		v.Down = map[volume.NodeID]string{"n3": "it is silent"}
+		bs := Blockers(v, nil, []volume.Snapshot{c.x}, "n1")
+		if (len(bs) > 0) != (c.says != "") || len(bs) > 0 && (!strings.Contains(bs[0].Reason, c.says) || bs[0].Snapshot != "s" || bs[0].Volume != "v") {
 			t.Errorf("%s: %v, want %q", c.name, bs, c.says)
 		}
 	}

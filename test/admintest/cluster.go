@@ -170,7 +170,7 @@ func (c *Cluster) blockers(id volume.NodeID) []placement.Blocker {
 			v.Down[n.ID] = "silent"
 		}
 	}
-	return placement.Blockers(v, c.Vols, id)
+	return placement.Blockers(v, c.Vols, c.Snaps, id)
 }
 
 func (c *Cluster) setNode(ctx context.Context, what string, id volume.NodeID, state volume.NodeState) (err error) {

@@ -3007,12 +3007,16 @@ func (x *ListDrainBlockersReply) GetBlockers() []*DrainBlocker {
 }
 
 type DrainBlocker struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	Volume     string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
-	VolumeName string                 `protobuf:"bytes,2,opt,name=volume_name,json=volumeName,proto3" json:"volume_name,omitempty"`
-	Reason     string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// volume_name is empty where the blocker is a snapshot whose volume was deleted.
+	Volume     string `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	VolumeName string `protobuf:"bytes,2,opt,name=volume_name,json=volumeName,proto3" json:"volume_name,omitempty"`
+	Reason     string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	// resyncs are the returns that would help.
-	Resyncs       []*Replica `protobuf:"bytes,4,rep,name=resyncs,proto3" json:"resyncs,omitempty"`
+	Resyncs []*Replica `protobuf:"bytes,4,rep,name=resyncs,proto3" json:"resyncs,omitempty"`
+	// snapshot and snapshot_name are set where a snapshot of the volume is the blocker.
+	Snapshot      string `protobuf:"bytes,5,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	SnapshotName  string `protobuf:"bytes,6,opt,name=snapshot_name,json=snapshotName,proto3" json:"snapshot_name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3073,6 +3077,20 @@ func (x *DrainBlocker) GetResyncs() []*Replica {
 		return x.Resyncs
 	}
 	return nil
+}
+
+func (x *DrainBlocker) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *DrainBlocker) GetSnapshotName() string {
+	if x != nil {
+		return x.SnapshotName
+	}
+	return ""
 }
 
 type ListNodesRequest struct {
@@ -5320,13 +5338,15 @@ const file_admin_proto_rawDesc = "" +
 	" \x01(\x03R\tsnapshots\x12\x1a\n" +
 	"\battached\x18\v \x01(\x03R\battached\"T\n" +
 	"\x16ListDrainBlockersReply\x12:\n" +
-	"\bblockers\x18\x01 \x03(\v2\x1e.ballast.admin.v1.DrainBlockerR\bblockers\"\x94\x01\n" +
+	"\bblockers\x18\x01 \x03(\v2\x1e.ballast.admin.v1.DrainBlockerR\bblockers\"\xd5\x01\n" +
 	"\fDrainBlocker\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x1f\n" +
 	"\vvolume_name\x18\x02 \x01(\tR\n" +
 	"volumeName\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x123\n" +
-	"\aresyncs\x18\x04 \x03(\v2\x19.ballast.admin.v1.ReplicaR\aresyncs\"\x12\n" +
+	"\aresyncs\x18\x04 \x03(\v2\x19.ballast.admin.v1.ReplicaR\aresyncs\x12\x1a\n" +
+	"\bsnapshot\x18\x05 \x01(\tR\bsnapshot\x12#\n" +
+	"\rsnapshot_name\x18\x06 \x01(\tR\fsnapshotName\"\x12\n" +
 	"\x10ListNodesRequest\">\n" +
 	"\x0eListNodesReply\x12,\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x16.ballast.admin.v1.NodeR\x05nodes\"\x9f\x02\n" +
