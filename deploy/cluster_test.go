@@ -3,7 +3,6 @@ package deploy
 import (
 	"encoding/json"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"reflect"
@@ -11,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"sigs.k8s.io/kustomize/api/krusty"
+	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
 
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -147,12 +148,32 @@ func TestClusterFitsTogether(t *testing.T) {
 	}
 }
 
-// What kubectl makes of an overlay as the documentation shows it.
-func TestOverlayOfTheCluster(t *testing.T) {
-	kubectl, err := exec.LookPath("kubectl")
+// kustomize makes of a directory what `kubectl apply -k` applies: kubectl has the same library.
+func kustomize(t *testing.T, dir string) []byte {
+	t.Helper()
+	all, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), dir)
 	if err != nil {
-		t.Skip("needs kubectl")
+		t.Fatalf("%s: %v", dir, err)
 	}
+	out, err := all.AsYaml()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// What is applied for a node that is alone.
+func TestTheBaseIsWhole(t *testing.T) {
+	out := string(kustomize(t, filepath.Join("kubernetes", "base")))
+	for kind, want := range map[string]int{"StatefulSet": 1, "DaemonSet": 0, "CSIDriver": 1, "StorageClass": 1, "Namespace": 1} {
+		if got := strings.Count(out, "\nkind: "+kind+"\n"); got != want {
+			t.Errorf("%d of kind %s, want %d", got, kind, want)
+		}
+	}
+}
+
+// What becomes of an overlay as the documentation shows it.
+func TestOverlayOfTheCluster(t *testing.T) {
 	here, err := filepath.Abs("kubernetes")
 	if err != nil {
 		t.Fatal(err)
@@ -176,10 +197,7 @@ configMapGenerator:
 `), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.CommandContext(t.Context(), kubectl, "kustomize", overlay).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	out := kustomize(t, overlay)
 	if err := os.WriteFile(filepath.Join(dir, "all.yaml"), out, 0o600); err != nil {
 		t.Fatal(err)
 	}
