@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
@@ -25,28 +26,37 @@ type kv interface {
 	Get(key []byte) ([]byte, error)
 	// Scan calls fn with every key of that prefix, ascending. The slices are valid until fn returns; fn may Get.
 	Scan(prefix []byte, fn func(key, val []byte) error) error
+	// Room tells whether the next commit has its space. Without it none is begun.
+	Room() bool
 	// Commit applies all or nothing; it is durable when it returns nil. After an error the outcome is unknown.
 	Commit(ops []op) error
 	// Backlog is how many bytes Compact has to merge, 0 where there is too little to be worth it.
 	Backlog() int64
 	// Compact merges what was written lately into what is there, beside all else. It takes about as much space as the
 	// backlog while it runs, and seconds per GiB of the database; it stops soon after ctx is done, and another call goes
-	// on from there. It is called once at a time.
-	Compact(ctx context.Context) error
+	// on from there. It waits while room says that there is none. It is called once at a time.
+	Compact(ctx context.Context, room func() bool) error
 	Close() error
 }
 
 type badgerKV struct {
 	db    *badger.DB
 	steps *steps
-	logs  *disk.Logs
 }
 
 // steps ends a compaction between two of its steps, for which Badger has no other means: what it logs before each, in
-// the goroutine of the caller and with no lock held, is where it is asked whether to go on. A step takes a second or two.
-type steps struct{ ctx context.Context }
+// the goroutine of the caller and with no lock held, is where it is asked whether to go on. A step takes a second or two; what
+// it logs before it writes each table is where it waits for room.
+type steps struct {
+	logs *disk.Logs
+	ctx  context.Context
+	room func() bool
+}
 
-const compactStep = "Attempting to compact with %+v\n"
+const (
+	compactStep  = "Attempting to compact with %+v\n"
+	compactTable = "[%d] LOG Compact. Added %d keys. Skipped %d keys. Iteration took: %v"
+)
 
 var errStopped = errors.New("compaction was stopped")
 
@@ -58,7 +68,19 @@ func (s *steps) Infof(format string, _ ...any) {
 
 func (*steps) Errorf(string, ...any)   {}
 func (*steps) Warningf(string, ...any) {}
-func (*steps) Debugf(string, ...any)   {}
+
+func (s *steps) Debugf(format string, _ ...any) {
+	if s.logs.Heard(format); format != compactTable {
+		return
+	}
+	for !s.room() {
+		select {
+		case <-s.ctx.Done():
+			return // a step cannot be given up, and a daemon that stops does not wait for other people's files
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
 
 const (
 	memTable = 8 << 20
@@ -74,7 +96,11 @@ const (
 
 // openBadger opens the database. It is small: a pool has a few MiB of pages that are hot, cached above it.
 func openBadger(dir string) (*badgerKV, error) {
-	s := &steps{}
+	logs, err := disk.OpenLogs(dir, logSize)
+	if err != nil {
+		return nil, fmt.Errorf("open the pool's database: %w", err)
+	}
+	s := &steps{logs: logs}
 	o := badger.DefaultOptions(dir).
 		WithLogger(s).
 		WithSyncWrites(true).
@@ -94,11 +120,10 @@ func openBadger(dir string) (*badgerKV, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the pool's database: %w", err)
 	}
-	logs, err := disk.AllocateLogs(dir, logSize)
-	if err != nil {
+	if err := logs.Opened(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open the pool's database: %w", err), db.Close())
 	}
-	return &badgerKV{db, s, logs}, nil
+	return &badgerKV{db, s}, nil
 }
 
 func (b *badgerKV) Get(key []byte) (val []byte, err error) {
@@ -135,8 +160,10 @@ func (b *badgerKV) Scan(prefix []byte, fn func(key, val []byte) error) error {
 }
 
 func (b *badgerKV) Commit(ops []op) error {
+	n := 0
 	err := b.db.Update(func(tx *badger.Txn) error {
 		for _, o := range ops {
+			n += o.size()
 			var err error
 			if o.val == nil {
 				err = tx.Delete(o.key)
@@ -152,7 +179,7 @@ func (b *badgerKV) Commit(ops []op) error {
 	if err != nil {
 		return fmt.Errorf("commit to the pool's database: %w", err)
 	}
-	b.logs.Allocate()
+	b.steps.logs.Wrote(n)
 	return nil
 }
 
@@ -170,8 +197,8 @@ func (b *badgerKV) Backlog() int64 {
 	return size
 }
 
-func (b *badgerKV) Compact(ctx context.Context) (err error) {
-	b.steps.ctx = ctx
+func (b *badgerKV) Compact(ctx context.Context, room func() bool) (err error) {
+	b.steps.ctx, b.steps.room = ctx, room
 	defer func() {
 		if x := recover(); x != nil {
 			if x != errStopped {
@@ -186,7 +213,14 @@ func (b *badgerKV) Compact(ctx context.Context) (err error) {
 	return nil
 }
 
-func (b *badgerKV) Close() error { return b.db.Close() }
+func (b *badgerKV) Room() bool { return b.steps.logs.Prepare() }
+
+func (b *badgerKV) Close() error {
+	if err := b.steps.logs.Close(); err != nil {
+		return err
+	}
+	return b.db.Close()
+}
 
 // store commits ops, units together: one unit is never split. The order of units is kept.
 func (p *Pool) store(units [][]op) error {
@@ -269,7 +303,7 @@ func (p *Pool) runCompactor() error {
 			p.log.Warn("the filesystem of the pool has no room to compact its database", "bytes", n)
 			continue
 		}
-		if err := p.kv.Compact(p.ctx); err != nil && p.ctx.Err() == nil {
+		if err := p.kv.Compact(p.ctx, func() bool { return p.makeRoom(commitFloor) }); err != nil && p.ctx.Err() == nil {
 			p.log.Warn("compaction", "error", err)
 		}
 	}

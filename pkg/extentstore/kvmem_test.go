@@ -121,8 +121,9 @@ func (k *memKV) Commit(ops []op) error {
 	return err
 }
 
-func (k *memKV) Backlog() int64                { return 0 }
-func (k *memKV) Compact(context.Context) error { return nil }
+func (k *memKV) Room() bool                                 { return true }
+func (k *memKV) Backlog() int64                             { return 0 }
+func (k *memKV) Compact(context.Context, func() bool) error { return nil }
 
 func (k *memKV) Close() error { k.mu.Lock(); k.closed = true; k.mu.Unlock(); return nil }
 

@@ -63,6 +63,9 @@ func (p *Pool) identify() error {
 		if rec.id == "" {
 			rec.id = newPoolID()
 		}
+		if !p.keepRoom() {
+			return fmt.Errorf("the filesystem of %s is too full for a new pool; delete something else on it: %w", p.dir, volume.ErrNoSpace)
+		}
 		if err := p.commitOps([]op{{[]byte{keyPool}, rec.encode()}}); err != nil {
 			return err
 		}

@@ -128,7 +128,7 @@ func (p *Pool) roomFor(n int64) error {
 
 // keepRoom gives the reserve up before the database would meet a full filesystem, and tells whether there is room then.
 func (p *Pool) keepRoom() bool {
-	return p.makeRoom(commitFloor) || p.makeRoom(lastFloor)
+	return (p.makeRoom(commitFloor) || p.makeRoom(lastFloor)) && p.kv.Room()
 }
 
 // makeRoom tells whether so many bytes are free, and gives the reserve up for them.

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
@@ -87,7 +88,7 @@ func OpenMachine(dir string, o Options) (*Machine, error) {
 		o.step = func(string) {}
 	}
 	m := &Machine{
-		dir: dir, o: o, log: logger{o.Logger}, checkpoints: map[*Checkpoint]struct{}{},
+		dir: dir, o: o, log: logger{log: o.Logger}, checkpoints: map[*Checkpoint]struct{}{},
 		compact: make(chan struct{}, 1), closing: make(chan struct{}), compacted: make(chan struct{}),
 	}
 	if !o.InMemory {
@@ -104,36 +105,53 @@ func OpenMachine(dir string, o Options) (*Machine, error) {
 }
 
 // openDatabase sets db and what is kept in memory of it. The caller holds reading and mu, or nobody has m yet.
-func (m *Machine) openDatabase() error {
-	db, err := badger.Open(databaseOptions(m.dir, m.o))
-	if err != nil {
-		return fmt.Errorf("open the cluster's state in %s: %w", m.dir, err)
-	}
-	m.db, m.logs = db, nil
+func (m *Machine) openDatabase() (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("open the cluster's state in %s: %w", m.dir, err)
+		}
+	}()
+	m.logs = nil
 	if !m.o.InMemory {
-		m.logs, err = disk.AllocateLogs(m.dir, 2*int64(m.o.memTable))
+		if m.logs, err = disk.OpenLogs(m.dir, 2*int64(m.o.memTable)); err != nil {
+			return err
+		}
+	}
+	if m.db, err = badger.Open(databaseOptions(m.dir, m.o, m.logs)); err != nil {
+		return err
+	}
+	if m.logs != nil {
+		err = m.logs.Opened()
 	}
 	if err == nil {
 		err = m.load()
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("open the cluster's state in %s: %w", m.dir, err), db.Close())
+		return errors.Join(err, m.closeDatabase())
 	}
 	m.volumes.clear()
 	m.snapshots.clear()
 	return nil
 }
 
+// closeDatabase leaves the database as a crash would where the filesystem is too full for it to be closed.
+func (m *Machine) closeDatabase() error {
+	if err := m.logs.Close(); err != nil {
+		return err
+	}
+	return m.db.Close()
+}
+
 // databaseOptions keep an idle database small: a few MiB, and no caches (tables are neither compressed nor encrypted, so
 // reads come from the page cache).
-func databaseOptions(dir string, o Options) badger.Options {
+func databaseOptions(dir string, o Options, logs *disk.Logs) badger.Options {
 	if o.InMemory {
 		dir = ""
 	}
 	return badger.DefaultOptions(dir).
 		WithInMemory(o.InMemory).
 		WithSyncWrites(!o.InMemory).
-		WithLogger(logger{o.Logger}).
+		WithLogger(logger{o.Logger, logs}).
 		WithMemTableSize(int64(o.memTable)).
 		WithNumMemtables(2).
 		WithValueThreshold(int64(o.memTable / 8)). // no record is as large
@@ -159,6 +177,9 @@ func (m *Machine) load() error {
 		return err
 	}
 	if format == nil {
+		if err := m.full(); err != nil {
+			return err
+		}
 		m.applied, m.shared = 0, false
 		if err := txn.Set([]byte(keyFormat), []byte{FormatVersion}); err != nil {
 			return err
@@ -200,7 +221,7 @@ func (m *Machine) Close() error {
 		m.wake()
 		m.endCheckpoints()
 		if !m.db.IsClosed() { // a restore that failed leaves it closed
-			err = m.db.Close()
+			err = m.closeDatabase()
 		}
 	})
 	return err
@@ -210,6 +231,47 @@ func (m *Machine) Close() error {
 func (m *Machine) Failed() error {
 	if f := m.failed.Load(); f != nil {
 		return *f
+	}
+	return nil
+}
+
+// full says why nothing can be changed now; reads go on. The caller holds reading, or nobody has m yet.
+func (m *Machine) full() error {
+	if m.logs.Prepare() {
+		return nil
+	}
+	return fmt.Errorf("the filesystem of %s is full: the cluster's state can be read and not changed; delete something else on it: %w", m.dir, volume.ErrUnavailable)
+}
+
+// Full returns volume.ErrUnavailable while the filesystem is too full for anything to be changed.
+func (m *Machine) Full() error {
+	m.reading.RLock()
+	defer m.reading.RUnlock()
+	return m.full()
+}
+
+// WaitRoom waits while the filesystem is too full for an index to be applied. When ctx ends before, nothing is applied any more until
+// the next Open: whoever hands entries over in order goes on with the next.
+func (m *Machine) WaitRoom(ctx context.Context, index uint64) error {
+	for first := true; index > m.Applied(); first = false {
+		err := m.Full()
+		if err == nil {
+			return nil
+		}
+		if first {
+			m.log.Errorf("%v", err)
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			if m.fatal == nil {
+				m.fatal = err
+				m.wake()
+			}
+			return err
+		}
 	}
 	return nil
 }
@@ -279,7 +341,7 @@ func (m *Machine) Shared() bool {
 }
 
 // Apply carries out entries in the order of their indexes and answers each. What they change is durable when Apply
-// returns. Indexes rise; they may have gaps. An entry that was applied before changes nothing and is answered
+// returns. The caller has asked Full or WaitRoom. Indexes rise; they may have gaps. An entry that was applied before changes nothing and is answered
 // command.Done: whoever waited for its answer was in a process that is gone. An error means that the database failed and
 // nothing more is applied; a refusal by the state is a command.Refused.
 func (m *Machine) Apply(entries ...Entry) ([]command.Result, error) {
@@ -370,7 +432,7 @@ func (m *Machine) transact(entries []Entry) ([]command.Result, error) {
 	}
 	m.written += all.size
 	err := txn.Commit()
-	m.logs.Allocate()
+	m.logs.Wrote(all.size + 64*len(all.writes))
 	return results, err
 }
 
@@ -387,10 +449,27 @@ func (m *Machine) compactions() {
 	}
 }
 
+// roomToMerge tells whether all of the database fits once more into the filesystem, with something to spare: tables are written
+// through a memory map, where a full one is fatal.
+func (m *Machine) roomToMerge(levels []badger.LevelInfo) bool {
+	if m.o.InMemory {
+		return true
+	}
+	need := int64(64 << 20)
+	for _, l := range levels {
+		need += l.Size
+	}
+	free, err := disk.NewDirSpace(m.dir, 0).Free()
+	return err == nil && free >= need
+}
+
 func (m *Machine) flatten() {
 	m.reading.RLock()
 	defer m.reading.RUnlock()
-	if m.db.IsClosed() || m.db.Levels()[0].NumTables < tables {
+	if m.db.IsClosed() {
+		return
+	}
+	if levels := m.db.Levels(); levels[0].NumTables < tables || !m.roomToMerge(levels) {
 		return
 	}
 	if err := m.db.Flatten(1); err != nil {
@@ -398,7 +477,10 @@ func (m *Machine) flatten() {
 	}
 }
 
-type logger struct{ log *slog.Logger }
+type logger struct {
+	log  *slog.Logger
+	logs *disk.Logs
+}
 
 func (l logger) Errorf(f string, a ...any) {
 	if l.log != nil {
@@ -412,5 +494,6 @@ func (l logger) Warningf(f string, a ...any) {
 	}
 }
 
-func (logger) Infof(string, ...any)  {}
-func (logger) Debugf(string, ...any) {}
+func (logger) Infof(string, ...any) {}
+
+func (l logger) Debugf(f string, _ ...any) { l.logs.Heard(f) }

@@ -116,6 +116,12 @@ func (s *Store) propose() {
 // settleBatch applies and answers the first of a batch and returns how many.
 func (s *Store) settleBatch(batch []*proposal) int {
 	entries := make([]Entry, len(batch))
+	if err := s.Full(); err != nil {
+		for _, p := range batch {
+			p.result <- outcome{err: err}
+		}
+		return len(batch)
+	}
 	s.mu.Lock()
 	for i, p := range batch {
 		entries[i] = Entry{Index: s.applied + 1 + uint64(i), Kind: KindCommand, Body: p.command}

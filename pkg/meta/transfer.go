@@ -14,6 +14,7 @@ import (
 
 	"github.com/dgraph-io/badger/v4"
 
+	"github.com/ballast-csi/ballast/pkg/disk"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -275,8 +276,8 @@ func (m *Machine) Restore(r io.Reader) error {
 		return errors.Join(m.fatal, fresh.Close())
 	}
 	m.endCheckpoints()
-	old := m.db
 	if o.InMemory {
+		old := m.db
 		m.db = fresh
 		if err := errors.Join(old.Close(), m.load()); err != nil {
 			return m.fail(err)
@@ -290,7 +291,9 @@ func (m *Machine) Restore(r io.Reader) error {
 		return fmt.Errorf("restore the cluster's state: %w", err)
 	}
 	// From here on a failure leaves the machine closed: Open finds one of the two states.
-	err = errors.Join(old.Close(), m.swap(path))
+	if err = m.closeDatabase(); err == nil {
+		err = m.swap(path)
+	}
 	if err == nil {
 		err = m.openDatabase()
 	}
@@ -308,14 +311,41 @@ func (m *Machine) endCheckpoints() {
 	}
 }
 
+// What fill writes goes through a memory map, where a full filesystem is fatal: after every so many bytes it looks whether so many are
+// free.
+const (
+	fillCheck = 1 << 20
+	fillFloor = 64 << 20
+)
+
 // fill makes a database of a checkpoint. Nothing of it is durable yet.
 func fill(path string, o Options, r io.Reader) (*badger.DB, uint64, error) {
-	db, err := badger.Open(databaseOptions(path, o).WithSyncWrites(false))
+	room := func() error {
+		if o.InMemory {
+			return nil
+		}
+		free, err := disk.NewDirSpace(filepath.Dir(path), 0).Free()
+		if err == nil && free < fillFloor {
+			err = fmt.Errorf("%d bytes are free for %s; delete something else on its filesystem: %w", free, path, volume.ErrNoSpace)
+		}
+		return err
+	}
+	if err := room(); err != nil {
+		return nil, 0, err
+	}
+	db, err := badger.Open(databaseOptions(path, o, nil).WithSyncWrites(false))
 	if err != nil {
 		return nil, 0, err
 	}
 	batch := db.NewWriteBatch()
+	unchecked := 0
 	applied, err := readStream(r, func(key, value []byte) error {
+		if unchecked += len(key) + len(value); unchecked >= fillCheck {
+			unchecked = 0
+			if err := room(); err != nil {
+				return err
+			}
+		}
 		return batch.Set([]byte(string(key)), []byte(string(value)))
 	})
 	set := func(key string, value []byte) {

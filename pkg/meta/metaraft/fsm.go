@@ -15,6 +15,7 @@ import (
 
 // fsm is raft's view of the machine.
 type fsm struct {
+	ctx   context.Context // the store's: a wait for room ends with it
 	m     *meta.Machine
 	watch *watch
 
@@ -48,7 +49,11 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 			work = l.Index
 		}
 	}
-	results, err := f.m.Apply(entries...)
+	var results []command.Result
+	err := f.m.WaitRoom(f.ctx, logs[len(logs)-1].Index) // a leader that waits for long is another soon
+	if err == nil {
+		results, err = f.m.Apply(entries...)
+	}
 	for n, i := range at {
 		if err != nil {
 			answers[i] = err

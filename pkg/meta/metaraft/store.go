@@ -180,7 +180,7 @@ func (s *Store) open() (err error) {
 	if s.m, err = meta.OpenMachine(o.State, meta.Options{Logger: o.Logger}); err != nil {
 		return err
 	}
-	s.fsm = &fsm{m: s.m, watch: s.watch}
+	s.fsm = &fsm{ctx: s.ctx, m: s.m, watch: s.watch}
 	return s.prepare()
 }
 
