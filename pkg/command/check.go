@@ -153,7 +153,7 @@ func checkReplicas(v volume.Volume) error {
 	if synced == 0 {
 		return fmt.Errorf("no replica is in sync: %w", volume.ErrInvalid)
 	}
-	if v.State != volume.Creating || v.Target != 0 || v.Attachment != nil || v.PhysicalBytes != 0 || len(v.Leaving) != 0 || v.Lost || v.Protocol != (volume.Protocol{}) {
+	if v.State != volume.Creating || v.Kept != "" || v.Target != 0 || v.Attachment != nil || v.PhysicalBytes != 0 || len(v.Leaving) != 0 || v.Lost || v.Protocol != (volume.Protocol{}) {
 		return fmt.Errorf("a new volume's state is not that of a new volume: %w", volume.ErrInvalid)
 	}
 	return nil
@@ -370,6 +370,25 @@ func (c AddHolder) Check() error {
 		return err
 	}
 	return volume.CheckName("snapshot id", string(c.Snapshot))
+}
+
+// Check implements Command.
+func (c CopySnapshot) Check() error {
+	if err := volume.CheckName("snapshot id", string(c.Snapshot)); err != nil {
+		return err
+	}
+	for _, r := range []volume.Replica{c.From, c.To} {
+		if err := checkNewReplica(r); err != nil {
+			return err
+		}
+	}
+	if c.From.Role != volume.InSync || c.To.Role != volume.Filling {
+		return fmt.Errorf("snapshot %s is copied from what is %q to what is %q: %w", c.Snapshot, c.From.Role, c.To.Role, volume.ErrInvalid)
+	}
+	if c.From.ID == c.To.ID || c.From.Pool == c.To.Pool {
+		return fmt.Errorf("snapshot %s is copied to where it is: %w", c.Snapshot, volume.ErrInvalid)
+	}
+	return nil
 }
 
 // Check implements Command.

@@ -60,6 +60,7 @@ var kinds = map[string]kindOfCommand{
 	"salvage":                kind[Salvage](),
 	"add-holder":             kind[AddHolder](),
 	"drop-holder":            kind[DropHolder](),
+	"copy-snapshot":          kind[CopySnapshot](),
 	"begin-group":            kind[BeginGroup](),
 	"finish-group":           kind[FinishGroup](),
 	"begin-delete-group":     kind[BeginDeleteGroup](),

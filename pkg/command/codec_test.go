@@ -51,6 +51,7 @@ func samples() []Command {
 		SetFilesystem{Volume: "v", Filesystem: volume.Filesystem{Phase: volume.Formatting, Type: "xfs"}},
 		BeginSnapshot{Now: 5, ID: "s", Name: "name", Volume: "v", Freeze: true}, FinishSnapshot{Cut: cut},
 		AddHolder{Snapshot: "s", Replica: "r"}, DropHolder{Snapshot: "s", Pool: "p"},
+		CopySnapshot{Now: 6, Snapshot: "s", From: volume.Replica{ID: "r", Pool: "p", Role: volume.InSync}, To: volume.Replica{ID: "q", Pool: "o", Role: volume.Filling}},
 		BeginGroup{Now: 5, ID: "g", Name: "name", Volumes: []volume.ID{"v", "w"}, IDs: []volume.SnapshotID{"s", "t"}, Freeze: true},
 		FinishGroup{Group: "g", Cuts: []Cut{cut}}, BeginDeleteGroup{Group: "g"},
 		BeginDeleteSnapshot{Snapshot: "s"}, FinishDeleteSnapshot{Snapshot: "s"},

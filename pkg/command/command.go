@@ -259,12 +259,26 @@ type FinishSnapshot struct {
 	Cut
 }
 
-// AddHolder says that a replica of its volume has filled in a snapshot. It is refused with volume.ErrDenied where the node
+// AddHolder says that a replica of its volume has filled in a snapshot. It is refused with volume.ErrNotFound where the snapshot or
+// the volume is being deleted: what was filled in is freed, whatever comes late. It is refused with volume.ErrDenied where the node
 // that says so, if one does, does not run the volume's engine. It answers Snapshot.
 type AddHolder struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
 	Node     volume.NodeID     `json:"node,omitempty"`
 	Replica  volume.ReplicaID  `json:"replica"`
+}
+
+// CopySnapshot begins to copy a snapshot of a volume that is deleted to another pool, under the volume's id: From, which is to be
+// made from the snapshot on a pool that holds it whole, is in sync, and To is to be filled from it. What AddHolder records then is
+// the copy, and a BeginDelete ends it. No quota counts it. It is refused with volume.ErrNotFound where the snapshot is being
+// deleted, ErrInvalid where From's pool has no sound copy of it or To's has one, ErrNoSpace where To's has no room, and ErrBusy
+// where the volume exists, another of its snapshots is being copied, or something of it is still to be freed on one of the two
+// nodes. It answers Volume.
+type CopySnapshot struct {
+	Now      volume.Timestamp  `json:"now"`
+	Snapshot volume.SnapshotID `json:"snapshot"`
+	From     volume.Replica    `json:"from"`
+	To       volume.Replica    `json:"to"`
 }
 
 // DropHolder says that a pool holds a snapshot no more; the last holder of a snapshot that is not being deleted stays, unless
@@ -357,6 +371,7 @@ func (ForgetPool) command()           {}
 func (Salvage) command()              {}
 func (AddHolder) command()            {}
 func (DropHolder) command()           {}
+func (CopySnapshot) command()         {}
 func (BeginGroup) command()           {}
 func (FinishGroup) command()          {}
 func (BeginDeleteGroup) command()     {}

@@ -76,6 +76,8 @@ func apply(v *view, encoded []byte) command.Result {
 		r, err = finishDeleteSnapshot(v, c)
 	case command.AddHolder:
 		r, err = addHolder(v, c)
+	case command.CopySnapshot:
+		r, err = copySnapshot(v, c)
 	case command.DropHolder:
 		r, err = dropHolder(v, c)
 	case command.BeginGroup:
@@ -179,10 +181,17 @@ func provision(v *view, rs []volume.Replica, more int64) error {
 		if p.Free() < more {
 			return fmt.Errorf("pool %s on node %s: %d bytes may still be placed, %d are asked for: %w", p.ID, p.Node, p.Free(), more, volume.ErrNoSpace)
 		}
-		p.Provisioned += more
-		save(v, pools+string(p.ID), p)
+		occupy(v, p.ID, more)
 	}
 	return nil
+}
+
+// occupy counts logical bytes in a pool, whether it has room for them or not.
+func occupy(v *view, id volume.PoolID, more int64) {
+	if p, ok := load[volume.Pool](v, pools+string(id)); ok {
+		p.Provisioned += more
+		save(v, pools+string(id), p)
+	}
 }
 
 func unprovision(v *view, rs []volume.Replica, less int64) {

@@ -106,7 +106,7 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 	for _, id := range slices.Sorted(maps.Keys(c.Replicas)) {
 		owner := v.read(replicas + string(id))
 		rec, ok := load[volume.Volume](v, volumes+string(owner))
-		if !ok {
+		if !ok || rec.Kept != "" { // what is there for a while, to copy a snapshot, is nobody's use
 			continue
 		}
 		rec.Replicas, rec.Leaving = slices.Clone(rec.Replicas), slices.Clone(rec.Leaving)

@@ -30,7 +30,7 @@ func draw(t *rapid.T, s *Store) command.Command {
 		}
 	}
 	rep := replica(i, rapid.IntRange(0, 2).Draw(t, "replica"))
-	switch rapid.IntRange(0, 40).Draw(t, "kind") {
+	switch rapid.IntRange(0, 44).Draw(t, "kind") {
 	case 0:
 		n := volume.NodeID(fmt.Sprint("n", rapid.IntRange(1, 2).Draw(t, "node")))
 		c := node(n)
@@ -151,6 +151,21 @@ func draw(t *rapid.T, s *Store) command.Command {
 			Idle: []volume.NodeID{"n1"}}
 	case 40:
 		return command.RemoveNode{Node: volume.NodeID(fmt.Sprint("n", i))}
+	case 41, 42, 43:
+		any := rapid.SampledFrom([]volume.PoolID{"p1", "p2", "p3", "p4"})
+		n := rapid.IntRange(3, 4).Draw(t, "copy")
+		c := command.CopySnapshot{Now: now, Snapshot: snap, From: volume.Replica{ID: replica(i, n), Pool: any.Draw(t, "from"), Role: volume.InSync},
+			To: volume.Replica{ID: replica(i, n+2), Pool: any.Draw(t, "to"), Role: volume.Filling}}
+		if c.To.Pool == c.From.Pool {
+			c.To.Pool = "p9"
+		}
+		return c
+	case 44: // what leads to a copy
+		if rapid.Bool().Draw(t, "add") {
+			return command.AddHolder{Snapshot: snap, Replica: replica(i, rapid.IntRange(5, 6).Draw(t, "copy"))}
+		}
+		return command.Commit{Volume: vol, Change: replication.Change{Reconfigure: &replication.Reconfigure{Epoch: epoch, ConfigVersion: version,
+			Add: []replication.Proof{{ID: replica(i, rapid.IntRange(5, 6).Draw(t, "copy")), Incarnation: 1, BootID: 2}}}}}
 	default:
 		if rapid.Bool().Draw(t, "lift") {
 			return command.DeleteQuota{Tenant: fmt.Sprint("t", i%2)}
@@ -189,20 +204,26 @@ func TestAnyLog(t *testing.T) {
 		a, b := open(t, ""), open(t, "")
 		defer a.Close()
 		defer b.Close()
+		var index uint64
+		orphaned := rapid.Bool().Draw(rt, "a snapshot of a deleted volume")
 		for _, s := range []*Store{a, b} {
 			two := newVolume(1, "p1")
 			two.Parameters.Replicas, two.Replicas = 2, append(two.Replicas, volume.Replica{ID: replica(1, 1), Pool: "p3", Role: volume.InSync})
-			for i, c := range []command.Command{
+			begin := []command.Command{
 				node("n1", "p1", "p2"), node("n3", "p3", "p4"), command.CreateVolume{Volume: newVolume(0, "p1")}, command.FinishCreate{Volume: newVolume(0, "p1").ID},
 				command.CreateVolume{Volume: two}, command.FinishCreate{Volume: two.ID},
-			} {
+			}
+			if orphaned {
+				begin = append(begin, orphan(2, volume.SnapshotID(fmt.Sprintf("snap-%020x", 2)))...)
+			}
+			index = uint64(len(begin))
+			for i, c := range begin {
 				if _, err := s.Apply(Entry{Index: uint64(i + 1), Kind: KindCommand, Body: mustEncode(rt, c)}); err != nil {
 					rt.Fatal(err)
 				}
 			}
 		}
 		var batch []Entry
-		index := uint64(6)
 		flush := func() {
 			if len(batch) == 0 {
 				return
@@ -289,6 +310,7 @@ func verifyWith(t interface {
 	provisioned := map[volume.PoolID]int64{}
 	index := map[string]string{}
 	pinned := map[string]int{}
+	live := map[volume.ID]bool{}
 	for _, v := range vs {
 		u := used[v.Tenant]
 		var physical int64
@@ -301,7 +323,11 @@ func verifyWith(t interface {
 			t.Fatalf("replicas occupy %d: %+v", physical, v)
 		}
 		u.PhysicalBytes += v.PhysicalBytes
-		if v.State != volume.Deleting {
+		if m := command.Membership(v); v.Kept != "" && m.Check() != nil {
+			t.Fatalf("%v: %+v", m.Check(), v)
+		}
+		if v.State != volume.Deleting && v.Kept == "" {
+			live[v.ID] = true
 			u.LogicalBytes += reserved(v)
 			u.Volumes++
 			index[volumeNames+v.Name] = string(v.ID)
@@ -326,6 +352,7 @@ func verifyWith(t interface {
 			t.Fatalf("impossible volume %+v", v)
 		}
 	}
+	kept := map[volume.ID]bool{}
 	for _, x := range ss {
 		u := used[x.Tenant]
 		var physical int64
@@ -344,8 +371,24 @@ func verifyWith(t interface {
 		}
 		used[x.Tenant] = u
 		index[snapshotsOf+string(x.Volume)+"/"+string(x.ID)] = "\x01"
+		kept[x.Volume] = !live[x.Volume]
 		if x.State != volume.Ready {
 			index[unsettled+"s/"+string(x.ID)] = "\x01"
+		}
+	}
+	ks, err := s.Remains(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range ks {
+		if !kept[k.Volume] || k.Size < volume.MinSize || k.Protocol.Epoch == 0 {
+			t.Fatalf("%+v is kept for no snapshot", k)
+		}
+		delete(kept, k.Volume)
+	}
+	for id, needs := range kept {
+		if needs {
+			t.Fatalf("nothing is kept of volume %s, which has snapshots and is deleted", id)
 		}
 	}
 	gs, err := s.Groups(ctx)

@@ -247,6 +247,18 @@ func (m *Machine) Snapshots(ctx context.Context, of volume.ID, after volume.Snap
 	return all, err
 }
 
+// Remains returns what is kept of deleted volumes that have snapshots, in order of id.
+func (m *Machine) Remains(ctx context.Context) (all []volume.Remains, err error) {
+	err = m.read(ctx, func(r *reader) error {
+		return r.scan(remains, "", func(_ string, b []byte) (bool, error) {
+			k, err := decode[volume.Remains](b)
+			all = append(all, k)
+			return true, err
+		})
+	})
+	return all, err
+}
+
 // Unsettled returns what is in a state that must end: being created, deleted, expanded or detached.
 func (m *Machine) Unsettled(ctx context.Context) (vs []volume.ID, ss []volume.SnapshotID, err error) {
 	err = m.read(ctx, func(r *reader) error {

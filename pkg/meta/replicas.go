@@ -11,8 +11,8 @@ import (
 
 // change applies a change of the replication protocol to a volume that is ready.
 func change(v *view, id volume.ID, c replication.Change) (command.Result, error) {
-	rec, err := findReady(v, id)
-	if err != nil {
+	rec, err := findServed(v, id)
+	if err = usable(rec, err); err != nil {
 		return nil, err
 	}
 	if rec, err = command.Change(rec, c); err != nil {
@@ -23,8 +23,8 @@ func change(v *view, id volume.ID, c replication.Change) (command.Result, error)
 }
 
 func commit(v *view, c command.Commit) (command.Result, error) {
-	rec, err := findReady(v, c.Volume)
-	if err != nil {
+	rec, err := findServed(v, c.Volume)
+	if err = usable(rec, err); err != nil {
 		return nil, err
 	}
 	if c.Change.Attach != nil {
@@ -49,8 +49,8 @@ func isOwner(rec volume.Volume, node volume.NodeID) error {
 }
 
 func openEngine(v *view, c command.OpenEngine) (command.Result, error) {
-	rec, err := findReady(v, c.Volume)
-	if err != nil {
+	rec, err := findServed(v, c.Volume)
+	if err = usable(rec, err); err != nil {
 		return nil, err
 	}
 	if v.read(nodes+string(c.Node)) == nil {
@@ -63,7 +63,7 @@ func openEngine(v *view, c command.OpenEngine) (command.Result, error) {
 }
 
 func closeEngine(v *view, c command.CloseEngine) (command.Result, error) {
-	rec, err := find(v, c.Volume)
+	rec, err := findServed(v, c.Volume)
 	if err != nil {
 		return nil, err
 	}
@@ -158,6 +158,8 @@ func loseReplica(v *view, c command.LoseReplica) (command.Result, error) {
 		return command.Volume{Volume: rec}, nil
 	case rec.State == volume.Creating:
 		return nil, fmt.Errorf("volume %s is being made; delete it: %w", rec.ID, volume.ErrBusy)
+	case rec.State == volume.Ready && rec.Kept != "":
+		return nil, fmt.Errorf("replica %s serves to copy snapshot %s; end that first: %w", c.Replica, rec.Kept, volume.ErrBusy)
 	case rec.State == volume.Deleting:
 		free(v, &rec, &rec.Replicas, i)
 	case len(rec.Replicas) == 1:

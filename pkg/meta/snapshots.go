@@ -145,7 +145,7 @@ func addHolder(v *view, c command.AddHolder) (command.Result, error) {
 	}
 	vol, ok := load[volume.Volume](v, volumes+string(rec.Volume))
 	i := slices.IndexFunc(vol.Replicas, func(r volume.Replica) bool { return r.ID == c.Replica })
-	if !ok || i < 0 || rec.State != volume.Ready {
+	if !ok || i < 0 || rec.State != volume.Ready || vol.State == volume.Deleting {
 		return nil, fmt.Errorf("snapshot %s is not ready, or %s is no replica of its volume: %w", rec.ID, c.Replica, volume.ErrNotFound)
 	}
 	if err := isOwner(vol, c.Node); err != nil {
@@ -229,6 +229,7 @@ func finishDeleteSnapshot(v *view, c command.FinishDeleteSnapshot) (command.Resu
 	v.del(snapshots + string(rec.ID))
 	v.del(snapshotsOf + string(rec.Volume) + "/" + string(rec.ID))
 	settle(v, "s/"+string(rec.ID), false)
+	dropRemains(v, rec.Volume)
 	if rec.Group != "" {
 		leaveGroup(v, rec)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/dgraph-io/badger/v4"
 
@@ -22,6 +23,7 @@ const (
 	snapshots     = "s/"  // + snapshot id
 	snapshotNames = "sn/"
 	snapshotsOf   = "sv/" // + volume id / snapshot id
+	remains       = "k/"  // + id of a volume that is deleted and has snapshots
 	groups        = "g/"  // + group id
 	groupNames    = "gn/"
 	nodes         = "n/"
@@ -46,6 +48,8 @@ const recordVersion = 1
 // base is what a view reads through to: a Badger transaction or another view.
 type base interface {
 	get(key string) ([]byte, error)
+	// keys calls f with the keys that have a prefix, in no order, until f returns false.
+	keys(prefix string, f func(key string) bool) error
 }
 
 type txnBase struct{ txn *badger.Txn }
@@ -59,6 +63,17 @@ func (t txnBase) get(key string) ([]byte, error) {
 		return nil, err
 	}
 	return item.ValueCopy(nil)
+}
+
+func (t txnBase) keys(prefix string, f func(key string) bool) error {
+	it := t.txn.NewIterator(badger.IteratorOptions{Prefix: []byte(prefix)})
+	defer it.Close()
+	for it.Rewind(); it.Valid(); it.Next() {
+		if !f(string(it.Item().Key())) {
+			break
+		}
+	}
+	return nil
 }
 
 // view is a change under construction: writes stay in it until it is merged into its base or dropped. The first failure
@@ -85,6 +100,30 @@ func (v *view) read(key string) []byte {
 		v.err = fmt.Errorf("read %q: %w", key, err)
 	}
 	return b
+}
+
+func (v *view) keys(prefix string, f func(key string) bool) error {
+	for k, b := range v.writes {
+		if b != nil && strings.HasPrefix(k, prefix) && !f(k) {
+			return nil
+		}
+	}
+	return v.base.keys(prefix, func(k string) bool {
+		_, over := v.writes[k]
+		return over || f(k)
+	})
+}
+
+// some tells whether any key has a prefix.
+func (v *view) some(prefix string) (found bool) {
+	err := v.keys(prefix, func(string) bool {
+		found = true
+		return false
+	})
+	if err != nil && v.err == nil {
+		v.err = fmt.Errorf("look for %q: %w", prefix, err)
+	}
+	return found
 }
 
 func (v *view) put(key string, b []byte) {

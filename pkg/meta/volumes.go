@@ -9,23 +9,43 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
+// find returns a volume that is not being deleted. One that is Kept is none, but for its engine (findServed).
 func find(v *view, id volume.ID) (volume.Volume, error) {
+	rec, err := findServed(v, id)
+	if err == nil && rec.Kept != "" {
+		err = notFound(id)
+	}
+	return rec, err
+}
+
+// findServed returns what may have an engine: a volume that is not being deleted, or one that is Kept.
+func findServed(v *view, id volume.ID) (volume.Volume, error) {
 	rec, ok := load[volume.Volume](v, volumes+string(id))
 	if !ok || rec.State == volume.Deleting {
-		return rec, fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+		return rec, notFound(id)
 	}
 	return rec, nil
 }
 
+func notFound(id volume.ID) error {
+	return fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+}
+
 func findReady(v *view, id volume.ID) (volume.Volume, error) {
 	rec, err := find(v, id)
+	return rec, usable(rec, err)
+}
+
+// usable returns err, or why a volume that was found cannot be used.
+func usable(rec volume.Volume, err error) error {
+	id := rec.ID
 	if err == nil && rec.State != volume.Ready {
-		return rec, fmt.Errorf("volume %s is still being created; try again: %w", id, volume.ErrBusy)
+		return fmt.Errorf("volume %s is still being created; try again: %w", id, volume.ErrBusy)
 	}
 	if err == nil && rec.Lost {
-		return rec, fmt.Errorf("volume %s is lost: every copy was on pools that were forgotten; delete it, or restore a snapshot of it as another: %w", id, volume.ErrDataLoss)
+		return fmt.Errorf("volume %s is lost: every copy was on pools that were forgotten; delete it, or restore a snapshot of it as another: %w", id, volume.ErrDataLoss)
 	}
-	return rec, err
+	return err
 }
 
 func createVolume(v *view, c command.CreateVolume) (command.Result, error) {
@@ -37,7 +57,7 @@ func createVolume(v *view, c command.CreateVolume) (command.Result, error) {
 		}
 		return command.Volume{Volume: old}, nil
 	}
-	if v.read(volumes+string(rec.ID)) != nil {
+	if v.read(volumes+string(rec.ID)) != nil || v.read(remains+string(rec.ID)) != nil {
 		return nil, fmt.Errorf("volume id %s is taken: %w", rec.ID, volume.ErrBusy)
 	}
 	if rec.Source != nil {
@@ -79,7 +99,7 @@ func takeSource(v *view, rec *volume.Volume) error {
 		size, holders, rec.Filesystem, rec.Parameters.BlockSize = s.Size, s.Holders, s.Filesystem, s.BlockSize
 	} else {
 		s, ok := load[volume.Volume](v, volumes+string(rec.Source.Volume))
-		if !ok || s.State != volume.Ready {
+		if !ok || s.State != volume.Ready || s.Kept != "" {
 			return fmt.Errorf("source volume %s does not exist or is not ready: %w", rec.Source.Volume, volume.ErrNotFound)
 		}
 		if s.Lost {
@@ -162,8 +182,11 @@ func beginDelete(v *view, c command.BeginDelete) (command.Result, error) {
 			return nil, err
 		}
 	}
-	release(v, rec.Tenant, volume.Amounts{LogicalBytes: reserved(rec), Volumes: 1})
-	v.del(volumeNames + rec.Name)
+	if rec.Kept == "" {
+		release(v, rec.Tenant, volume.Amounts{LogicalBytes: reserved(rec), Volumes: 1})
+		v.del(volumeNames + rec.Name)
+		keep(v, rec)
+	}
 	putVolume(v, rec)
 	return command.Volume{Volume: rec}, nil
 }
@@ -182,6 +205,7 @@ func finishDelete(v *view, c command.FinishDelete) (command.Result, error) {
 	}
 	release(v, rec.Tenant, volume.Amounts{PhysicalBytes: rec.PhysicalBytes})
 	v.del(volumes + string(rec.ID))
+	countOn(v, rec)
 	settle(v, "v/"+string(rec.ID), false)
 	return command.Done{}, nil
 }

@@ -28,6 +28,9 @@ type Volume struct {
 	QoS          QoS          `json:"qos"`
 	Capabilities []Capability `json:"capabilities"`
 	Source       *Source      `json:"source,omitempty"`
+	// Kept is set where there is no volume any more: the record only serves to copy that snapshot of it to another pool. Its
+	// first replica is made from the snapshot and nobody writes to it, its second is filled from that one.
+	Kept SnapshotID `json:"kept,omitempty"`
 	// Accessible lists the nodes the requester asked for (empty: any), the first 32 of them.
 	Accessible []NodeID `json:"accessible,omitempty"`
 
@@ -52,6 +55,19 @@ type Volume struct {
 
 // MaxGivenUp bounds Volume.GivenUp.
 const MaxGivenUp = 16
+
+// Remains are what is kept of a deleted volume while it has snapshots: how these are to be kept.
+type Remains struct {
+	Volume ID `json:"volume"`
+	// Size is what it had placed in each of its pools, in bytes: at least the size of each of its snapshots.
+	Size int64 `json:"size"`
+	// Replicas, Pool and Accessible are those of the volume.
+	Replicas   int      `json:"replicas"`
+	Pool       string   `json:"pool,omitempty"`
+	Accessible []NodeID `json:"accessible,omitempty"`
+	// Protocol is where the counts of the volume have got to: under its id none begins anew.
+	Protocol Protocol `json:"protocol"`
+}
 
 // Protocol is what the replication protocol keeps of a volume, beside its sizes, its replicas and MinInSync. Package
 // replication says what each part means: its Membership is made of these.

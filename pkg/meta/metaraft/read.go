@@ -210,6 +210,11 @@ func (s *Store) Snapshots(ctx context.Context, of volume.ID, after volume.Snapsh
 	return read(ctx, s, func() ([]volume.Snapshot, error) { return s.m.Snapshots(ctx, of, after, limit) })
 }
 
+// Remains implements control.Store.
+func (s *Store) Remains(ctx context.Context) ([]volume.Remains, error) {
+	return read(ctx, s, func() ([]volume.Remains, error) { return s.m.Remains(ctx) })
+}
+
 // Unsettled implements control.Store.
 func (s *Store) Unsettled(ctx context.Context) (vs []volume.ID, ss []volume.SnapshotID, err error) {
 	if err = s.current(ctx); err == nil {
