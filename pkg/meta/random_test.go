@@ -14,6 +14,9 @@ import (
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
+// orphaned is a snapshot of a volume that is deleted, volume 2.
+var orphaned = volume.SnapshotID(fmt.Sprintf("snap-%020x", 2))
+
 // draw makes a command about few things, so that they meet, and mostly one that fits the state.
 func draw(t *rapid.T, s *Store) command.Command {
 	i := rapid.IntRange(0, 3).Draw(t, "i")
@@ -152,17 +155,27 @@ func draw(t *rapid.T, s *Store) command.Command {
 	case 40:
 		return command.RemoveNode{Node: volume.NodeID(fmt.Sprint("n", i))}
 	case 41, 42, 43:
+		if rapid.IntRange(0, 3).Draw(t, "orphan") > 0 {
+			i, snap = 2, orphaned
+		}
 		any := rapid.SampledFrom([]volume.PoolID{"p1", "p2", "p3", "p4"})
 		n := rapid.IntRange(3, 4).Draw(t, "copy")
 		c := command.CopySnapshot{Now: now, Snapshot: snap, From: volume.Replica{ID: replica(i, n), Pool: any.Draw(t, "from"), Role: volume.InSync},
 			To: volume.Replica{ID: replica(i, n+2), Pool: any.Draw(t, "to"), Role: volume.Filling}}
+		if x, err := s.Snapshot(context.Background(), snap); err == nil && len(x.Holders) > 0 && rapid.IntRange(0, 4).Draw(t, "fits") > 0 {
+			c.From.Pool = x.Holders[0].Pool
+		}
 		if c.To.Pool == c.From.Pool {
 			c.To.Pool = "p9"
 		}
 		return c
 	case 44: // what leads to a copy
+		i = 2
+		if rec, err := s.Volume(context.Background(), volume.ID(fmt.Sprintf("vol-%020x", i))); err == nil {
+			vol, epoch, version = rec.ID, rec.Epoch, rec.ConfigVersion
+		}
 		if rapid.Bool().Draw(t, "add") {
-			return command.AddHolder{Snapshot: snap, Replica: replica(i, rapid.IntRange(5, 6).Draw(t, "copy"))}
+			return command.AddHolder{Snapshot: orphaned, Replica: replica(i, rapid.IntRange(5, 6).Draw(t, "copy"))}
 		}
 		return command.Commit{Volume: vol, Change: replication.Change{Reconfigure: &replication.Reconfigure{Epoch: epoch, ConfigVersion: version,
 			Add: []replication.Proof{{ID: replica(i, rapid.IntRange(5, 6).Draw(t, "copy")), Incarnation: 1, BootID: 2}}}}}
@@ -205,7 +218,7 @@ func TestAnyLog(t *testing.T) {
 		defer a.Close()
 		defer b.Close()
 		var index uint64
-		orphaned := rapid.Bool().Draw(rt, "a snapshot of a deleted volume")
+		withOrphan := rapid.Bool().Draw(rt, "a snapshot of a deleted volume")
 		for _, s := range []*Store{a, b} {
 			two := newVolume(1, "p1")
 			two.Parameters.Replicas, two.Replicas = 2, append(two.Replicas, volume.Replica{ID: replica(1, 1), Pool: "p3", Role: volume.InSync})
@@ -213,8 +226,8 @@ func TestAnyLog(t *testing.T) {
 				node("n1", "p1", "p2"), node("n3", "p3", "p4"), command.CreateVolume{Volume: newVolume(0, "p1")}, command.FinishCreate{Volume: newVolume(0, "p1").ID},
 				command.CreateVolume{Volume: two}, command.FinishCreate{Volume: two.ID},
 			}
-			if orphaned {
-				begin = append(begin, orphan(2, volume.SnapshotID(fmt.Sprintf("snap-%020x", 2)))...)
+			if withOrphan {
+				begin = append(begin, orphan(2, orphaned)...)
 			}
 			index = uint64(len(begin))
 			for i, c := range begin {
