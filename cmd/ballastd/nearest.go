@@ -26,8 +26,8 @@ func (n nearest) ask() agent.Cluster {
 	return n.others
 }
 
-func (n nearest) Volume(ctx context.Context, id volume.ID) (volume.Volume, error) {
-	return n.ask().Volume(ctx, id)
+func (n nearest) Record(ctx context.Context, id volume.ID) (volume.Volume, error) {
+	return n.ask().Record(ctx, id)
 }
 
 func (n nearest) SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error {

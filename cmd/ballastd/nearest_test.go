@@ -13,7 +13,7 @@ import (
 // askedCluster counts what it is asked.
 type askedCluster int
 
-func (a *askedCluster) Volume(context.Context, volume.ID) (volume.Volume, error) {
+func (a *askedCluster) Record(context.Context, volume.ID) (volume.Volume, error) {
 	*a++
 	return volume.Volume{}, nil
 }
@@ -57,7 +57,7 @@ func TestNearest(t *testing.T) {
 	n := nearest{own: &own, others: &others, led: func() bool { return led }}
 	calls := func(c agent.Cluster) (errs int) {
 		ctx := t.Context()
-		_, e1 := c.Volume(ctx, "v")
+		_, e1 := c.Record(ctx, "v")
 		_, e2 := c.Commit(ctx, "v", replication.Change{})
 		_, e3 := c.Membership(ctx, "v")
 		_, e4 := c.Ended(ctx, nil)

@@ -68,6 +68,7 @@ type Control interface {
 	SetQuota(ctx context.Context, tenant string, limit volume.Amounts) error
 	DeleteQuota(ctx context.Context, tenant string) error
 	Why(ctx context.Context, id volume.ID) (string, error)
+	WhySnapshot(ctx context.Context, id volume.SnapshotID) (string, error)
 	Ready(ctx context.Context) error
 }
 

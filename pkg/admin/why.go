@@ -46,11 +46,7 @@ func (s *Service) why(ctx context.Context, kind adminpb.Kind, ref string) (strin
 		if err != nil {
 			return "", err
 		}
-		name, err := s.volumeName(ctx, sn.Volume)
-		if err != nil {
-			return "", err
-		}
-		return whySnapshot(sn, name), nil
+		return s.o.Control.WhySnapshot(ctx, sn.ID)
 	case adminpb.Kind_POOL:
 		p, n, err := s.pool(ctx, ref)
 		if err != nil {
@@ -195,24 +191,6 @@ func isOrAre(n int, one, several string) string {
 }
 
 func bytesText(n int64) string { return humanize.IBytes(uint64(max(0, n))) }
-
-func whySnapshot(s volume.Snapshot, volumeName string) string {
-	source := "its volume is deleted, which does not affect it"
-	if volumeName != "" {
-		source = "its volume " + volumeName + " still exists"
-	}
-	holders := "1 pool"
-	if n := len(s.Holders); n != 1 {
-		holders = fmt.Sprintf("%d pools", n)
-	}
-	switch s.State {
-	case volume.Creating:
-		return fmt.Sprintf("Snapshot %s is being cut: its volume's writes are held for a second at most, and it becomes ready when every replica in sync has sealed it. If the engine ends or the replicas in sync change meanwhile, it is given up and deleted by itself. Nothing needs to be done; the same request made again finishes it or begins anew.", s.Name)
-	case volume.Deleting:
-		return fmt.Sprintf("Snapshot %s is being deleted. Its space is freed in the background; nothing needs to be done.", s.Name)
-	}
-	return fmt.Sprintf("Snapshot %s is ready: %s, held by %s; %s. Volumes can be made from it.", s.Name, bytesText(s.Size), holders, source)
-}
 
 func whyGroup(g control.Group) string {
 	switch g.State {

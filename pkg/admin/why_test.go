@@ -34,9 +34,6 @@ func TestWhy(t *testing.T) {
 	group := func(s volume.State) control.Group {
 		return control.Group{Group: volume.Group{Name: "g", State: s, Volumes: []volume.ID{"v", "w"}}}
 	}
-	snapshot := func(s volume.State, holders int) volume.Snapshot {
-		return volume.Snapshot{Name: "s", State: s, Size: 1 << 30, Holders: make([]volume.Replica, holders)}
-	}
 	quota := func(limit, used volume.Amounts) volume.Quota {
 		return volume.Quota{Tenant: "t", Limit: limit, Used: used}
 	}
@@ -58,10 +55,6 @@ func TestWhy(t *testing.T) {
 		{"node, silent", whyNode(up, now.Add(3*time.Minute))},
 		{"node, drained and silent", whyNode(node(volume.NodeDrained, pool), now.Add(time.Hour))},
 		{"node, being emptied and silent", whyNode(node(volume.NodeEmptying, pool), now.Add(time.Hour))},
-		{"snapshot, being cut", whySnapshot(snapshot(volume.Creating, 0), "v")},
-		{"snapshot, being deleted", whySnapshot(snapshot(volume.Deleting, 1), "v")},
-		{"snapshot, ready", whySnapshot(snapshot(volume.Ready, 3), "v")},
-		{"snapshot, of a deleted volume", whySnapshot(snapshot(volume.Ready, 1), "")},
 		{"group, being cut", whyGroup(group(volume.Creating))},
 		{"group, being deleted", whyGroup(group(volume.Deleting))},
 		{"group, ready", whyGroup(group(volume.Ready))},

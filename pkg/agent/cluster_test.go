@@ -188,7 +188,7 @@ func (c *trio) assign(node volume.NodeID) {
 func (c *trio) waitInSync(want int) {
 	c.t.Helper()
 	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-		v, err := c.cluster.Volume(c.t.Context(), vol1)
+		v, err := c.cluster.Record(c.t.Context(), vol1)
 		if err == nil && len(v.InSync()) == want {
 			return
 		}

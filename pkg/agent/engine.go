@@ -31,10 +31,19 @@ type attached struct {
 // once, whatever a writer on the same node writes, also after it reopens. Readers with direct I/O see every write.
 func readOnlyName(id volume.ID) string { return string(id) + ".ro" }
 
+// used returns a volume that there is for those who use volumes: what is Kept is none.
+func used(ctx context.Context, c Cluster, id volume.ID) (volume.Volume, error) {
+	cv, err := c.Record(ctx, id)
+	if err == nil && cv.Kept != "" {
+		err = fmt.Errorf("volume %s is deleted: %w", id, volume.ErrNotFound)
+	}
+	return cv, err
+}
+
 // attachedHere returns volume.ErrInUse unless the controllers say that the volume is attached to this node.
 func (n *Node) attachedHere(cv volume.Volume) error {
 	switch a := cv.Attachment; {
-	case cv.State == volume.Deleting:
+	case cv.State == volume.Deleting || cv.Kept != "":
 		return fmt.Errorf("volume %s is being deleted: %w", cv.ID, volume.ErrNotFound)
 	case a == nil:
 		return fmt.Errorf("volume %s is not attached to any node; attach it to %s first: %w", cv.ID, n.cfg.ID, volume.ErrInUse)

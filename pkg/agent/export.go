@@ -56,7 +56,7 @@ func (n *Node) ExportVolume(ctx context.Context, id volume.ID, writable bool, st
 	if err != nil {
 		return err
 	}
-	cv, err := c.Volume(ctx, id)
+	cv, err := used(ctx, c, id)
 	if err != nil {
 		return err
 	}

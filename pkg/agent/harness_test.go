@@ -49,7 +49,7 @@ type fakeCluster struct {
 	register int
 }
 
-func (c *fakeCluster) Volume(_ context.Context, id volume.ID) (volume.Volume, error) {
+func (c *fakeCluster) Record(_ context.Context, id volume.ID) (volume.Volume, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.down != nil {
@@ -135,7 +135,7 @@ func (c *fakeCluster) Ended(_ context.Context, engines map[volume.ID]volume.Epoc
 
 // Membership implements engine.Controllers.
 func (c *fakeCluster) Membership(ctx context.Context, id volume.ID) (replication.Membership, error) {
-	v, err := c.Volume(ctx, id)
+	v, err := c.Record(ctx, id)
 	return command.Membership(v), err
 }
 
@@ -522,7 +522,7 @@ func (h *host) cut(id volume.ID, s volume.SnapshotID, freeze bool) {
 			h.t.Fatal(err)
 		}
 	}
-	v, err := h.cluster.Volume(h.t.Context(), id)
+	v, err := h.cluster.Record(h.t.Context(), id)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ func (n *Node) Health(ctx context.Context, id volume.ID) ([]volume.Condition, er
 		return nil, err
 	}
 	v, known := n.known(id)
-	cv, err := c.Volume(ctx, id)
+	cv, err := used(ctx, c, id)
 	if err != nil && !(known && errors.Is(err, volume.ErrNotFound)) {
 		return nil, err
 	}

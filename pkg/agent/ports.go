@@ -12,8 +12,8 @@ import (
 
 // Cluster is what a node needs of the controllers. Every method returns volume.ErrUnavailable while they do not answer.
 type Cluster interface {
-	// Volume returns volume.ErrNotFound for a volume that does not exist.
-	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
+	// Record returns volume.ErrNotFound for a volume that does not exist. What is Kept is none for those who use volumes.
+	Record(ctx context.Context, id volume.ID) (volume.Volume, error)
 	// SetFilesystem commits what is known of a volume's filesystem: it is durable when it returns nil.
 	SetFilesystem(ctx context.Context, id volume.ID, fs volume.Filesystem) error
 	RegisterNode(ctx context.Context, n volume.Node) error

@@ -92,7 +92,7 @@ func (n *Node) restore(c Cluster, id volume.ID) error {
 	if err := n.prune(v); err != nil || !v.rec.live() {
 		return err
 	}
-	cv, err := c.Volume(ctx, id)
+	cv, err := used(ctx, c, id)
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return err
 	}

@@ -138,14 +138,14 @@ func (n *Node) open(ctx context.Context, id volume.ID) (Cluster, *vol, volume.Vo
 	}
 	// Asked before the lock is taken, so that ids from outside leave nothing behind, and again after it: a detach may
 	// have come between.
-	if _, err := c.Volume(ctx, id); err != nil {
+	if _, err := c.Record(ctx, id); err != nil {
 		return nil, nil, volume.Volume{}, err
 	}
 	v, err := n.acquire(ctx, id, true)
 	if err != nil {
 		return nil, nil, volume.Volume{}, err
 	}
-	cv, err := c.Volume(ctx, id)
+	cv, err := c.Record(ctx, id)
 	if err != nil {
 		n.release(v)
 		return nil, nil, volume.Volume{}, err

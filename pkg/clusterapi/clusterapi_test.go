@@ -265,7 +265,7 @@ func TestWhoMayAsk(t *testing.T) {
 	t.Run("nobody", func(t *testing.T) {
 		cc, _ := pair(t, Services{Node: r, Controller: r})
 		c := NewCluster(func() []grpc.ClientConnInterface { return []grpc.ClientConnInterface{cc} })
-		if _, err := c.Volume(t.Context(), "v"); !errors.Is(err, errRefused) {
+		if _, err := c.Record(t.Context(), "v"); !errors.Is(err, errRefused) {
 			t.Errorf("reads a volume: %v", err)
 		}
 		if _, err := c.Join(t.Context(), Join{}); err != nil {

@@ -19,7 +19,7 @@ const controllerService = "ballast.cluster.v1.Controller"
 
 // Controller is what a controller answers to nodes.
 type Controller interface {
-	Volume(ctx context.Context, id volume.ID) (volume.Volume, error)
+	Record(ctx context.Context, id volume.ID) (volume.Volume, error)
 	// The methods that end in By are asked by a node, and volume.ErrDenied where it is not the one that may.
 	SetFilesystemBy(ctx context.Context, node volume.NodeID, id volume.ID, fs volume.Filesystem) error
 	RegisterNode(ctx context.Context, n volume.Node) error
@@ -91,7 +91,7 @@ var controllerDesc = grpc.ServiceDesc{
 	ServiceName: controllerService, HandlerType: (*Controller)(nil),
 	Methods: []grpc.MethodDesc{
 		unary(controllerService, "Volume", func(c Controller, ctx context.Context, r *volumeID) (volume.Volume, error) {
-			return c.Volume(ctx, r.ID)
+			return c.Record(ctx, r.ID)
 		}),
 		unary(controllerService, "SetFilesystem", func(c Controller, ctx context.Context, r *setFilesystem) (none, error) {
 			node, err := callerNode(ctx)
@@ -199,8 +199,8 @@ func ask[Resp, Req any](ctx context.Context, c *Cluster, name string, req *Req) 
 	return zero, err
 }
 
-// Volume implements agent's Cluster, as those below do.
-func (c *Cluster) Volume(ctx context.Context, id volume.ID) (volume.Volume, error) {
+// Record implements agent's Cluster, as those below do.
+func (c *Cluster) Record(ctx context.Context, id volume.ID) (volume.Volume, error) {
 	return ask[volume.Volume](ctx, c, "Volume", &volumeID{id})
 }
 

@@ -271,7 +271,7 @@ type AddHolder struct {
 // CopySnapshot begins to copy a snapshot of a volume that is deleted to another pool, under the volume's id: From, which is to be
 // made from the snapshot on a pool that holds it whole, is in sync, and To is to be filled from it. What AddHolder records then is
 // the copy, and a BeginDelete ends it. No quota counts it. It is refused with volume.ErrNotFound where the snapshot is being
-// deleted, ErrInvalid where From's pool has no sound copy of it or To's has one, ErrNoSpace where To's has no room, and ErrBusy
+// deleted, ErrInvalid where From's pool has no sound copy of it or To's node has one, ErrNoSpace where To's has no room, and ErrBusy
 // where the volume exists, another of its snapshots is being copied, or something of it is still to be freed on one of the two
 // nodes. It answers Volume.
 type CopySnapshot struct {

@@ -93,7 +93,7 @@ func (s *Service) freeReplicas(ctx context.Context, v volume.Volume, rs []volume
 				errs[i] = fmt.Errorf("replica %s on node %s: %s: %w", r.ID, r.Node, why, volume.ErrUnavailable)
 			} else if err := s.agents.DeleteReplica(ctx, r.Node, r.Pool, r.ID); err != nil {
 				errs[i] = fmt.Errorf("free replica %s on node %s: %w", r.ID, r.Node, err)
-			} else if err := s.freeFilledIn(ctx, xs, r); err != nil {
+			} else if err := errors.Join(s.freeFilledIn(ctx, xs, r), s.freeCopied(ctx, v, xs, r)); err != nil {
 				errs[i] = err
 			} else if v.State != volume.Deleting || len(rs) > 1 { // the last of a volume goes with it
 				errs[i] = s.propose(ctx, command.FreeReplica{Volume: v.ID, Replica: r.ID})

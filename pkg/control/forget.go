@@ -68,7 +68,7 @@ func (s *Service) forgetPool(ctx context.Context, id volume.PoolID, accept bool)
 	var only []string
 	for _, v := range vs {
 		others := slices.DeleteFunc(slices.Clone(v.Replicas), here)
-		if v.State != volume.Ready || len(others) == len(v.Replicas) || slices.ContainsFunc(others, func(r volume.Replica) bool { return r.Role == volume.InSync }) {
+		if v.State != volume.Ready || v.Kept != "" || len(others) == len(v.Replicas) || slices.ContainsFunc(others, func(r volume.Replica) bool { return r.Role == volume.InSync }) {
 			continue
 		}
 		if len(others) > 0 {
@@ -138,6 +138,15 @@ func (s *Service) forgetReplica(ctx context.Context, id volume.ID, pool volume.P
 	if err != nil {
 		return ignoreNotFound(err)
 	}
+	here := func(r volume.Replica) bool { return r.Pool == pool }
+	if v.Kept != "" && v.State == volume.Ready && slices.ContainsFunc(v.Replicas, here) {
+		if err := s.endCopy(ctx, v); err != nil { // as it must, while the pool is asked to free its part
+			s.o.Logger.Info("a snapshot is copied no more", "snapshot", v.Kept, "error", err)
+		}
+		if v, err = s.store.Volume(ctx, id); err != nil {
+			return ignoreNotFound(err)
+		}
+	}
 	if v.State == volume.Creating {
 		x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: id, Unfinished: true})
 		if err != nil {
@@ -146,8 +155,8 @@ func (s *Service) forgetReplica(ctx context.Context, id volume.ID, pool volume.P
 		if x.Volume.State == volume.Ready {
 			return fmt.Errorf("volume %s was made meanwhile; try again: %w", id, volume.ErrBusy)
 		}
-	} else if v.State == volume.Ready {
-		if lost := !slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Pool != pool }); lost {
+	} else if v.State == volume.Ready && v.Kept == "" {
+		if lost := !slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return !here(r) }); lost {
 			if err := s.abandon(ctx, v); err != nil {
 				return err
 			}
@@ -163,10 +172,10 @@ func (s *Service) forgetReplica(ctx context.Context, id volume.ID, pool volume.P
 		}
 	}
 	for _, r := range slices.Concat(v.Replicas, v.Leaving) {
-		if r.Pool != pool {
+		if !here(r) {
 			continue
 		}
-		if v.State == volume.Ready && r.Role == volume.InSync && v.Owner != "" && len(v.InSync()) > 1 {
+		if v.State == volume.Ready && v.Kept == "" && r.Role == volume.InSync && v.Owner != "" && len(v.InSync()) > 1 {
 			if err := s.agents.Evict(ctx, v.Owner, id, v.Epoch, r.ID); err != nil {
 				return fmt.Errorf("engine of volume %s on node %s: %w", id, v.Owner, unfinished(err))
 			}

@@ -23,7 +23,9 @@ func (s *Service) Volume(ctx context.Context, id volume.ID) (volume.Volume, erro
 func (s *Service) Volumes(ctx context.Context, p Page) ([]volume.Volume, string, error) {
 	return list(p, volumePrefix,
 		func(after string, n int) ([]volume.Volume, error) { return s.store.Volumes(ctx, volume.ID(after), n) },
-		func(v volume.Volume) (string, bool) { return string(v.ID), v.State != volume.Deleting })
+		func(v volume.Volume) (string, bool) {
+			return string(v.ID), v.Kept == "" && (p.All || v.State != volume.Deleting)
+		})
 }
 
 // Snapshot returns a snapshot that is Creating or Ready; volume.ErrNotFound where there is none.
@@ -55,11 +57,12 @@ func (s *Service) Snapshots(ctx context.Context, f SnapshotFilter, p Page) ([]vo
 			}
 			return []volume.Snapshot{x}, nil
 		},
-		func(x volume.Snapshot) (string, bool) { return string(x.ID), x.State == volume.Ready && !x.Hidden })
+		func(x volume.Snapshot) (string, bool) {
+			return string(x.ID), p.All || x.State == volume.Ready && !x.Hidden
+		})
 }
 
-// list reads one page; fetch returns at most n items after an id, n 0 all; what tells an item's id and whether it is shown
-// where not all are.
+// list reads one page; fetch returns at most n items after an id, n 0 all; what tells an item's id and whether it is shown.
 func list[T any](p Page, prefix string, fetch func(after string, n int) ([]T, error), what func(T) (id string, shown bool)) ([]T, string, error) {
 	if p.Max < 0 {
 		return nil, "", fmt.Errorf("page of %d entries: %w", p.Max, volume.ErrInvalid)
@@ -81,7 +84,7 @@ func list[T any](p Page, prefix string, fetch func(after string, n int) ([]T, er
 		for _, x := range batch {
 			id, shown := what(x)
 			after = id
-			if !p.All && !shown {
+			if !shown {
 				continue
 			}
 			if p.Max > 0 && len(page) == p.Max {

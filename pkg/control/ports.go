@@ -142,6 +142,8 @@ type Store interface {
 	Snapshot(ctx context.Context, id volume.SnapshotID) (volume.Snapshot, error)
 	// Snapshots lists likewise; of restricts the list to the snapshots of one volume, "" does not.
 	Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) ([]volume.Snapshot, error)
+	// Remains lists what is kept of deleted volumes that have snapshots, in order of id.
+	Remains(ctx context.Context) ([]volume.Remains, error)
 	// Unsettled lists what is in a state that must end: being created, deleted, expanded or detached.
 	Unsettled(ctx context.Context) ([]volume.ID, []volume.SnapshotID, error)
 	// Group returns a group snapshot with its members.

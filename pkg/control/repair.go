@@ -22,6 +22,8 @@ type State struct {
 	View      placement.View
 	Volumes   []volume.Volume
 	Snapshots []volume.Snapshot
+	// Remains are those of deleted volumes that have snapshots.
+	Remains map[volume.ID]volume.Remains
 	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. It is no longer than this
 	// process has been looking: after a time without controllers all nodes seem to have been silent. Pools that can be reached
 	// are not in it.
@@ -40,6 +42,14 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	}
 	if st.Snapshots, err = s.store.Snapshots(ctx, "", "", 0); err != nil {
 		return st, err
+	}
+	remains, err := s.store.Remains(ctx)
+	if err != nil {
+		return st, err
+	}
+	st.Remains = map[volume.ID]volume.Remains{}
+	for _, k := range remains {
+		st.Remains[k.Volume] = k
 	}
 	st.Away = map[volume.PoolID]time.Duration{}
 	s.mu.Lock()
@@ -112,7 +122,7 @@ func (s *Service) Sync(ctx context.Context, id volume.ID) error {
 		return fmt.Errorf("volume %s: %w", id, ErrUnderWay)
 	}
 	defer unlock()
-	v, err := s.live(ctx, id)
+	v, err := s.Record(ctx, id)
 	if err != nil || v.State != volume.Ready {
 		return ignoreNotFound(err)
 	}
@@ -130,12 +140,19 @@ func (s *Service) bringUp(ctx context.Context, v volume.Volume) error {
 		return err
 	}
 	var errs []error
-	for _, r := range v.Replicas {
-		if r.Role != volume.Filling || c.silent[r.Node] != "" {
+	for i, r := range v.Replicas {
+		source := v.Kept != "" && i == 0 // made of the snapshot that is copied
+		if r.Role != volume.Filling && !source || c.silent[r.Node] != "" {
 			continue
 		}
 		spec := ReplicaSpec{ID: r.ID, Volume: v.ID, Tenant: v.Tenant, Pool: r.Pool, Size: v.Size, Parent: newest(xs, r.Pool)}
+		if source {
+			spec.Parent = v.Kept
+		}
 		err := s.agents.CreateReplica(ctx, r.Node, spec)
+		if err != nil && definite(err) && v.Kept != "" { // it cannot be copied so: other pools are chosen next time
+			return errors.Join(fmt.Errorf("replica %s on node %s: %w", r.ID, r.Node, err), s.endCopy(ctx, v))
+		}
 		if errors.Is(err, volume.ErrNoSpace) {
 			// It cannot be filled there: another pool is chosen next time.
 			err = errors.Join(err, s.propose(ctx, command.DropReplica{Volume: v.ID, Replica: r.ID}))

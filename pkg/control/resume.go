@@ -106,7 +106,7 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 		return s.resumed(ctx, "volume.create", string(id), err)
 	case v.Attachment != nil && v.Attachment.Detaching:
 		return s.resumed(ctx, "volume.detach", string(id), s.completeDetach(ctx, v))
-	case v.Attachment == nil && v.Owner != "" && !c.wanting(v):
+	case v.Attachment == nil && v.Owner != "" && v.Kept == "" && !c.wanting(v): // the end of a copy is the end of its engine
 		return s.resumed(ctx, "volume.close", string(id), s.closeEngine(ctx, v))
 	case len(v.Leaving) > 0:
 		return s.resumed(ctx, "replica.free", string(id), s.freeReplicas(ctx, v, v.Leaving))

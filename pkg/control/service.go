@@ -153,6 +153,16 @@ func (s *Service) proposeSnapshot(ctx context.Context, c command.Command) (comma
 
 // live returns a volume that is not being deleted.
 func (s *Service) live(ctx context.Context, id volume.ID) (volume.Volume, error) {
+	v, err := s.Record(ctx, id)
+	if err == nil && v.Kept != "" {
+		err = fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+	}
+	return v, err
+}
+
+// Record is for nodes, which run engines: it is Volume, and finds also what only serves to copy a snapshot of a volume that was
+// deleted.
+func (s *Service) Record(ctx context.Context, id volume.ID) (volume.Volume, error) {
 	v, err := s.store.Volume(ctx, id)
 	if err == nil && v.State == volume.Deleting {
 		err = fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)

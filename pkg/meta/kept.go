@@ -67,10 +67,8 @@ func copySnapshot(v *view, c command.CopySnapshot) (command.Result, error) {
 	switch {
 	case !slices.ContainsFunc(x.Holders, holds(from.Pool)):
 		return nil, fmt.Errorf("pool %s has no sound copy of snapshot %s: %w", from.Pool, x.ID, volume.ErrInvalid)
-	case slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == to.Pool }):
-		return nil, fmt.Errorf("pool %s holds snapshot %s already: %w", to.Pool, x.ID, volume.ErrInvalid)
-	case from.Node == to.Node:
-		return nil, fmt.Errorf("snapshot %s is on node %s already: %w", x.ID, to.Node, volume.ErrInvalid)
+	case slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return place(v, h).Node == to.Node }):
+		return nil, fmt.Errorf("node %s holds snapshot %s already: %w", to.Node, x.ID, volume.ErrInvalid)
 	}
 	left := slices.Concat(old.Replicas, old.Leaving)
 	if len(left) > replication.MaxMembers {

@@ -24,7 +24,7 @@ func Blockers(v View, volumes []volume.Volume, snapshots []volume.Snapshot, node
 	}
 	var out []Blocker
 	for _, x := range volumes {
-		if x.State != volume.Ready {
+		if x.State != volume.Ready || x.Kept != "" {
 			continue
 		}
 		affected, left, behind, away := false, 0, 0, 0

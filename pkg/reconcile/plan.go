@@ -26,13 +26,17 @@ const (
 	Sync Kind = "sync"
 	// Move has Pool let go of a snapshot.
 	Move Kind = "move snapshot"
+	// Copy has a snapshot of a deleted volume copied from the pool From to Pool, End ends the copy into Replica of the volume ID.
+	Copy Kind = "copy snapshot"
+	End  Kind = "end copy"
 )
 
 // Action is one thing to take up.
 type Action struct {
 	Kind Kind
 	ID   string
-	// Pool and Replica are set for the kinds that say so.
+	// From, Pool and Replica are set for the kinds that say so.
+	From    volume.PoolID
 	Pool    volume.PoolID
 	Replica volume.ReplicaID
 }

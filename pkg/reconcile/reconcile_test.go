@@ -93,6 +93,14 @@ func (f *fake) DropHolder(ctx context.Context, id volume.SnapshotID, pool volume
 	return f.resume(ctx, Action{Kind: Move, ID: string(id), Pool: pool})
 }
 
+func (f *fake) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, to volume.PoolID) error {
+	return f.resume(ctx, Action{Kind: Copy, ID: string(id), From: from, Pool: to})
+}
+
+func (f *fake) EndCopy(ctx context.Context, id volume.ID, into volume.ReplicaID) error {
+	return f.resume(ctx, Action{Kind: End, ID: string(id), Replica: into})
+}
+
 func (f *fake) resume(ctx context.Context, a Action) error {
 	if hung := f.deaf[a]; hung != nil {
 		<-hung

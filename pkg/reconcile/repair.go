@@ -40,12 +40,16 @@ func Repairs(st control.State, l Limits) []Action {
 			p.pools[pool.ID] = n
 		}
 	}
-	var vs []volume.Volume
+	var vs, kept []volume.Volume
 	for _, v := range st.Volumes {
 		if v.State != volume.Ready {
 			continue
 		}
-		vs = append(vs, v)
+		if v.Kept == "" {
+			vs = append(vs, v)
+		} else {
+			kept = append(kept, v)
+		}
 		for _, r := range v.Replicas {
 			if r.Role == volume.Filling {
 				p.filling[r.Node]++
@@ -64,7 +68,8 @@ func Repairs(st control.State, l Limits) []Action {
 	for _, v := range vs {
 		p.repair(v)
 	}
-	p.moveSnapshots(vs)
+	p.copies(kept)
+	p.moveSnapshots()
 	return p.out
 }
 
@@ -158,11 +163,7 @@ func (p *planner) add(v volume.Volume, n int) bool {
 	n = min(n, replication.MaxMembers-len(v.Replicas))
 	r := placement.Request{
 		Size: max(v.Size, v.Target), Replicas: 1, Pool: v.Parameters.Pool, Beside: slices.Concat(v.Replicas, v.Leaving), Refused: map[volume.PoolID]string{},
-	}
-	for _, n := range p.st.View.Nodes { // where it was asked for, if that is still known
-		if slices.Contains(v.Accessible, n.ID) {
-			r.Requisite = append(r.Requisite, n.ID)
-		}
+		Requisite: p.known(v.Accessible), // where it was asked for, if that is still known
 	}
 	if a := v.Attachment; a != nil && v.Parameters.DataLocality != volume.LocalityNone {
 		r.Preferred = []volume.NodeID{a.Node}
@@ -177,11 +178,7 @@ func (p *planner) add(v volume.Volume, n int) bool {
 	if _, err := placement.Choose(p.st.View, r); err != nil {
 		return false // health says why; there may be room later
 	}
-	for id, node := range p.pools {
-		if p.filling[node.ID] >= p.l.Rebuilds {
-			r.Refused[id] = "its node fills as many replicas as it may"
-		}
-	}
+	p.refuseBusy(r)
 	for range n {
 		pools, err := placement.Choose(p.st.View, r)
 		if err != nil {
@@ -254,21 +251,26 @@ func (p *planner) drop(v volume.Volume, keep []volume.Replica, inSync bool) {
 
 // moveSnapshots lets pools go of snapshots that enough others hold: those of nodes that are being emptied, and damaged ones once
 // the replica is gone that was damaged with them.
-func (p *planner) moveSnapshots(vs []volume.Volume) {
+func (p *planner) moveSnapshots() {
 	byID := map[volume.ID]volume.Volume{}
-	for _, v := range vs {
+	for _, v := range p.st.Volumes {
 		byID[v.ID] = v
 	}
 	for _, x := range p.st.Snapshots {
-		v, ok := byID[x.Volume]
-		if !ok || x.State != volume.Ready {
-			continue // without its volume nobody can fill another holder in
+		v, there := byID[x.Volume]
+		want := v.Parameters.Replicas
+		k, deleted := p.st.Remains[x.Volume]
+		if deleted {
+			want = k.Replicas
 		}
-		want, sound := v.Parameters.Replicas, p.sound(x)
+		if x.State != volume.Ready || !deleted && (!there || v.State != volume.Ready) {
+			continue // nobody can fill another holder in
+		}
+		sound := p.sound(x)
 		for _, h := range x.Holders {
-			there := slices.ContainsFunc(slices.Concat(v.Replicas, v.Leaving), func(r volume.Replica) bool { return r.Pool == h.Pool })
-			emptied := p.pools[h.Pool].State == volume.NodeEmptying && sound >= want
-			damaged := h.Damaged && !there && sound >= min(want, fewestSound)
+			used := slices.ContainsFunc(slices.Concat(v.Replicas, v.Leaving), func(r volume.Replica) bool { return r.Pool == h.Pool })
+			emptied := p.pools[h.Pool].State == volume.NodeEmptying && sound >= want && !(deleted && used)
+			damaged := h.Damaged && !used && sound >= min(want, fewestSound)
 			if p.reachable(h) && (emptied || damaged) {
 				p.out = append(p.out, Action{Kind: Move, ID: string(x.ID), Pool: h.Pool})
 			}

@@ -25,6 +25,8 @@ type Cluster interface {
 	DropReplica(ctx context.Context, id volume.ID, r volume.ReplicaID) error
 	Sync(ctx context.Context, id volume.ID) error
 	DropHolder(ctx context.Context, id volume.SnapshotID, pool volume.PoolID) error
+	CopySnapshot(ctx context.Context, id volume.SnapshotID, from, to volume.PoolID) error
+	EndCopy(ctx context.Context, id volume.ID, into volume.ReplicaID) error
 }
 
 // Options of the loop. Zero values are the defaults.
@@ -189,6 +191,10 @@ func (l *Loop) take(ctx context.Context, a Action) {
 		err = l.cluster.Sync(ctx, volume.ID(a.ID))
 	case Move:
 		err = l.cluster.DropHolder(ctx, volume.SnapshotID(a.ID), a.Pool)
+	case Copy:
+		err = l.cluster.CopySnapshot(ctx, volume.SnapshotID(a.ID), a.From, a.Pool)
+	case End:
+		err = l.cluster.EndCopy(ctx, volume.ID(a.ID), a.Replica)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

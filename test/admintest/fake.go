@@ -533,6 +533,15 @@ func (c *Cluster) Why(_ context.Context, id volume.ID) (string, error) {
 	return fmt.Sprintf("Volume %s (%q) is %s, and here is a paragraph that is long enough to be wrapped into lines for people to read.", v.ID, v.Name, v.State), nil
 }
 
+// WhySnapshot implements admin.Control.
+func (c *Cluster) WhySnapshot(ctx context.Context, id volume.SnapshotID) (string, error) {
+	x, err := c.Snapshot(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("Snapshot %s is %s, and here is a paragraph that is long enough to be wrapped into lines for people to read.", x.Name, x.State), nil
+}
+
 // Ready implements admin.Control.
 func (c *Cluster) Ready(context.Context) error {
 	c.Mu.Lock()

@@ -1,0 +1,85 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/ballast-csi/ballast/pkg/command"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// A snapshot outlives its volume, and with it what brings snapshots to other pools: the rebuild of a replica. For the time of a
+// copy there is a record under the volume's id again, whose first replica is made of the snapshot where that is held, and whose
+// second is filled from it like any other (docs/adr/0009).
+
+// CopySnapshot begins to copy a snapshot whose volume is deleted from a pool that holds it to another. It is nil where the copy is
+// under way, or not needed any more. volume.ErrNoSpace: the pool has no room. ErrBusy: another snapshot of the volume is being
+// copied.
+func (s *Service) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, to volume.PoolID) error {
+	x, err := s.Snapshot(ctx, id)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	unlock, ok := s.flights.tryLock(volumeKey(string(x.Volume)))
+	if !ok {
+		return fmt.Errorf("snapshot %s: %w", id, ErrUnderWay)
+	}
+	defer unlock()
+	random, err := newID()
+	if err != nil {
+		return err
+	}
+	end := func(i int, p volume.PoolID, r volume.ReplicaRole) volume.Replica {
+		return volume.Replica{ID: volume.ReplicaID(fmt.Sprintf("%s%s-%d", replicaPrefix, random, i)), Pool: p, Role: r}
+	}
+	v, err := s.proposeVolume(ctx, command.CopySnapshot{Now: s.now(), Snapshot: id, From: end(0, from, volume.InSync), To: end(1, to, volume.Filling)})
+	s.record(ctx, "snapshot.copy", string(id), fmt.Sprintf("from pool %s to pool %s", from, to), err)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	return s.bringUp(ctx, v.Volume)
+}
+
+// EndCopy ends the copy of a snapshot into a replica, and frees what it was made with: it is recorded by now, or stands in the way.
+// Nil where there is none.
+func (s *Service) EndCopy(ctx context.Context, id volume.ID, into volume.ReplicaID) error {
+	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
+	if !ok {
+		return fmt.Errorf("volume %s: %w", id, ErrUnderWay)
+	}
+	defer unlock()
+	v, err := s.store.Volume(ctx, id)
+	if err != nil || v.Kept == "" || v.State != volume.Ready || v.Replicas[1].ID != into {
+		return ignoreNotFound(err)
+	}
+	if err := s.endCopy(ctx, v); err != nil {
+		s.o.Logger.Warn("a snapshot is copied no more, its space will be freed later", "snapshot", v.Kept, "volume", id, "error", err)
+	}
+	return nil
+}
+
+// endCopy frees what a snapshot is copied with. The caller has v's lock.
+func (s *Service) endCopy(ctx context.Context, v volume.Volume) error {
+	if err := s.closeEngine(ctx, v); err != nil {
+		return err
+	}
+	x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: v.ID})
+	s.record(ctx, "snapshot.copied", string(v.Kept), fmt.Sprintf("to pool %s", v.Replicas[1].Pool), err)
+	if err != nil {
+		return ignoreNotFound(err)
+	}
+	return s.completeDelete(ctx, x.Volume)
+}
+
+// freeCopied has a pool let go of a snapshot that was being copied, of which there is no record any more: it may have been filled
+// in there after its deletion had asked the pool to let go of it.
+func (s *Service) freeCopied(ctx context.Context, v volume.Volume, xs []volume.Snapshot, r volume.Replica) error {
+	if v.Kept == "" || slices.ContainsFunc(xs, func(x volume.Snapshot) bool { return x.ID == v.Kept }) {
+		return nil // where there is a record, freeFilledIn sees to it
+	}
+	if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, v.Kept, 0); err != nil {
+		return fmt.Errorf("free snapshot %s, copied to node %s: %w", v.Kept, r.Node, err)
+	}
+	return nil
+}
