@@ -53,10 +53,7 @@ func (s *Service) EndCopy(ctx context.Context, id volume.ID, into volume.Replica
 	if err != nil || v.Kept == "" || v.State != volume.Ready || v.Replicas[1].ID != into {
 		return ignoreNotFound(err)
 	}
-	if err := s.endCopy(ctx, v); err != nil {
-		s.o.Logger.Warn("a snapshot is copied no more, its space will be freed later", "snapshot", v.Kept, "volume", id, "error", err)
-	}
-	return nil
+	return s.endCopy(ctx, v)
 }
 
 // endCopy frees what a snapshot is copied with. The caller has v's lock.

@@ -236,6 +236,7 @@ func severalCases() []useCase {
 		return v
 	}
 	return []useCase{
+		copyCase(grow),
 		{
 			name:  "create on two nodes",
 			setup: func(w *world) string { grow(w); return "" },

@@ -155,9 +155,13 @@ func (s *Service) proposeSnapshot(ctx context.Context, c command.Command) (comma
 func (s *Service) live(ctx context.Context, id volume.ID) (volume.Volume, error) {
 	v, err := s.Record(ctx, id)
 	if err == nil && v.Kept != "" {
-		err = fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+		err = noVolume(id)
 	}
 	return v, err
+}
+
+func noVolume(id volume.ID) error {
+	return fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
 }
 
 // Record is for nodes, which run engines: it is Volume, and finds also what only serves to copy a snapshot of a volume that was
@@ -165,7 +169,7 @@ func (s *Service) live(ctx context.Context, id volume.ID) (volume.Volume, error)
 func (s *Service) Record(ctx context.Context, id volume.ID) (volume.Volume, error) {
 	v, err := s.store.Volume(ctx, id)
 	if err == nil && v.State == volume.Deleting {
-		err = fmt.Errorf("volume %s does not exist: %w", id, volume.ErrNotFound)
+		err = noVolume(id)
 	}
 	return v, err
 }

@@ -121,6 +121,10 @@ func (w *world) carryOut(a reconcile.Action) {
 		err = w.Sync(ctx, volume.ID(a.ID))
 	case reconcile.Move:
 		err = w.DropHolder(ctx, volume.SnapshotID(a.ID), a.Pool)
+	case reconcile.Copy:
+		err = w.CopySnapshot(ctx, volume.SnapshotID(a.ID), a.From, a.Pool)
+	case reconcile.End:
+		err = w.EndCopy(ctx, volume.ID(a.ID), a.Replica)
 	}
 	if err != nil {
 		w.t.Fatalf("%+v: %v", a, err)

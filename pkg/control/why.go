@@ -17,6 +17,9 @@ import (
 // next step. It finds volumes that are being deleted too.
 func (s *Service) Why(ctx context.Context, id volume.ID) (string, error) {
 	v, err := s.store.Volume(ctx, id)
+	if err == nil && v.Kept != "" {
+		err = noVolume(id)
+	}
 	if err != nil {
 		return "", err
 	}

@@ -75,15 +75,19 @@ func (w *world) restart() {
 	})
 }
 
-// reconcile takes up what is unfinished until nothing is.
+// reconcile takes up what is unfinished until nothing is, copies of snapshots included.
 func (w *world) reconcile() {
 	w.t.Helper()
 	for range 10 {
+		copies, err := w.copyOn(context.Background())
+		if err != nil {
+			w.t.Fatal(err)
+		}
 		p, err := w.Pending(context.Background())
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		if len(p.Volumes)+len(p.Snapshots)+len(p.QoS) == 0 {
+		if copies+len(p.Volumes)+len(p.Snapshots)+len(p.QoS) == 0 {
 			return
 		}
 		for _, id := range p.Volumes {
