@@ -27,6 +27,8 @@ type trio struct {
 	t       *testing.T
 	dir     string
 	cluster *fakeCluster
+	// controllers are asked instead of cluster, where there are any.
+	controllers Cluster
 
 	mu    sync.Mutex
 	nodes map[volume.NodeID]*Node // those that run
@@ -86,8 +88,12 @@ func trioTiming() replication.Timing {
 func nodeName(i int) volume.NodeID { return volume.NodeID(fmt.Sprintf("n%d", i)) }
 
 func newTrio(t *testing.T) *trio {
+	return newTrioOf(t, nil)
+}
+
+func newTrioOf(t *testing.T, controllers Cluster) *trio {
 	t.Parallel() // they mostly wait: for leases, and for each other
-	c := &trio{t: t, dir: t.TempDir(), cluster: &fakeCluster{volumes: map[volume.ID]volume.Volume{}}, nodes: map[volume.NodeID]*Node{}, lines: map[*line]bool{}}
+	c := &trio{controllers: controllers, t: t, dir: t.TempDir(), cluster: &fakeCluster{volumes: map[volume.ID]volume.Volume{}}, nodes: map[volume.NodeID]*Node{}, lines: map[*line]bool{}}
 	t.Cleanup(func() {
 		for i := range 3 {
 			c.stop(nodeName(i + 1))
@@ -131,7 +137,11 @@ func (c *trio) start(id volume.NodeID) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	n.Start(c.cluster)
+	if c.controllers != nil {
+		n.Start(c.controllers)
+	} else {
+		n.Start(c.cluster)
+	}
 	<-n.recovered
 	c.mu.Lock()
 	c.nodes[id] = n
