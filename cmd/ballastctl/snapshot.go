@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,6 +15,20 @@ func snapshotOf(s snapshotView) cell {
 		return cell{s.Volume + " (deleted)", styleDim}
 	}
 	return plain(s.VolumeName)
+}
+
+// copiesCell counts the holders, and those that do not report.
+func copiesCell(holders []replicaView) cell {
+	away := 0
+	for _, h := range holders {
+		if h.NodeSilent {
+			away++
+		}
+	}
+	if away == 0 {
+		return plain(fmt.Sprint(len(holders)))
+	}
+	return cell{fmt.Sprintf("%d, %d away", len(holders), away), styleWarn}
 }
 
 func listSnapshots(ctx context.Context, a adminpb.AdminClient, of string) ([]snapshotView, error) {
@@ -51,6 +66,7 @@ func snapshots(of *string) resource[snapshotView] {
 			{"SIZE", false, func(s snapshotView, _ time.Time) cell { return sizeCell(s.SizeBytes) }},
 			{"ON DISK", false, func(s snapshotView, _ time.Time) cell { return sizeCell(s.PhysicalBytes) }},
 			{"STATE", false, func(s snapshotView, _ time.Time) cell { return stateCell(s.State) }},
+			{"COPIES", false, func(s snapshotView, _ time.Time) cell { return copiesCell(s.Holders) }},
 			{"FS", true, func(s snapshotView, _ time.Time) cell { return orDash(s.Filesystem) }},
 			{"HOLDERS", true, func(s snapshotView, _ time.Time) cell { return orDash(replicaPools(s.Holders)) }},
 			{"AGE", false, func(s snapshotView, now time.Time) cell { return plain(ageText(s.CreatedAt, now)) }},
@@ -79,7 +95,11 @@ func snapshots(of *string) resource[snapshotView] {
 				{"Filesystem", orDash(s.Filesystem)},
 			}
 			for _, h := range s.Holders {
-				fs = append(fs, field{"Held by", plain(h.Node + ", pool " + poolOf(h))})
+				at := plain(h.Node + ", pool " + poolOf(h))
+				if h.NodeSilent {
+					at.text += ", which does not report"
+				}
+				fs = append(fs, field{"Held by", at})
 			}
 			return fs
 		},

@@ -334,8 +334,8 @@ func (p *parts) ResizeReplica(ctx context.Context, node volume.NodeID, pool volu
 	return do(p, node, func(n *Node) error { return n.ResizeReplica(ctx, node, pool, id, size) })
 }
 
-func (p *parts) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, size int64) error {
-	return do(p, r.Node, func(n *Node) error { return n.ExpandVolume(ctx, r, id, size) })
+func (p *parts) ExpandVolume(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch, size int64) error {
+	return do(p, r.Node, func(n *Node) error { return n.ExpandVolume(ctx, r, id, epoch, size) })
 }
 
 func (p *parts) Fence(ctx context.Context, r volume.Replica, id volume.ID, epoch volume.Epoch) (time.Duration, error) {
@@ -350,8 +350,8 @@ func (p *parts) OpenEngine(ctx context.Context, node volume.NodeID, id volume.ID
 	return do(p, node, func(n *Node) error { return n.OpenEngine(ctx, node, id, epoch) })
 }
 
-func (p *parts) Evict(ctx context.Context, node volume.NodeID, id volume.ID, r volume.ReplicaID) error {
-	return do(p, node, func(n *Node) error { return n.Evict(ctx, node, id, r) })
+func (p *parts) Evict(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, r volume.ReplicaID) error {
+	return do(p, node, func(n *Node) error { return n.Evict(ctx, node, id, epoch, r) })
 }
 
 func (p *parts) CutSnapshot(ctx context.Context, node volume.NodeID, s control.SnapshotSpec) ([]volume.ReplicaID, error) {
@@ -374,8 +374,8 @@ func (p *parts) Detach(ctx context.Context, node volume.NodeID, id volume.ID, ep
 	return at(p, node, func(n *Node) (bool, error) { return n.Detach(ctx, node, id, epoch) })
 }
 
-func (p *parts) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, q volume.QoS) error {
-	return do(p, node, func(n *Node) error { return n.SetQoS(ctx, node, id, q) })
+func (p *parts) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch, q volume.QoS) error {
+	return do(p, node, func(n *Node) error { return n.SetQoS(ctx, node, id, epoch, q) })
 }
 
 func (p *parts) Observe(ctx context.Context, node volume.NodeID, of []control.Subject) ([]control.Observation, error) {

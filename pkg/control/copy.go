@@ -62,7 +62,7 @@ func (s *Service) endCopy(ctx context.Context, v volume.Volume) error {
 		return err
 	}
 	x, err := s.proposeVolume(ctx, command.BeginDelete{Volume: v.ID})
-	s.record(ctx, "snapshot.copied", string(v.Kept), fmt.Sprintf("to pool %s", v.Replicas[1].Pool), err)
+	s.record(ctx, "snapshot.copy-end", string(v.Kept), fmt.Sprintf("to pool %s", v.Replicas[1].Pool), err)
 	if err != nil {
 		return ignoreNotFound(err)
 	}

@@ -52,7 +52,7 @@ func (s *Service) whyCopies(ctx context.Context, p *paragraph, x volume.Snapshot
 	}
 	held := plural(len(x.Holders), "pool")
 	if i >= 0 && len(x.Holders) != remains[i].Replicas {
-		held += fmt.Sprintf(" of %d that should", remains[i].Replicas)
+		held += fmt.Sprintf(" where %d are wanted", remains[i].Replicas)
 	}
 	p.says("Snapshot %s is ready: %s, held by %s; %s", x.Name, bytesText(x.Size), held, source)
 	sound, damaged, away := 0, 0, ""
@@ -107,7 +107,7 @@ func (s *Service) whyCopied(ctx context.Context, p *paragraph, x volume.Snapshot
 	case running:
 		p.says("it is copied to another pool once snapshot %s of the same volume is", v.Kept)
 	default:
-		p.says("it is copied to another pool, by itself, when a node has been away for longer than replicas are given to return, or is being emptied")
+		p.says("another copy is made by itself: at once of one that is damaged or on a node that is being emptied, and of one that is away when it has been for longer than replicas are given to return")
 		p.does("see that another node has room for %s in a pool that holds neither a later nor a damaged snapshot of the same volume (`ballastctl pool list`)", bytesText(k.Size))
 	}
 }
