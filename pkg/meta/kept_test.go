@@ -99,6 +99,10 @@ func TestASnapshotOfADeletedVolumeIsCopied(t *testing.T) {
 		Epoch: v.Epoch, ConfigVersion: v.ConfigVersion, Add: []replication.Proof{{ID: c.To.ID, Incarnation: 1, BootID: 1}}}}})
 	propose(t, s, command.ReportUsage{Now: 4, Node: "n2", Replicas: map[volume.ReplicaID]int64{c.To.ID: mib}})
 	wantErr(t, s, command.AddHolder{Snapshot: "s", Node: "n2", Replica: c.To.ID}, volume.ErrDenied)
+	propose(t, s, command.DropHolder{Snapshot: "s", Pool: "p1", Lost: true})
+	if x := propose(t, s, command.AddHolder{Snapshot: "s", Replica: c.From.ID}).(command.Snapshot).Snapshot; len(x.Holders) != 0 {
+		t.Errorf("what was let go of is held again: %+v", x.Holders)
+	}
 	propose(t, s, command.AddHolder{Snapshot: "s", Node: "n1", Replica: c.To.ID})
 	after, _ := s.Quotas(ctx)
 	if len(before) != 1 || len(after) != 1 || before[0] != after[0] || after[0].Used.Volumes != 0 {
@@ -109,11 +113,11 @@ func TestASnapshotOfADeletedVolumeIsCopied(t *testing.T) {
 	propose(t, s, command.FinishDelete{Volume: id})
 	x, _ := s.Snapshot(ctx, "s")
 	ks, _ = s.Remains(ctx)
-	if len(x.Holders) != 2 || len(ks) != 1 || ks[0].Protocol.Epoch <= v.Epoch {
+	if len(x.Holders) != 1 || x.Holders[0].Node != "n2" || len(ks) != 1 || ks[0].Protocol.Epoch <= v.Epoch {
 		t.Errorf("%+v %+v", x, ks)
 	}
 	verify(t, s)
-	wantErr(t, s, copyOf(1, "s", 3, "p1", "p2"), volume.ErrInvalid) // it is there
+	wantErr(t, s, copyOf(1, "s", 3, "p2", "p2x"), volume.ErrNoSpace) // an unknown pool
 	propose(t, s, command.BeginDeleteSnapshot{Snapshot: "s"})
 	wantErr(t, s, copyOf(1, "s", 3, "p1", "p3"), volume.ErrNotFound)
 	propose(t, s, command.FinishDeleteSnapshot{Snapshot: "s"})

@@ -151,6 +151,9 @@ func addHolder(v *view, c command.AddHolder) (command.Result, error) {
 	if err := isOwner(vol, c.Node); err != nil {
 		return nil, err
 	}
+	if vol.Kept != "" && i == 0 { // it was made of what is there; what its pool lets go of meanwhile does not come back so
+		return command.Snapshot{Snapshot: rec}, nil
+	}
 	r := vol.Replicas[i]
 	if !slices.ContainsFunc(rec.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
 		rec.Holders = append(slices.Clone(rec.Holders), volume.Replica{ID: r.ID, Node: r.Node, Pool: r.Pool})

@@ -249,8 +249,8 @@ func (p *planner) drop(v volume.Volume, keep []volume.Replica, inSync bool) {
 	}
 }
 
-// moveSnapshots lets pools go of snapshots that enough others hold: those of nodes that are being emptied, and damaged ones once
-// the replica is gone that was damaged with them.
+// moveSnapshots lets pools go of snapshots that enough others hold, those of nodes that are being emptied and damaged ones, once
+// the replica is gone that was there with them: what a pool reports of a volume's replica that is in sync counts as held.
 func (p *planner) moveSnapshots() {
 	byID := map[volume.ID]volume.Volume{}
 	for _, v := range p.st.Volumes {
@@ -269,9 +269,9 @@ func (p *planner) moveSnapshots() {
 		sound := p.sound(x)
 		for _, h := range x.Holders {
 			used := slices.ContainsFunc(slices.Concat(v.Replicas, v.Leaving), func(r volume.Replica) bool { return r.Pool == h.Pool })
-			emptied := p.pools[h.Pool].State == volume.NodeEmptying && sound >= want && !(deleted && used)
-			damaged := h.Damaged && !used && sound >= min(want, fewestSound)
-			if p.reachable(h) && (emptied || damaged) {
+			emptied := p.pools[h.Pool].State == volume.NodeEmptying && sound >= want
+			damaged := h.Damaged && sound >= min(want, fewestSound)
+			if p.reachable(h) && !used && (emptied || damaged) {
 				p.out = append(p.out, Action{Kind: Move, ID: string(x.ID), Pool: h.Pool})
 			}
 		}
