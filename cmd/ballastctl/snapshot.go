@@ -31,6 +31,14 @@ func copiesCell(holders []replicaView) cell {
 	return cell{fmt.Sprintf("%d, %d away", len(holders), away), styleWarn}
 }
 
+// snapshotState is what is wrong with a snapshot, if anything is.
+func snapshotState(s snapshotView) cell {
+	if len(s.Conditions) > 0 {
+		return healthCell(s.Conditions)
+	}
+	return stateCell(s.State)
+}
+
 func listSnapshots(ctx context.Context, a adminpb.AdminClient, of string) ([]snapshotView, error) {
 	out := []snapshotView{}
 	req := &adminpb.ListSnapshotsRequest{Max: 1000, Volume: of}
@@ -65,7 +73,7 @@ func snapshots(of *string) resource[snapshotView] {
 			{"TENANT", true, func(s snapshotView, _ time.Time) cell { return plain(s.Tenant) }},
 			{"SIZE", false, func(s snapshotView, _ time.Time) cell { return sizeCell(s.SizeBytes) }},
 			{"ON DISK", false, func(s snapshotView, _ time.Time) cell { return sizeCell(s.PhysicalBytes) }},
-			{"STATE", false, func(s snapshotView, _ time.Time) cell { return stateCell(s.State) }},
+			{"STATE", false, func(s snapshotView, _ time.Time) cell { return snapshotState(s) }},
 			{"COPIES", false, func(s snapshotView, _ time.Time) cell { return copiesCell(s.Holders) }},
 			{"FS", true, func(s snapshotView, _ time.Time) cell { return orDash(s.Filesystem) }},
 			{"HOLDERS", true, func(s snapshotView, _ time.Time) cell { return orDash(replicaPools(s.Holders)) }},
@@ -88,11 +96,14 @@ func snapshots(of *string) resource[snapshotView] {
 				{"Id", plain(s.ID)},
 				{"Volume", snapshotOf(s)},
 				{"Tenant", plain(s.Tenant)},
-				{"State", stateCell(s.State)},
+				{"State", snapshotState(s)},
 				{"Size", sizeCell(s.SizeBytes)},
 				{"On disk", sizeCell(s.PhysicalBytes)},
 				{"Created", plain(ageText(s.CreatedAt, now) + " ago")},
 				{"Filesystem", orDash(s.Filesystem)},
+			}
+			for _, c := range s.Conditions {
+				fs = append(fs, field{"", plain(c.Message)})
 			}
 			for _, h := range s.Holders {
 				at := plain(h.Node + ", pool " + poolOf(h))

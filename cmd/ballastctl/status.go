@@ -27,6 +27,8 @@ type statusView struct {
 	UsedBytes     int64              `json:"usedBytes"`
 	CapacityBytes int64              `json:"capacityBytes"`
 	Unhealthy     []volumeHealthView `json:"unhealthy"`
+	// UnhealthySnapshots are those with conditions.
+	UnhealthySnapshots []snapshotView `json:"unhealthySnapshots,omitempty"`
 }
 
 type volumeHealthView struct {
@@ -82,6 +84,11 @@ func clusterStatus(ctx context.Context, a adminpb.AdminClient) (statusView, erro
 	}
 	ss, err := listSnapshots(ctx, a, "")
 	s.Snapshots = len(ss)
+	for _, x := range ss {
+		if len(x.Conditions) > 0 {
+			s.UnhealthySnapshots = append(s.UnhealthySnapshots, x)
+		}
+	}
 	return s, err
 }
 
@@ -125,6 +132,9 @@ exit code is 4 while the daemon is not ready. ` + "`cluster status`" + ` says mo
 				}
 				for _, h := range s.Unhealthy {
 					fs = append(fs, field{"Unhealthy", cell{h.Volume + ": " + healthCell(h.Conditions).text, healthCell(h.Conditions).style}})
+				}
+				for _, x := range s.UnhealthySnapshots {
+					fs = append(fs, field{"Unhealthy", cell{"snapshot " + x.Name + ": " + healthCell(x.Conditions).text, healthCell(x.Conditions).style}})
 				}
 				return errors.Join(c.describe(fs), notReady)
 			})

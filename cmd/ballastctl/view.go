@@ -98,17 +98,18 @@ type volumeView struct {
 }
 
 type snapshotView struct {
-	ID            string        `json:"id"`
-	Name          string        `json:"name"`
-	Volume        string        `json:"volume"`
-	VolumeName    string        `json:"volumeName,omitempty"`
-	Tenant        string        `json:"tenant"`
-	State         string        `json:"state"`
-	SizeBytes     int64         `json:"sizeBytes"`
-	PhysicalBytes int64         `json:"physicalBytes"`
-	CreatedAt     *time.Time    `json:"createdAt,omitempty"`
-	Filesystem    string        `json:"filesystem,omitempty"`
-	Holders       []replicaView `json:"holders"`
+	ID            string          `json:"id"`
+	Name          string          `json:"name"`
+	Volume        string          `json:"volume"`
+	VolumeName    string          `json:"volumeName,omitempty"`
+	Tenant        string          `json:"tenant"`
+	State         string          `json:"state"`
+	SizeBytes     int64           `json:"sizeBytes"`
+	PhysicalBytes int64           `json:"physicalBytes"`
+	CreatedAt     *time.Time      `json:"createdAt,omitempty"`
+	Filesystem    string          `json:"filesystem,omitempty"`
+	Holders       []replicaView   `json:"holders"`
+	Conditions    []conditionView `json:"conditions,omitempty"`
 }
 
 type poolView struct {
@@ -266,6 +267,7 @@ func viewSnapshot(s *adminpb.Snapshot) snapshotView {
 		CreatedAt:     timeView(s.CreatedAt),
 		Filesystem:    s.FilesystemType,
 		Holders:       views(s.Holders, viewReplica),
+		Conditions:    views(s.Conditions, viewCondition),
 	}
 }
 

@@ -119,6 +119,7 @@ func snapshotToProto(s volume.Snapshot, volumeName string, at places) *adminpb.S
 		CreatedAt:      timeToProto(s.CreatedAt),
 		Holders:        replicasToProto(s.Holders, at),
 		FilesystemType: s.Filesystem.Type,
+		Conditions:     conditionsToProto(control.SnapshotConditions(s)),
 	}
 }
 

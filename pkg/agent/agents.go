@@ -108,7 +108,7 @@ func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volu
 	if err := n.notExported(string(id)); err != nil {
 		return err
 	}
-	if err := p.DeleteSnapshot(ctx, id, upTo); err != nil {
+	if err := n.digests.without(ctx, pool, id, func() error { return p.DeleteSnapshot(ctx, id, upTo) }); err != nil {
 		return err
 	}
 	return n.host.forget(ctx, p, id, upTo)

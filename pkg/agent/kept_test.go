@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -215,6 +216,18 @@ func TestASnapshotOutlivesItsHolders(t *testing.T) {
 			p.same(node, x, contentsOf(i))
 		}
 	}
+	for _, x := range xs { // a comparison finds them alike
+		var ds [2]control.Digest
+		for i, node := range []volume.NodeID{stays, third} {
+			var err error
+			if ds[i], err = p.Digest(ctx, volume.Replica{Node: node, Pool: p.pool(node)}, x.ID, 0, control.MaxDigests); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(ds[0].Regions) != 2 || !reflect.DeepEqual(ds[0], ds[1]) {
+			t.Errorf("snapshot %s and its copy: %+v", x.Name, ds)
+		}
+	}
 	ns, err := p.service.Nodes(ctx)
 	for _, n := range ns {
 		if err != nil || n.Pools[0].Provisioned != 0 {
@@ -380,6 +393,10 @@ func (p *parts) SetQoS(ctx context.Context, node volume.NodeID, id volume.ID, ep
 
 func (p *parts) Observe(ctx context.Context, node volume.NodeID, of []control.Subject) ([]control.Observation, error) {
 	return at(p, node, func(n *Node) ([]control.Observation, error) { return n.Observe(ctx, node, of) })
+}
+
+func (p *parts) Digest(ctx context.Context, h volume.Replica, s volume.SnapshotID, offset int64, regions int) (control.Digest, error) {
+	return at(p, h.Node, func(n *Node) (control.Digest, error) { return n.Digest(ctx, h, s, offset, regions) })
 }
 
 func (p *parts) Extents(ctx context.Context, h volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {

@@ -66,6 +66,7 @@ type Node struct {
 	meter engine.Meter // of the engines' reads and writes
 
 	exports exports
+	digests digests
 
 	silent silent // pools and paths that do not answer
 

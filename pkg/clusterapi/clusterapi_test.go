@@ -142,6 +142,9 @@ func (r *recorder) Observe(_ context.Context, n volume.NodeID, of []control.Subj
 func (r *recorder) Expel(_ context.Context, n, removed volume.NodeID) error {
 	return r.note(n, removed)
 }
+func (r *recorder) Digest(_ context.Context, h volume.Replica, s volume.SnapshotID, off int64, n int) (control.Digest, error) {
+	return control.Digest{Regions: []control.RegionDigest{{Offset: 1 << 40, Sum: []byte{0, 255}}}, Next: 1 << 41}, r.note(h, s, off, n)
+}
 func (r *recorder) Extents(_ context.Context, h volume.Replica, s, base volume.SnapshotID, off int64, fn func(control.Extent) error) error {
 	for i := range int64(2*batchExtents + 1) {
 		if err := fn(control.Extent{Offset: i, Length: 1}); err != nil {

@@ -66,6 +66,12 @@ type (
 		Epoch  volume.Epoch
 		QoS    volume.QoS
 	}
+	digest struct {
+		Holder   volume.Replica
+		Snapshot volume.SnapshotID
+		Offset   int64
+		Regions  int
+	}
 	expel   struct{ Node, Removed volume.NodeID }
 	extents struct {
 		Holder   volume.Replica
@@ -133,6 +139,9 @@ var nodeMethods = []grpc.MethodDesc{
 	}),
 	unary(nodeService, "Observe", func(a control.Agents, ctx context.Context, r *observe) ([]control.Observation, error) {
 		return a.Observe(ctx, r.Node, r.Of)
+	}),
+	unary(nodeService, "Digest", func(a control.Agents, ctx context.Context, r *digest) (control.Digest, error) {
+		return a.Digest(ctx, r.Holder, r.Snapshot, r.Offset, r.Regions)
 	}),
 	unary(nodeService, "Expel", func(n Node, ctx context.Context, r *expel) (none, error) {
 		return none{}, n.Expel(ctx, r.Node, r.Removed)
@@ -268,6 +277,10 @@ func (a *Agents) Observe(ctx context.Context, n volume.NodeID, of []control.Subj
 
 func (a *Agents) Expel(ctx context.Context, n, removed volume.NodeID) error {
 	return do(ctx, a, n, "Expel", &expel{n, removed})
+}
+
+func (a *Agents) Digest(ctx context.Context, holder volume.Replica, s volume.SnapshotID, offset int64, regions int) (control.Digest, error) {
+	return node[control.Digest](ctx, a, holder.Node, "Digest", &digest{holder, s, offset, regions})
 }
 
 func (a *Agents) Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {

@@ -61,6 +61,7 @@ var kinds = map[string]kindOfCommand{
 	"add-holder":             kind[AddHolder](),
 	"drop-holder":            kind[DropHolder](),
 	"copy-snapshot":          kind[CopySnapshot](),
+	"note-difference":        kind[NoteDifference](),
 	"begin-group":            kind[BeginGroup](),
 	"finish-group":           kind[FinishGroup](),
 	"begin-delete-group":     kind[BeginDeleteGroup](),

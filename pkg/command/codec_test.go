@@ -52,6 +52,7 @@ func samples() []Command {
 		BeginSnapshot{Now: 5, ID: "s", Name: "name", Volume: "v", Freeze: true}, FinishSnapshot{Cut: cut},
 		AddHolder{Snapshot: "s", Replica: "r"}, DropHolder{Snapshot: "s", Pool: "p"},
 		CopySnapshot{Now: 6, Snapshot: "s", From: volume.Replica{ID: "r", Pool: "p", Role: volume.InSync}, To: volume.Replica{ID: "q", Pool: "o", Role: volume.Filling}},
+		NoteDifference{Snapshot: "s"}, NoteDifference{Snapshot: "s", Differs: &volume.Difference{Offset: 1 << 23, Alike: [][]volume.PoolID{{"p", "q"}, {"o"}}}},
 		BeginGroup{Now: 5, ID: "g", Name: "name", Volumes: []volume.ID{"v", "w"}, IDs: []volume.SnapshotID{"s", "t"}, Freeze: true},
 		FinishGroup{Group: "g", Cuts: []Cut{cut}}, BeginDeleteGroup{Group: "g"},
 		BeginDeleteSnapshot{Snapshot: "s"}, FinishDeleteSnapshot{Snapshot: "s"},
@@ -100,6 +101,15 @@ func TestDecodeRefuses(t *testing.T) {
 			t.Errorf("%s: %v, %v", c.name, got, err)
 		}
 	}
+}
+
+// differ has a copy of its own on each pool.
+func differ(off int64, pools ...string) Command {
+	d := volume.Difference{Offset: off}
+	for _, p := range pools {
+		d.Alike = append(d.Alike, []volume.PoolID{volume.PoolID(p)})
+	}
+	return NoteDifference{Snapshot: "s", Differs: &d}
 }
 
 func TestCheckRefuses(t *testing.T) {
@@ -151,6 +161,8 @@ func TestCheckRefuses(t *testing.T) {
 		RegisterNode{Node: volume.Node{ID: "n", Roles: []volume.NodeRole{"king"}}},
 		SetFilesystem{Volume: "v"}, SetQuota{Tenant: "t", Limit: volume.Amounts{Volumes: -1}}, ModifyVolume{Volume: "v", IOPS: ptr[int64](-1)},
 		Attach{Volume: "v", Node: "n"},
+		differ(-1, "p", "q"), differ(volume.MaxSize+1, "p", "q"), differ(0), differ(0, "p"), differ(0, "p", "p"), differ(0, "p", ""), differ(0, strings.Split(strings.Repeat("p", MaxCopies+1), "")...),
+		NoteDifference{Snapshot: "s", Differs: &volume.Difference{Alike: [][]volume.PoolID{{"p"}, {}}}},
 	} {
 		if _, err := Encode(c); !errors.Is(err, volume.ErrInvalid) && !errors.Is(err, volume.ErrOutOfRange) {
 			t.Errorf("%d %+v: %v", i, c, err)

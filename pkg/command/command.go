@@ -289,6 +289,13 @@ type DropHolder struct {
 	Lost     bool              `json:"lost,omitempty"`
 }
 
+// NoteDifference says how the copies of a snapshot differ, nil that they are alike. It is refused with volume.ErrBusy where the
+// snapshot is not ready, or is not held by the pools that are named: what was compared is not what there is. It answers Snapshot.
+type NoteDifference struct {
+	Snapshot volume.SnapshotID  `json:"snapshot"`
+	Differs  *volume.Difference `json:"differs,omitempty"`
+}
+
 // BeginGroup does for several volumes at once what BeginSnapshot does for one. Member i is the snapshot IDs[i] of
 // Volumes[i]. It answers Group.
 type BeginGroup struct {
@@ -372,6 +379,7 @@ func (Salvage) command()              {}
 func (AddHolder) command()            {}
 func (DropHolder) command()           {}
 func (CopySnapshot) command()         {}
+func (NoteDifference) command()       {}
 func (BeginGroup) command()           {}
 func (FinishGroup) command()          {}
 func (BeginDeleteGroup) command()     {}

@@ -158,6 +158,8 @@ type fakeAgents struct {
 	scripted map[string]error
 	// onFence and onDetach happen before those are answered.
 	onFence, onDetach func()
+	// digest answers Digest.
+	digest func(ctx context.Context, h volume.Replica, offset int64, regions int) (control.Digest, error)
 }
 
 type fakeReplica struct {
@@ -468,6 +470,10 @@ func (a *fakeAgents) Extents(_ context.Context, h volume.Replica, s, base volume
 		return err
 	}
 	return a.said("Extents")
+}
+
+func (a *fakeAgents) Digest(ctx context.Context, h volume.Replica, s volume.SnapshotID, offset int64, regions int) (control.Digest, error) {
+	return a.digest(ctx, h, offset, regions)
 }
 
 // write is a workload's write.

@@ -117,6 +117,9 @@ type Agents interface {
 	// Extents calls fn with the runs of a snapshot that may differ from base, in order and not overlapping, from offset
 	// on; with base "" the runs that were ever written. It stops at fn's first error and returns it.
 	Extents(ctx context.Context, holder volume.Replica, s, base volume.SnapshotID, offset int64, fn func(Extent) error) error
+	// Digest reads up to a number of regions of a snapshot that hold data, from offset on, slowly, and returns their digests. One
+	// that is under way does not keep the snapshot from being deleted. volume.ErrBusy: the pool is asked for another already.
+	Digest(ctx context.Context, holder volume.Replica, s volume.SnapshotID, offset int64, regions int) (Digest, error)
 }
 
 // Members are the nodes as members of the cluster.

@@ -69,11 +69,18 @@ func (s *Service) whyCopies(ctx context.Context, p *paragraph, x volume.Snapshot
 			sound++
 		}
 	}
+	what, next := differing(x)
+	if what != "" {
+		p.says("%s", what)
+		p.does("%s", next)
+	}
 	switch {
 	case len(x.Holders) == 0:
 		p.means("Its bytes are lost: every copy was on pools that were forgotten")
 		p.does("delete it")
 		return nil
+	case sound > 0 && what != "":
+		p.means("A volume that is made from it gets one of them")
 	case sound > 0:
 		p.means("Volumes can be made from it")
 	case damaged > 0 && away == "":

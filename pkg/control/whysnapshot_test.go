@@ -48,6 +48,9 @@ func TestWhySnapshot(t *testing.T) {
 				w.propose(command.DropHolder{Snapshot: x.ID, Pool: p, Lost: true})
 			}
 		}},
+		{"its copies differ", true, func(w *world, x volume.Snapshot) {
+			w.propose(command.NoteDifference{Snapshot: x.ID, Differs: &volume.Difference{Offset: 8 << 20, Alike: [][]volume.PoolID{{"p1"}, {"p2"}}}})
+		}},
 		{"it is being deleted", false, func(w *world, x volume.Snapshot) {
 			w.silence("n2", time.Hour)
 			wantErr(w.t, w.DeleteSnapshot(ctx, x.ID), nil)

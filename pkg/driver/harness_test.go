@@ -332,6 +332,10 @@ func (a *fakeAgents) Observe(_ context.Context, _ volume.NodeID, of []control.Su
 	})
 }
 
+func (a *fakeAgents) Digest(context.Context, volume.Replica, volume.SnapshotID, int64, int) (control.Digest, error) {
+	return control.Digest{}, volume.ErrUnavailable
+}
+
 func (a *fakeAgents) Extents(ctx context.Context, _ volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {
 	var list []control.Extent
 	_ = a.locked(func() { list = a.snapshots[s] })

@@ -78,6 +78,8 @@ func apply(v *view, encoded []byte) command.Result {
 		r, err = addHolder(v, c)
 	case command.CopySnapshot:
 		r, err = copySnapshot(v, c)
+	case command.NoteDifference:
+		r, err = noteDifference(v, c)
 	case command.DropHolder:
 		r, err = dropHolder(v, c)
 	case command.BeginGroup:

@@ -146,6 +146,9 @@ func draw(t *rapid.T, s *Store) command.Command {
 		if rapid.Bool().Draw(t, "add") {
 			return command.AddHolder{Snapshot: snap, Replica: rep}
 		}
+		if rapid.Bool().Draw(t, "compared") {
+			return command.NoteDifference{Snapshot: snap, Differs: &volume.Difference{Offset: size, Alike: [][]volume.PoolID{{"p1"}, {"p2"}}}}
+		}
 		return command.DropHolder{Snapshot: snap, Pool: "p1", Lost: rapid.Bool().Draw(t, "lost")}
 	case 38:
 		return command.ModifyVolume{Volume: vol, Replicas: new(1 + i), MinInSync: new(1 + i/2)}

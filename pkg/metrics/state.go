@@ -24,6 +24,7 @@ var (
 	descReady     = desc("ready", "1 once calls are served, else 0.")
 	descVolumes   = desc("volumes", "Volumes by state.", "state")
 	descSnapshots = desc("snapshots", "Snapshots by state.", "state")
+	descDiffering = desc("snapshots_differing", "Snapshots whose copies were compared and are not alike.")
 	descHidden    = desc("volumes_without_series", "Volumes beyond the number that have series of their own.")
 
 	descVolumeInfo      = desc("volume_info", "Always 1; the labels describe the volume.", "volume", "name", "tenant")
@@ -55,7 +56,7 @@ type stateCollector struct {
 // Describe implements prometheus.Collector.
 func (stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descReady, descVolumes, descSnapshots, descHidden,
+		descReady, descVolumes, descSnapshots, descDiffering, descHidden,
 		descVolumeInfo, descVolumeSize, descVolumePhysical, descVolumeAttached, descVolumeCondition,
 		descVolumeInSync, descVolumeWanted, descHealth, descReplicas,
 		descPoolCapacity, descPoolUsed, descPoolProvisioned, descPoolRatio,
@@ -134,9 +135,14 @@ func volumes(s State, gauge gaugeFunc) {
 	gauge(descHidden, float64(max(0, len(s.Volumes)-maxVolumes)))
 
 	states = map[volume.State]int{volume.Creating: 0, volume.Ready: 0, volume.Deleting: 0}
+	differing := 0
 	for _, sn := range s.Snapshots {
 		states[sn.State]++
+		if sn.CopiesDiffer() != nil {
+			differing++
+		}
 	}
+	gauge(descDiffering, float64(differing))
 	for state, n := range states {
 		gauge(descSnapshots, float64(n), string(state))
 	}

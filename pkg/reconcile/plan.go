@@ -1,6 +1,7 @@
 // Package reconcile finishes what calls left unfinished: volumes half made, deleted, grown or detached, snapshots that
-// nobody waits for, limits that did not reach their node. And it keeps as many replicas in sync as volumes should have. What
-// is to be done is planned by pure functions; the loop carries it out, with a pause after each failure that grows.
+// nobody waits for, limits that did not reach their node. And it keeps as many replicas in sync as volumes should have, and has
+// the copies of snapshots compared. What is to be done is planned by pure functions; the loop carries it out, with a pause after
+// each failure that grows.
 package reconcile
 
 import (
@@ -29,6 +30,8 @@ const (
 	// Copy has a snapshot of a deleted volume copied from the pool From to Pool, End ends the copy into Replica of the volume ID.
 	Copy Kind = "copy snapshot"
 	End  Kind = "end copy"
+	// Compare compares the copies of a snapshot.
+	Compare Kind = "compare copies"
 )
 
 // Action is one thing to take up.

@@ -101,6 +101,10 @@ func (f *fake) EndCopy(ctx context.Context, id volume.ID, into volume.ReplicaID)
 	return f.resume(ctx, Action{Kind: End, ID: string(id), Replica: into})
 }
 
+func (f *fake) Compare(_ context.Context, c control.Comparison) (control.Comparison, error) {
+	return c, nil
+}
+
 func (f *fake) resume(ctx context.Context, a Action) error {
 	if hung := f.deaf[a]; hung != nil {
 		<-hung

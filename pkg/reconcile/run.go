@@ -27,6 +27,8 @@ type Cluster interface {
 	DropHolder(ctx context.Context, id volume.SnapshotID, pool volume.PoolID) error
 	CopySnapshot(ctx context.Context, id volume.SnapshotID, from, to volume.PoolID) error
 	EndCopy(ctx context.Context, id volume.ID, into volume.ReplicaID) error
+	// Compare does a bounded part of a comparison of a snapshot's copies.
+	Compare(ctx context.Context, c control.Comparison) (control.Comparison, error)
 }
 
 // Options of the loop. Zero values are the defaults.
@@ -65,6 +67,8 @@ type Loop struct {
 	running map[Action]bool
 	waiting bool // some that are due found no room
 	away    map[volume.PoolID]time.Duration
+	// comparing is forgotten while another leads.
+	comparing *Comparing
 }
 
 // Start begins with a pass at once. It starts a goroutine, and that one more for each action under way; Close ends them.
@@ -128,6 +132,9 @@ func (l *Loop) run(ctx context.Context) {
 // pass begins what is pending, due and not under way yet, as much as there is room for.
 func (l *Loop) pass(ctx context.Context) error {
 	if l.o.Leads != nil && !l.o.Leads() {
+		l.mu.Lock()
+		l.comparing = nil
+		l.mu.Unlock()
 		return nil
 	}
 	p, err := l.cluster.Pending(ctx)
@@ -141,6 +148,9 @@ func (l *Loop) pass(ctx context.Context) error {
 	planned := append(Plan(p), Repairs(st, l.o.Limits)...)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if a, ok := l.compare(st); ok {
+		planned = append(planned, a)
+	}
 	for _, a := range Settled(planned, l.tried) {
 		delete(l.tried, a)
 	}
@@ -172,6 +182,42 @@ func (l *Loop) pass(ctx context.Context) error {
 	return nil
 }
 
+// compare plans the one comparison that goes on. The lock is held.
+func (l *Loop) compare(st control.State) (Action, bool) {
+	for a := range l.running {
+		if a.Kind == Compare {
+			return a, true
+		}
+	}
+	now := time.Now()
+	if l.comparing == nil {
+		l.comparing = NewComparing(now)
+	}
+	l.comparing.Forget(st)
+	next, ok := l.comparing.Next(st, now)
+	l.comparing.Now = next
+	return Action{Kind: Compare, ID: string(next.Snapshot)}, ok
+}
+
+// step goes on with the comparison of a snapshot's copies.
+func (l *Loop) step(ctx context.Context, id volume.SnapshotID) {
+	l.mu.Lock()
+	of := l.comparing
+	if of == nil || of.Now.Snapshot != id {
+		l.mu.Unlock()
+		return
+	}
+	c := of.Now
+	l.mu.Unlock()
+	c, err := l.cluster.Compare(ctx, c)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, again := of.Retry[id]; err != nil && !again {
+		l.o.Logger.Warn("the copies of a snapshot are compared later", "snapshot", id, "pause", compareRetry, "error", err)
+	}
+	of.Ended(time.Now(), c, err)
+}
+
 func (l *Loop) take(ctx context.Context, a Action) {
 	ctx, cancel := context.WithTimeout(ctx, l.o.Timeout)
 	defer cancel()
@@ -189,6 +235,8 @@ func (l *Loop) take(ctx context.Context, a Action) {
 		err = l.cluster.DropReplica(ctx, volume.ID(a.ID), a.Replica)
 	case Sync:
 		err = l.cluster.Sync(ctx, volume.ID(a.ID))
+	case Compare:
+		l.step(ctx, volume.SnapshotID(a.ID))
 	case Move:
 		err = l.cluster.DropHolder(ctx, volume.SnapshotID(a.ID), a.Pool)
 	case Copy:
@@ -210,8 +258,11 @@ func (l *Loop) take(ctx context.Context, a Action) {
 	switch {
 	case err == nil:
 		t.Failures = 0
-		if a.Kind == Sync { // it is planned until they are up
+		switch a.Kind {
+		case Sync: // it is planned until they are up
 			pause = l.o.SyncPause
+		case Compare: // the nodes pause while they read
+			pause = 0
 		}
 	case errors.Is(err, control.ErrUnderWay):
 	default:

@@ -226,6 +226,8 @@ type Snapshot struct {
 	CreatedAt    Timestamp    `json:"createdAt"`
 	// Holders are the pools that have every byte of it.
 	Holders []Replica `json:"holders"`
+	// Differs is what the last comparison of their copies found; nil: they were alike, or not compared.
+	Differs *Difference `json:"differs,omitempty"`
 	// Cut is the barrier under which it is being cut, its Number 0 where no engine runs; nil once it is.
 	Cut *Barrier `json:"cut,omitempty"`
 	// Group is the group snapshot that it is a member of, or "".
