@@ -75,3 +75,35 @@ func TestOpenReadsTheDisk(t *testing.T) {
 		t.Errorf("what was synced is not there: %v", err)
 	}
 }
+
+// A log is read from the disk as well when a database is opened.
+func TestLogsAreReadFromTheDisk(t *testing.T) {
+	dir := t.TempDir()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		t.Fatal(err)
+	}
+	if fs.Type == unix.TMPFS_MAGIC {
+		t.Skip("a tmpfs is nothing but page cache")
+	}
+	path := filepath.Join(dir, "00007.mem")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Write(bytes.Repeat([]byte{7}, 1<<20))
+	for _, err := range []error{err, f.Sync(), f.Close()} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if cached(t, path) == 0 {
+		t.Skip("the filesystem keeps nothing in the page cache")
+	}
+	if _, err := OpenLogs(dir, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	if n := cached(t, path); n > 0 {
+		t.Errorf("%d pages are shown as an earlier process left them", n)
+	}
+}

@@ -62,14 +62,22 @@ func OpenFile(path string, o Options) (File, error) {
 	if !d.direct {
 		// After a sync that failed the kernel counts as clean what it could not write, and goes on showing it, also to the next
 		// process: what is not dirty is read from the disk again.
-		if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
-			return nil, errors.Join(fmt.Errorf("drop what is cached of the data file: %w", err), f.Close())
+		if err := dropClean(f); err != nil {
+			return nil, errors.Join(err, f.Close())
 		}
 	}
 	if err := SyncDir(filepath.Dir(path)); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return d, nil
+}
+
+// dropClean takes out of the page cache what is not dirty.
+func dropClean(f *os.File) error {
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return fmt.Errorf("drop what is cached of %s: %w", f.Name(), err)
+	}
+	return nil
 }
 
 func (d *osFile) init() error {

@@ -70,6 +70,9 @@ func OpenLogs(dir string, size int64) (*Logs, error) {
 	for n, used := range logs {
 		if used {
 			need += l.table()
+			if err := readAnew(l.log(n)); err != nil {
+				return nil, err
+			}
 		} else if err := os.Remove(l.log(n)); err != nil { // it is not one that can be opened
 			return nil, err
 		}
@@ -260,6 +263,15 @@ func (l *Logs) logs() (map[int]bool, error) {
 func (l *Logs) path(name string) string { return filepath.Join(l.dir, name) }
 func (l *Logs) log(n int) string        { return l.path(fmt.Sprintf(logName, n)) }
 func (l *Logs) free() (int64, error)    { return NewDirSpace(l.dir, 0).Free() }
+
+// readAnew has a log read from the disk: what an earlier process failed to sync may still be in the page cache, and counts as clean.
+func readAnew(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dropClean(f), f.Close())
+}
 
 // allocateFile gives a file its space, where the filesystem can.
 func allocateFile(path string, flags int, mode uint32, size int64) error {
