@@ -240,7 +240,7 @@ func (s *Service) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 }
 
 // completeDeleteSnapshot has the holders of a snapshot with a tombstone let go of it, and replicas of its volume into which
-// it may have been filled in meanwhile, those that leave included, and forgets it. The caller has its lock.
+// it may have been filled in meanwhile, and forgets it. The caller has its lock.
 func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot) error {
 	c, err := s.cluster(ctx)
 	if err != nil {
@@ -251,7 +251,11 @@ func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot)
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return err
 	}
-	for _, r := range slices.Concat(v.Replicas, v.Leaving) {
+	rs := v.Replicas
+	if v.Kept != "" { // what is left of earlier copies
+		rs = slices.Concat(rs, v.Leaving)
+	}
+	for _, r := range rs {
 		if !slices.ContainsFunc(holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
 			holders = append(holders, r)
 		}

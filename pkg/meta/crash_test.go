@@ -17,6 +17,7 @@ func TestKilledAtAnyTime(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
 	propose(t, s, node("n1", "p1"))
+	propose(t, s, node("n2", "p2"))
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -28,8 +29,12 @@ func TestKilledAtAnyTime(t *testing.T) {
 			}
 			v := newVolume(i, "p1")
 			v.Size = mib
+			x := volume.SnapshotID(fmt.Sprint("s", i))
+			to := copyOf(i, x, 1, "p1", "p2")
 			for _, c := range []command.Command{command.CreateVolume{Volume: v}, command.FinishCreate{Volume: v.ID},
-				command.BeginSnapshot{ID: volume.SnapshotID(fmt.Sprint("s", i)), Name: fmt.Sprint("s", i), Volume: v.ID},
+				command.BeginSnapshot{ID: x, Name: string(x), Volume: v.ID},
+				command.FinishSnapshot{Cut: command.Cut{Snapshot: x, ConfigVersion: 1, Holders: []volume.ReplicaID{replica(i, 0)}}},
+				command.BeginDelete{Volume: v.ID}, command.FinishDelete{Volume: v.ID}, to, command.AddHolder{Snapshot: x, Replica: to.To.ID},
 				command.BeginDelete{Volume: v.ID}, command.FinishDelete{Volume: v.ID}} {
 				if _, err := s.Propose(context.Background(), c); err != nil {
 					t.Errorf("%T: %v", c, err)

@@ -13,10 +13,10 @@ import (
 // snapshot of a volume at a time. What is being copied already is in kept.
 func (p *planner) copies(kept []volume.Volume) {
 	for _, v := range kept {
-		switch to := v.Replicas[1]; {
+		switch from, to := v.Replicas[0], v.Replicas[1]; {
 		case p.pointless(v):
 			p.out = append(p.out, Action{Kind: End, ID: string(v.ID), Replica: to.ID})
-		case to.Role != volume.InSync && p.engine(v):
+		case to.Role != volume.InSync && p.reachable(from) && p.engine(v):
 			p.out = append(p.out, Action{Kind: Sync, ID: string(v.ID)})
 		}
 	}
@@ -66,7 +66,8 @@ func (p *planner) copied(x volume.Snapshot) (out []volume.Replica) {
 // readable tells whether all of a copy can be read now.
 func (p *planner) readable(h volume.Replica) bool { return p.reachable(h) && !h.Damaged }
 
-// pointless tells whether a copy has come to its end, or to nothing: it is there, or not needed any more, or cannot go on.
+// pointless tells whether a copy has come to its end, or to nothing: it is there, or others are that can be read, or it cannot go on
+// while another could. That a holder may still return in time is no reason to give up what was begun.
 func (p *planner) pointless(v volume.Volume) bool {
 	from, to := v.Replicas[0], v.Replicas[1]
 	i := slices.IndexFunc(p.st.Snapshots, func(x volume.Snapshot) bool { return x.ID == v.Kept })
@@ -74,9 +75,19 @@ func (p *planner) pointless(v volume.Volume) bool {
 		return true
 	}
 	x := p.st.Snapshots[i]
-	there := slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == to.Pool })
-	source := slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == from.Pool && p.readable(h) })
-	return there || !source || !p.short(x) || from.Damaged || to.Damaged || !p.reachable(to) || p.pools[to.Pool].State != volume.NodeActive
+	at := func(pool volume.PoolID) int {
+		return slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool })
+	}
+	source := at(from.Pool)
+	switch {
+	case x.State != volume.Ready, p.sound(x) >= p.st.Remains[x.Volume].Replicas:
+		return true
+	case at(to.Pool) >= 0, !p.reachable(to), p.pools[to.Pool].State != volume.NodeActive:
+		return true
+	case source < 0, x.Holders[source].Damaged, from.Damaged, to.Damaged:
+		return true
+	}
+	return !p.reachable(from) && slices.ContainsFunc(x.Holders, p.readable)
 }
 
 // copy plans a copy of a snapshot, one of several of a volume, from a node that looks after few others to one that has none, and

@@ -187,11 +187,23 @@ func TestCopies(t *testing.T) {
 			s.copying("a", "s", "1", "3:f")
 		}, "end copy a a-3"},
 		{"the source is away", func(s *scene) {
-			s.deleted("a", 2)
-			s.snapshot("s", "a", "1")
+			s.deleted("a", 3)
+			s.snapshot("s", "a", "1", "2")
 			s.copying("a", "s", "1", "3:f")
 			s.away("1", brief)
 		}, "end copy a a-3"},
+		{"the last source is away", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.copying("a", "s", "1", "3:f").Owner = "n1"
+			s.away("1", long)
+		}, ""},
+		{"under way, and for how long a holder was away is not known", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1", "2")
+			s.copying("a", "s", "1", "3:f")
+			s.away("2", brief)
+		}, "sync a"},
 		{"the target is away", func(s *scene) {
 			s.deleted("a", 2)
 			s.snapshot("s", "a", "1")

@@ -135,6 +135,22 @@ func (f *fake) ResumeQoS(ctx context.Context, id volume.ID) error {
 	return f.resume(ctx, Action{Kind: QoS, ID: string(id)})
 }
 
+// Each kind is carried out with all that the plan says.
+func TestTake(t *testing.T) {
+	f := &fake{left: map[Action]error{}}
+	l := newLoop(f, Options{})
+	want := []Action{
+		{Kind: Volume, ID: "v"}, {Kind: Snapshot, ID: "s"}, {Kind: QoS, ID: "v"}, {Kind: Add, ID: "v", Pool: "p"}, {Kind: Drop, ID: "v", Replica: "r"},
+		{Kind: Sync, ID: "v"}, {Kind: Move, ID: "s", Pool: "p"}, {Kind: Copy, ID: "s", From: "p", Pool: "q"}, {Kind: End, ID: "v", Replica: "r"},
+	}
+	for _, a := range want {
+		l.take(t.Context(), a)
+	}
+	if !slices.Equal(f.calls, want) {
+		t.Errorf("calls %+v", f.calls)
+	}
+}
+
 func TestPassesTakeUpWhatIsDue(t *testing.T) {
 	down, busy, ok := Action{Kind: Volume, ID: "down"}, Action{Kind: Volume, ID: "busy"}, Action{Kind: Snapshot, ID: "ok"}
 	f := &fake{left: map[Action]error{down: volume.ErrUnavailable, busy: control.ErrUnderWay, ok: nil, {Kind: QoS, ID: "q"}: nil}}
