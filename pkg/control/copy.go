@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -14,8 +15,8 @@ import (
 // second is filled from it like any other (docs/adr/0009).
 
 // CopySnapshot begins to copy a snapshot whose volume is deleted from a pool that holds it to another. It is nil where the copy is
-// under way, or not needed any more. volume.ErrNoSpace: the pool has no room. ErrBusy: another snapshot of the volume is being
-// copied.
+// under way, or not needed any more. volume.ErrNoSpace: the pool has no room. ErrExists: it has something that no record knows.
+// ErrBusy: another snapshot of the volume is being copied.
 func (s *Service) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, to volume.PoolID) error {
 	x, err := s.Snapshot(ctx, id)
 	if err != nil {
@@ -26,6 +27,9 @@ func (s *Service) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, 
 		return fmt.Errorf("snapshot %s: %w", id, ErrUnderWay)
 	}
 	defer unlock()
+	if err := s.meetsNone(ctx, x, to); err != nil {
+		return err
+	}
 	random, err := newID()
 	if err != nil {
 		return err
@@ -39,6 +43,42 @@ func (s *Service) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, 
 		return ignoreNotFound(err)
 	}
 	return s.bringUp(ctx, v.Volume)
+}
+
+// meetsNone returns volume.ErrExists where a pool has what a copy of a snapshot would bring there, and no record knows that it does: it
+// is quarantined, a fill would be refused for ever, and State says so from now on.
+func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.PoolID) error {
+	xs, err := s.store.Snapshots(ctx, x.Volume, "", 0)
+	if err != nil {
+		return err
+	}
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
+	}
+	at := volume.Replica{Pool: pool}
+	for _, n := range c.nodes {
+		if slices.ContainsFunc(n.Pools, func(p volume.Pool) bool { return p.ID == pool }) {
+			at.Node = n.ID
+		}
+	}
+	for _, o := range xs {
+		if o.CreatedAt > x.CreatedAt || slices.ContainsFunc(o.Holders, func(h volume.Replica) bool { return h.Pool == pool }) {
+			continue
+		}
+		err := s.agents.Extents(ctx, at, o.ID, "", volume.MaxSize, func(Extent) error { return nil })
+		if errors.Is(err, volume.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		s.mu.Lock()
+		s.unfit[Unfit{x.ID, pool}] = true
+		s.mu.Unlock()
+		return fmt.Errorf("pool %s on node %s has snapshot %s, though no record says so, and so gets no copy of snapshot %s: %w", pool, at.Node, o.ID, x.ID, volume.ErrExists)
+	}
+	return nil
 }
 
 // EndCopy ends the copy of a snapshot into a replica, and frees what it was made with: it is recorded by now, or stands in the way.

@@ -387,6 +387,40 @@ func TestARefusedCopyEnds(t *testing.T) {
 	}
 }
 
+// What a pool has without a record stays there, and another pool is chosen.
+func TestAStrayIsNotMet(t *testing.T) {
+	ctx := context.Background()
+	for _, which := range []string{"itself", "an earlier one"} {
+		w := newCluster(t)
+		v := w.mustCreate(replicated("v", 2))
+		x := w.mustSnapshot("s", v.ID)
+		stray := x.ID
+		w.now = w.now.Add(time.Second)
+		if which == "an earlier one" {
+			x = w.mustSnapshot("t", v.ID)
+			for _, h := range w.snapshotOf(stray).Holders { // it has copies enough
+				w.propose(command.DropHolder{Snapshot: stray, Pool: h.Pool, Lost: true})
+			}
+		}
+		wantErr(t, w.DeleteVolume(ctx, v.ID), nil)
+		key := volume.SnapshotID(string(stray) + "@p3")
+		w.agents.snapshots[key] = fakeReplica{node: "n3", pool: "p3", bytes: "of whom?"}
+		w.silence("n2", replicaTimeout)
+		plan := w.planned()
+		if len(plan) != 1 || plan[0].Pool != "p3" {
+			t.Fatalf("%s: planned %+v", which, plan)
+		}
+		wantErr(t, w.CopySnapshot(ctx, x.ID, plan[0].From, plan[0].Pool), volume.ErrExists)
+		w.copyAll()
+		if got := w.holders(x.ID); got != "n1 n2 n4" {
+			t.Errorf("%s: held by %s", which, got)
+		}
+		if got := w.agents.snapshots[key].bytes; got != "of whom?" {
+			t.Errorf("%s: the stray is %q", which, got)
+		}
+	}
+}
+
 // copyCase is a copy from beginning to end: of a snapshot that a node which is being emptied holds.
 func copyCase(grow func(w *world)) useCase {
 	copies := func(w *world, id volume.SnapshotID) (n int) {

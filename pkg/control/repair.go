@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -24,10 +25,18 @@ type State struct {
 	Snapshots []volume.Snapshot
 	// Remains are those of deleted volumes that have snapshots.
 	Remains map[volume.ID]volume.Remains
+	// Unfit are pools that cannot get a copy of a snapshot, as was found out by this process.
+	Unfit map[Unfit]bool
 	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. It is no longer than this
 	// process has been looking: after a time without controllers all nodes seem to have been silent. Pools that can be reached
 	// are not in it.
 	Away map[volume.PoolID]time.Duration
+}
+
+// Unfit is a pool that cannot get a copy of a snapshot.
+type Unfit struct {
+	Snapshot volume.SnapshotID
+	Pool     volume.PoolID
 }
 
 // State reads it.
@@ -61,6 +70,12 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 		}
 	}
 	s.noteLimits(st.Volumes)
+	there := map[volume.SnapshotID]bool{}
+	for _, x := range st.Snapshots {
+		there[x.ID] = true
+	}
+	maps.DeleteFunc(s.unfit, func(u Unfit, _ bool) bool { return !there[u.Snapshot] })
+	st.Unfit = maps.Clone(s.unfit)
 	s.looked = now
 	looking := now.Sub(s.lookingSince)
 	offline := map[volume.PoolID]time.Time{}

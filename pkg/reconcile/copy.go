@@ -116,6 +116,11 @@ func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []vol
 			}
 		}
 	}
+	for u := range p.st.Unfit {
+		if u.Snapshot == x.ID {
+			r.Refused[u.Pool] = "it has something of the volume that no record knows"
+		}
+	}
 	p.refuseBusy(r)
 	pools, err := placement.Choose(p.st.View, r)
 	if err != nil {

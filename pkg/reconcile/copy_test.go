@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -139,6 +140,13 @@ func TestCopies(t *testing.T) {
 			s.only(2)
 		}, "copy snapshot u p2>p1"},
 
+		{"something is there that no record knows", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.snapshot("t", "a", "1")
+			s.Snapshots[1].CreatedAt = 1
+			s.Unfit = map[control.Unfit]bool{{Snapshot: "s", Pool: "p2"}: true, {Snapshot: "t", Pool: "p3"}: true}
+		}, "copy snapshot s p1>p3"},
 		{"a damaged copy is none", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1!", "2") }, "copy snapshot s p2>p3"},
 		{"a damaged copy, and the sound one is away", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1!", "2"); s.away("2", brief) }, ""},
 		{"a damaged copy, and the sound one is lost", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1!", "2"); s.away("2", long) }, ""},
