@@ -15,6 +15,7 @@ import (
 	"github.com/ballast-csi/ballast/pkg/clusterapi"
 	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/pki/jointoken"
+	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -158,6 +159,7 @@ func (i *identity) join(ctx context.Context, cfg config, log *slog.Logger) error
 	ask := clusterapi.Join{
 		Claim: jointoken.Claim{Token: token.ID(), Hash: token.Hash(), Node: cfg.node, Key: fmt.Sprintf("%x", hash)}, CSR: csr,
 	}
+	var silent repeat.Trouble
 	for {
 		one, cancel := context.WithTimeout(ctx, 10*time.Second)
 		answer, err := cluster.Join(one, ask)
@@ -168,7 +170,9 @@ func (i *identity) join(ctx context.Context, cfg config, log *slog.Logger) error
 		case !errors.Is(err, volume.ErrUnavailable):
 			return fmt.Errorf("the cluster does not let node %s in; make another token with `ballastctl cluster join-token`: %w", cfg.node, err)
 		}
-		log.Warn("no controller answers; the node cannot join yet", "controllers", strings.Join(cfg.cluster.controllers, ","), "error", err)
+		if silent.Again() {
+			log.Warn("no controller answers; the node cannot join yet", "controllers", strings.Join(cfg.cluster.controllers, ","), "error", err)
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -30,6 +31,7 @@ func (n *Node) report(c Cluster) {
 	tick := time.NewTicker(n.cfg.ReportEvery)
 	defer tick.Stop()
 	registered := false
+	var unregistered, unreported repeat.Trouble
 	var last control.Usage
 	var at time.Time
 	for {
@@ -39,17 +41,23 @@ func (n *Node) report(c Cluster) {
 				ID: n.cfg.ID, LastSeen: volume.Timestamp(now.UnixNano()), Address: n.cfg.Address, DataAddress: n.cfg.DataAddress,
 				Zone: n.cfg.Zone, Roles: n.cfg.Roles, BootID: uint64(n.host.boot), Pools: n.poolInfos(),
 			})
-			if err != nil && n.ctx.Err() == nil {
+			registered = err == nil
+			if registered && unregistered.Over() {
+				n.log.Info("node is registered")
+			}
+			if !registered && n.ctx.Err() == nil && unregistered.Again() {
 				n.log.Warn("node is not registered yet", "err", err)
 			}
-			registered = err == nil
 		}
 		if registered {
 			u := n.usage()
 			if !equalUsage(u, last) || time.Since(at) >= heartbeat {
 				if err := c.ReportUsage(n.ctx, n.cfg.ID, u); err == nil {
 					last, at = u, time.Now()
-				} else if n.ctx.Err() == nil {
+					if unreported.Over() {
+						n.log.Info("usage is reported again")
+					}
+				} else if n.ctx.Err() == nil && unreported.Again() {
 					n.log.Warn("usage is not reported", "err", err)
 				}
 			}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -116,8 +117,14 @@ func (l *Loop) run(ctx context.Context) {
 	defer l.actions.Wait()
 	tick := time.NewTicker(l.o.Interval)
 	defer tick.Stop()
+	var unlisted repeat.Trouble
 	for {
-		if err := l.pass(ctx); err != nil && ctx.Err() == nil {
+		switch err := l.pass(ctx); {
+		case err == nil:
+			if unlisted.Over() {
+				l.o.Logger.Info("unfinished work is listed again")
+			}
+		case ctx.Err() == nil && unlisted.Again():
 			l.o.Logger.Warn("unfinished work cannot be listed", "error", err)
 		}
 		select {

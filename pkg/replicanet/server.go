@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -50,6 +51,8 @@ type Server struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+
+	refused repeat.Trouble
 
 	mu        sync.Mutex
 	closed    bool
@@ -132,7 +135,7 @@ func (s *Server) serve(tcp *net.TCPConn) {
 	from := tcp.RemoteAddr()
 	t, err := welcome(s.ctx, tcp, s.cfg.TLS, s.cfg.Cluster, s.cfg.Node)
 	if err != nil {
-		if s.ctx.Err() == nil {
+		if s.ctx.Err() == nil && s.refused.Again() {
 			s.cfg.Log.Warn("replica protocol: a caller is turned away", "from", from, "err", err)
 		}
 		return

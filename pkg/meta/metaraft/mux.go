@@ -14,6 +14,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -34,6 +35,7 @@ type mux struct {
 	handle   func(ctx context.Context, peer volume.NodeID, kind callKind, payload []byte) (uint8, []byte)
 	network  func(ctx context.Context, network, address string) (net.Conn, error)
 	log      *slog.Logger
+	refused  repeat.Trouble
 
 	ctx    context.Context // ends with the mux
 	cancel context.CancelFunc
@@ -138,7 +140,7 @@ func (m *mux) serve(raw net.Conn) {
 			peer, err = m.identify(t.ConnectionState())
 		}
 		if err != nil {
-			if m.ctx.Err() == nil {
+			if m.ctx.Err() == nil && m.refused.Again() {
 				m.log.Warn("a connection to this controller was refused", "from", raw.RemoteAddr().String(), "error", err)
 			}
 			_ = c.Close()

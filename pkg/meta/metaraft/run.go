@@ -51,10 +51,9 @@ func (s *Store) enter() error {
 }
 
 func (s *Store) startRaft() error {
-	logger := newRaftLogger(s.log)
 	t := s.o.timing
 	network := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: streams{s.mux, make(chan struct{})}, MaxPool: 3, Timeout: 10 * t.heartbeat, Logger: logger,
+		Stream: streams{s.mux, make(chan struct{})}, MaxPool: 3, Timeout: 10 * t.heartbeat, Logger: s.quiet,
 		MaxRPCsInFlight: 1, // batches do what a pipeline would, and every answer passes through transport
 	})
 	s.transport = &transport{NetworkTransport: network, muted: s.muted, acks: s.acks}
@@ -68,7 +67,7 @@ func (s *Store) startRaft() error {
 	c.SnapshotThreshold, c.TrailingLogs = t.snapshots, t.snapshots
 	c.SnapshotInterval = max(30*t.pause, 5*time.Millisecond)
 	c.NotifyCh = s.leadership
-	c.Logger = logger
+	c.Logger = s.quiet
 	c.NoSnapshotRestoreOnStart = true // prepare has done it, where it was needed
 	c.NoLegacyTelemetry = true
 	cache, err := raft.NewLogCache(512, s.logs)
@@ -80,8 +79,16 @@ func (s *Store) startRaft() error {
 		return errors.Join(err, network.Close())
 	}
 	r.RegisterObserver(raft.NewObserver(nil, false, func(o *raft.Observation) bool {
-		if _, ok := o.Data.(raft.LeaderObservation); ok {
+		switch x := o.Data.(type) {
+		case raft.LeaderObservation:
 			s.leaders.tell()
+			if x.LeaderID != "" && s.quiet.said.over() {
+				s.log.Info("the controllers have a leader", "leader", x.LeaderID)
+			}
+		case raft.ResumedHeartbeatObservation:
+			if s.quiet.said.over() {
+				s.log.Info("a controller answers again", "controller", x.PeerID)
+			}
 		}
 		return false
 	}))

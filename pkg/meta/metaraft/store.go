@@ -88,6 +88,7 @@ func (t timing) orDefaults() timing {
 type Store struct {
 	o     Options
 	log   *slog.Logger
+	quiet raftLogger // for raft
 	me    identity
 	m     *meta.Machine
 	logs  *logStore
@@ -143,7 +144,7 @@ func Open(o Options) (*Store, error) {
 	case o.Listener == nil || o.Advertise == "":
 		return nil, fmt.Errorf("a controller needs an address: %w", volume.ErrInvalid)
 	}
-	s := &Store{o: o, log: o.Logger, acks: &acks{}, leadership: make(chan bool, 16), dead: make(chan struct{})}
+	s := &Store{o: o, log: o.Logger, quiet: newRaftLogger(o.Logger), acks: &acks{}, leadership: make(chan bool, 16), dead: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.watch = &watch{limit: o.timing.stall, tell: s.tellStall}
 	s.wait("it is being opened")
@@ -174,7 +175,7 @@ func (s *Store) open() (err error) {
 		return err
 	}
 	s.logs.hang = o.timing.hang
-	if s.snaps, err = raft.NewFileSnapshotStoreWithLogger(o.Dir, 2, newRaftLogger(o.Logger)); err != nil {
+	if s.snaps, err = raft.NewFileSnapshotStoreWithLogger(o.Dir, 2, s.quiet); err != nil {
 		return err
 	}
 	if s.m, err = meta.OpenMachine(o.State, meta.Options{Logger: o.Logger}); err != nil {
