@@ -247,6 +247,11 @@ type expandState struct {
 	until   Now
 }
 
+// forget is for a member whose session ends: it may come back with another disk.
+func (x *expandState) forget(s Slot) {
+	x.sent, x.done, x.refused = x.sent.Without(s), x.done.Without(s), x.refused.Without(s)
+}
+
 // expandProgress gives all members and targets the size that was asked for.
 func (e *Engine) expandProgress() {
 	x := &e.expand
@@ -269,8 +274,8 @@ func (e *Engine) expandProgress() {
 		e.send(m, KindResize, nil, func(a *Message) {
 			x.sent = x.sent.Without(s)
 			switch {
-			case a.Status != StatusOK && e.isr.Has(s) && (a.Status == StatusRefused || e.lastMember(m)):
-				// A member without room is as good as before: it is the expand that comes to nothing.
+			case a.Status == StatusRefused || a.Status != StatusOK && e.isr.Has(s) && e.lastMember(m):
+				// Who has no room is as good as before: it is the expand that comes to nothing.
 				if x.until = e.now + Second; a.Status == StatusRefused && x.target == target {
 					x.refused = x.refused.With(s)
 				}

@@ -441,8 +441,8 @@ func (e *Engine) addPropose() bool {
 		if m == nil || m.rs == nil || m.rs.stage != stageAdd || !m.ready || e.absent.Without(m.slot)&^m.rs.adopted != 0 {
 			continue
 		}
-		if m.fence.Size < max(e.size, e.m.Target) && !e.cfg.Rules.WithoutExpandOnFence {
-			continue // the expand under way takes it along
+		if m.fence.Size < e.size && !e.cfg.Rules.WithoutExpandOnFence {
+			continue
 		}
 		if e.flush.done < e.loggedFrom && !e.cfg.Rules.WithoutLogFirst {
 			if !e.flush.running && !e.flush.wanted {

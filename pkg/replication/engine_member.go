@@ -160,7 +160,7 @@ func (e *Engine) disconnect(m *member) {
 	}
 	m.up, m.open, m.ready, m.pinging, m.confBusy = false, false, false, false, false
 	m.confSent = 0
-	e.expand.sent = e.expand.sent.Without(m.slot)
+	e.expand.forget(m.slot)
 	e.markUnsynced(m)
 	for p := m.pending.first; p != nil; {
 		next := p.next

@@ -132,7 +132,7 @@ func (e *Engine) beginResync(m *member) {
 	}
 	rs.partial = m.rec.RemovedAt > 0 && (m.rec.Incarnation == m.incarnation || e.cfg.Rules.WithoutIncarnationCheck)
 	e.chooseFills(rs)
-	size := max(e.size, e.m.Target)
+	size := e.size // the greater one of an expand under way is given to it with the others
 	if m.fence.Size >= size || e.cfg.Rules.WithoutExpandOnFence {
 		rs.stage = stageConfigure
 		e.syncMember(m)

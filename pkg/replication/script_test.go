@@ -167,9 +167,13 @@ func (s *script) do(f []string) {
 	case "up": // up REPLICA
 		w.boot(w.host(f[1]))
 		w.connect(w.e, w.host(f[1]))
-	case "disk": // disk REPLICA: it comes back on a new, empty disk
+	case "disk": // disk REPLICA [SIZE]: it comes back on a new, empty disk
 		h := w.host(f[1])
-		h.store = newMemStore(h.store.size)
+		size := h.store.size
+		if len(f) > 2 {
+			size = s.number(f[2])
+		}
+		h.store = newMemStore(size)
 		h.incarnation += 1000
 		w.boot(h)
 		w.disconnect(h)
