@@ -250,7 +250,8 @@ func (p *planner) drop(v volume.Volume, keep []volume.Replica, inSync bool) {
 }
 
 // moveSnapshots lets pools go of snapshots that enough others hold, those of nodes that are being emptied and damaged ones, once
-// the replica is gone that was there with them: what a pool reports of a volume's replica that is in sync counts as held.
+// the replica is gone that was there with them: what a pool reports of a volume's replica that is in sync counts as held. Copies that
+// differ all stay: the one that goes may be the right one.
 func (p *planner) moveSnapshots() {
 	byID := map[volume.ID]volume.Volume{}
 	for _, v := range p.st.Volumes {
@@ -265,6 +266,9 @@ func (p *planner) moveSnapshots() {
 		}
 		if x.State != volume.Ready || !deleted && (!there || v.State != volume.Ready) {
 			continue // nobody can fill another holder in
+		}
+		if x.CopiesDiffer() != nil {
+			continue
 		}
 		sound := p.sound(x)
 		for _, h := range x.Holders {

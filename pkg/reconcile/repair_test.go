@@ -232,6 +232,17 @@ func TestRepairs(t *testing.T) {
 			s.snapshot("s", "a", "1", "2", "3")
 			s.empty("1")
 		}, ""},
+		{"copies that differ all stay", func(s *scene) {
+			s.volume("a", 2, "2:i", "3:i")
+			s.snapshot("s", "a", "1", "2", "3")
+			s.Snapshots[0].Differs = &volume.Difference{Alike: [][]volume.PoolID{{"p2", "p3"}, {"p1"}}}
+			s.empty("1")
+		}, ""},
+		{"but for one that is known to be damaged", func(s *scene) {
+			s.volume("a", 2, "2:i", "3:i")
+			s.snapshot("s", "a", "1!", "2", "3")
+			s.Snapshots[0].Differs = &volume.Difference{Alike: [][]volume.PoolID{{"p2", "p3"}, {"p1"}}}
+		}, "move snapshot s p1"},
 		{"a snapshot that too few others hold stays", func(s *scene) {
 			s.volume("a", 2, "2:i", "3:i")
 			s.Snapshots = []volume.Snapshot{{ID: "s", Volume: "a", State: volume.Ready, Holders: []volume.Replica{{Node: "n1", Pool: "p1"}, {Node: "n2", Pool: "p2"}}},
