@@ -38,8 +38,9 @@ func (a admission) Join(ctx context.Context, r clusterapi.Join) (clusterapi.Join
 	for _, role := range record.Roles {
 		roles = append(roles, pki.Role(role))
 	}
-	answer := clusterapi.Joined{}
-	if answer.Chain, err = a.ca.Issue(r.CSR, pki.Node(r.Claim.Node, roles...), 0, time.Now()); err != nil {
+	answer, who := clusterapi.Joined{}, pki.Node(r.Claim.Node, roles...)
+	who.Generation = record.Of(r.Claim).Generation
+	if answer.Chain, err = a.ca.Issue(r.CSR, who, 0, time.Now()); err != nil {
 		return clusterapi.Joined{}, err
 	}
 	if slices.Contains(roles, pki.RoleController) {
@@ -51,8 +52,8 @@ func (a admission) Join(ctx context.Context, r clusterapi.Join) (clusterapi.Join
 }
 
 // Renew implements clusterapi.Controller. The roles are those of the node's record: a certificate does not outlive what it
-// says.
-func (a admission) Renew(ctx context.Context, id volume.NodeID, csr []byte) ([]byte, error) {
+// says. The generation is that of the caller's certificate: one whose place another has taken stays refused.
+func (a admission) Renew(ctx context.Context, id volume.NodeID, generation uint64, csr []byte) ([]byte, error) {
 	n, err := a.Node(ctx, id)
 	if err != nil {
 		return nil, err
@@ -61,5 +62,7 @@ func (a admission) Renew(ctx context.Context, id volume.NodeID, csr []byte) ([]b
 	for _, r := range n.Roles {
 		roles = append(roles, pki.Role(r))
 	}
-	return a.ca.Issue(csr, pki.Node(id, roles...), 0, time.Now())
+	who := pki.Node(id, roles...)
+	who.Generation = generation
+	return a.ca.Issue(csr, who, 0, time.Now())
 }

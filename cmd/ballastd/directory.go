@@ -41,8 +41,9 @@ type directory struct {
 	mu      sync.Mutex
 	nodes   map[volume.NodeID]volume.Node
 	asked   time.Time
-	gone    map[volume.NodeID]bool // were members once
-	refused map[volume.NodeID]bool // were removed
+	gone    map[volume.NodeID]bool   // were members once
+	refused map[volume.NodeID]bool   // were removed
+	newest  map[volume.NodeID]uint64 // the generation that is admitted, at least
 	// expelled are those of refused that a controller told of, numbered by told, so that an older list does not bring them back.
 	expelled map[volume.NodeID]uint64
 	told     uint64
@@ -60,6 +61,7 @@ type connTo struct {
 type members interface {
 	Nodes(ctx context.Context) ([]volume.Node, error)
 	RemovedNodes(ctx context.Context) ([]volume.NodeID, error)
+	Generations(ctx context.Context) (map[volume.NodeID]uint64, error)
 }
 
 func newDirectory(self volume.Node, c *pki.Credentials, log *slog.Logger) *directory {
@@ -109,9 +111,19 @@ func (d *directory) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// After the list of those removed: who has come back since is in it.
+	newest, err := d.members.Generations(ctx)
+	if err != nil {
+		return err
+	}
 	var others []string
+	replaced := map[volume.NodeID]bool{} // another machine has the name now
 	d.mu.Lock()
 	d.asked = time.Now()
+	for id, g := range newest {
+		replaced[id] = d.newest != nil && g > d.newest[id]
+	}
+	d.newest = newest
 	for id := range d.nodes {
 		d.gone[id] = true
 	}
@@ -146,8 +158,8 @@ func (d *directory) look(ctx context.Context) error {
 		d.others = others
 	}
 	for to, c := range d.conns {
-		if to.node != "" && !used[to] {
-			_ = c.Close() // of a node that has moved or gone
+		if to.node != "" && (!used[to] || replaced[to.node]) {
+			_ = c.Close() // of a node that has moved, gone, or been replaced
 			delete(d.conns, to)
 		}
 	}
@@ -156,8 +168,8 @@ func (d *directory) look(ctx context.Context) error {
 	if changed {
 		d.learned(others)
 	}
-	if drop != nil && len(gone) > 0 {
-		drop(func(id volume.NodeID) bool { return gone[id] })
+	if drop != nil {
+		drop(func(id volume.NodeID) bool { return gone[id] || replaced[id] })
 	}
 	return nil
 }
@@ -192,8 +204,11 @@ const verifyLimit = time.Second
 // was removed may have joined again just now.
 func (d *directory) admits(p pki.Peer) error {
 	id := volume.NodeID(p.Name)
-	if p.Kind != pki.KindNode || id == d.self.ID {
+	if p.Kind != pki.KindNode {
 		return nil
+	}
+	if id == d.self.ID {
+		return d.current(p)
 	}
 	look := func() (known, refused bool, age time.Duration) {
 		d.mu.Lock()
@@ -211,6 +226,17 @@ func (d *directory) admits(p pki.Peer) error {
 	}
 	if !known || refused {
 		return fmt.Errorf("%s was removed from the cluster: %w", p, pki.ErrRefused)
+	}
+	return d.current(p)
+}
+
+// current is pki.Verify: it refuses a node whose place another machine has taken by joining under its name, as far as is known.
+func (d *directory) current(p pki.Peer) error {
+	d.mu.Lock()
+	newest := d.newest[volume.NodeID(p.Name)]
+	d.mu.Unlock()
+	if p.Kind == pki.KindNode && p.Generation < newest {
+		return fmt.Errorf("%s has the certificate of an earlier machine of that name: %w", p, pki.ErrRefused)
 	}
 	return nil
 }
@@ -296,7 +322,7 @@ func (d *directory) connect(to connTo, verify pki.Verify) (grpc.ClientConnInterf
 	if c := d.conns[to]; c != nil {
 		return c, nil
 	}
-	c, err := clusterapi.Connect(to.address, d.credentials.Client(verify))
+	c, err := clusterapi.Connect(to.address, d.credentials.Client(pki.All(verify, d.current)))
 	if err != nil {
 		return nil, fmt.Errorf("address %q: %w: %w", to.address, err, volume.ErrUnavailable)
 	}

@@ -16,6 +16,7 @@ import (
 type listed struct {
 	nodes   []volume.Node
 	removed []volume.NodeID
+	newest  map[volume.NodeID]uint64
 	err     error
 	asked   func()
 }
@@ -28,6 +29,60 @@ func (l *listed) RemovedNodes(context.Context) ([]volume.NodeID, error) {
 		l.asked()
 	}
 	return removed, l.err
+}
+
+func (l *listed) Generations(context.Context) (map[volume.NodeID]uint64, error) {
+	return l.newest, l.err
+}
+
+// TestWhoseNameItIs: a machine that joins under the name of another takes its place.
+func TestWhoseNameItIs(t *testing.T) {
+	l := &listed{nodes: []volume.Node{{ID: "n1"}, {ID: "n2"}}, newest: map[volume.NodeID]uint64{"n2": 1}}
+	d := newDirectory(volume.Node{ID: "n1"}, nil, slog.New(slog.DiscardHandler))
+	d.members = l
+	var dropped []volume.NodeID
+	d.dropBy(func(gone func(volume.NodeID) bool) {
+		for _, id := range []volume.NodeID{"n1", "n2"} {
+			if gone(id) {
+				dropped = append(dropped, id)
+			}
+		}
+	})
+	look := func(generations map[volume.NodeID]uint64) {
+		t.Helper()
+		l.newest = generations
+		if err := d.refresh(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	admitted := func(id volume.NodeID, generation uint64, want bool) {
+		t.Helper()
+		p := pki.Peer{Identity: pki.Node(id, pki.RoleStorage)}
+		p.Generation = generation
+		for what, verify := range map[string]pki.Verify{"admitted": d.admits, "called": d.current} {
+			if err := verify(p); (err == nil) != want || err != nil && !errors.Is(err, pki.ErrRefused) {
+				t.Errorf("%s, generation %d is %s: %v", id, generation, what, err)
+			}
+		}
+	}
+	look(map[volume.NodeID]uint64{"n2": 1})
+	admitted("n2", 1, true)
+	admitted("n2", 2, true) // not listed yet
+	admitted("n2", 0, false)
+	admitted("n1", 0, true) // the founder
+	if len(dropped) > 0 {
+		t.Errorf("dropped %v", dropped)
+	}
+	look(map[volume.NodeID]uint64{"n1": 1, "n2": 2})
+	admitted("n2", 1, false)
+	admitted("n2", 2, true)
+	admitted("n1", 0, false) // this one itself
+	if !slices.Equal(dropped, []volume.NodeID{"n1", "n2"}) {
+		t.Errorf("dropped %v", dropped)
+	}
+	if err := d.current(pki.Peer{Identity: pki.Admin("n2", pki.RoleAdmin)}); err != nil {
+		t.Errorf("an admin of that name: %v", err)
+	}
 }
 
 // TestWhoIsAdmitted: a node that was removed is refused from the moment when a controller says so, whatever an older list says,

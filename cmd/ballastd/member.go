@@ -45,7 +45,7 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 
 	netConfig := replicanet.ClientConfig{Cluster: cluster, Node: d.cfg.node, Insecure: cc.plaintext, Log: d.log}
 	if !cc.plaintext {
-		netConfig.TLS = func(n volume.NodeID) *tls.Config { return credentials.Client(pki.IsNode(n)) }
+		netConfig.TLS = func(n volume.NodeID) *tls.Config { return credentials.Client(pki.All(pki.IsNode(n), dir.current)) }
 	}
 	client, err := replicanet.NewClient(netConfig)
 	if err != nil {
@@ -73,14 +73,16 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 	// known are the controllers to ask until the directory has learned them.
 	known := append(id.controllers(), cc.controllers...)
 	asked := clusterapi.NewCluster(func() []grpc.ClientConnInterface { return dir.controllers(known) })
-	var renew func(ctx context.Context, node volume.NodeID, csr []byte) ([]byte, error)
+	renew := asked.Renew
 	if id.controller() {
 		service, err := d.openController(id, dir, known, parts)
 		if err != nil {
 			return err
 		}
 		services.Controller = admission{Service: service, ca: id.ca}
-		renew = services.Controller.Renew
+		renew = func(ctx context.Context, node volume.NodeID, csr []byte) ([]byte, error) {
+			return services.Controller.Renew(ctx, node, credentials.Self().Generation, csr)
+		}
 		node.Start(nearest{own: service, others: asked, led: func() bool {
 			leader, _ := d.member.store.Leader()
 			return leader != ""
@@ -89,7 +91,7 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 			return err
 		}
 	} else {
-		dir.members, renew = asked, asked.Renew
+		dir.members = asked
 		node.Start(asked)
 		d.node.Node = node
 		d.gate.openNode(node.Ready)
@@ -128,7 +130,7 @@ func (d *daemon) openController(id *identity, dir *directory, known []string, pa
 		}
 	}
 	slices.Sort(others)
-	onlyControllers := pki.HasRole(pki.RoleController)
+	onlyControllers := pki.All(pki.HasRole(pki.RoleController), dir.current)
 	store, err := metaraft.Open(metaraft.Options{
 		ID: d.cfg.node, Dir: filepath.Join(d.cfg.dataDir, "raft"), State: filepath.Join(d.cfg.dataDir, stateDir),
 		Listener: listener, Advertise: cc.advertise.raft,

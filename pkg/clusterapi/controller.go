@@ -35,10 +35,12 @@ type Controller interface {
 	Nodes(ctx context.Context) ([]volume.Node, error)
 	// RemovedNodes are those that nobody is to speak to.
 	RemovedNodes(ctx context.Context) ([]volume.NodeID, error)
+	// Generations are how many joined under each name: nobody is to speak to those before the last.
+	Generations(ctx context.Context) (map[volume.NodeID]uint64, error)
 	// Join lets a node in. Anybody may ask; the claim says whether they may.
 	Join(ctx context.Context, r Join) (Joined, error)
-	// Renew certifies a new key of a node of the cluster. The answer is as in Joined.
-	Renew(ctx context.Context, node volume.NodeID, csr []byte) (chain []byte, err error)
+	// Renew certifies a new key of a node of the cluster, in the generation that it has. The answer is as in Joined.
+	Renew(ctx context.Context, node volume.NodeID, generation uint64, csr []byte) (chain []byte, err error)
 }
 
 // Join is a node's request to become a member.
@@ -150,6 +152,9 @@ var controllerDesc = grpc.ServiceDesc{
 		unary(controllerService, "RemovedNodes", func(c Controller, ctx context.Context, _ *none) ([]volume.NodeID, error) {
 			return c.RemovedNodes(ctx)
 		}),
+		unary(controllerService, "Generations", func(c Controller, ctx context.Context, _ *none) (map[volume.NodeID]uint64, error) {
+			return c.Generations(ctx)
+		}),
 		unary(controllerService, "Join", func(c Controller, ctx context.Context, r *Join) (Joined, error) {
 			return c.Join(ctx, *r)
 		}),
@@ -157,7 +162,11 @@ var controllerDesc = grpc.ServiceDesc{
 			if err := isCaller(ctx, r.Node); err != nil {
 				return nil, err
 			}
-			return c.Renew(ctx, r.Node, r.CSR)
+			p, err := caller(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return c.Renew(ctx, r.Node, p.Generation, r.CSR)
 		}),
 	},
 }
@@ -259,6 +268,11 @@ func (c *Cluster) Nodes(ctx context.Context) ([]volume.Node, error) {
 // RemovedNodes are those that were removed and did not join again.
 func (c *Cluster) RemovedNodes(ctx context.Context) ([]volume.NodeID, error) {
 	return ask[[]volume.NodeID](ctx, c, "RemovedNodes", &none{})
+}
+
+// Generations are how many joined under each name.
+func (c *Cluster) Generations(ctx context.Context) (map[volume.NodeID]uint64, error) {
+	return ask[map[volume.NodeID]uint64](ctx, c, "Generations", &none{})
 }
 
 // Join asks to become a member.

@@ -170,6 +170,11 @@ func (s *Service) RemovedNodes(ctx context.Context) ([]volume.NodeID, error) {
 	return s.store.RemovedNodes(ctx)
 }
 
+// Generations returns how many machines joined under the name of each node: nobody is to speak to those before the last.
+func (s *Service) Generations(ctx context.Context) (map[volume.NodeID]uint64, error) {
+	return s.store.Generations(ctx)
+}
+
 // CreateJoinToken keeps the record of a token that an admin made; the secret is not in it.
 func (s *Service) CreateJoinToken(ctx context.Context, r jointoken.Record) error {
 	err := s.propose(ctx, command.CreateJoinToken{Record: r})

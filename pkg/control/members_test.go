@@ -54,6 +54,9 @@ func TestJoinTokens(t *testing.T) {
 	w.register("n9")
 	wantErr(t, w.RemoveNode(ctx, "n9"), nil)
 	redeem(claim, volume.ErrInUse) // the token that it came with
+	if g, err := w.Generations(ctx); err != nil || len(g) != 1 || g["n9"] != 2 {
+		t.Errorf("%v %v", g, err)
+	}
 	if removed, err := w.RemovedNodes(ctx); err != nil || len(removed) != 1 {
 		t.Errorf("%v %v", removed, err)
 	}

@@ -155,6 +155,8 @@ type Store interface {
 	Nodes(ctx context.Context) ([]volume.Node, error)
 	// RemovedNodes lists the nodes that were removed and did not join again.
 	RemovedNodes(ctx context.Context) ([]volume.NodeID, error)
+	// Generations returns how many joined under the name of each node.
+	Generations(ctx context.Context) (map[volume.NodeID]uint64, error)
 	JoinTokens(ctx context.Context) ([]jointoken.Record, error)
 	Quotas(ctx context.Context) ([]volume.Quota, error)
 }

@@ -58,3 +58,15 @@ func (m *Machine) RemovedNodes(ctx context.Context) (list []volume.NodeID, err e
 	})
 	return list, err
 }
+
+// Generations returns how many joined under the name of each node: those before the last of them are refused.
+func (m *Machine) Generations(ctx context.Context) (map[volume.NodeID]uint64, error) {
+	list := map[volume.NodeID]uint64{}
+	err := m.read(ctx, func(r *reader) error {
+		return r.scan(generations, "", func(id string, b []byte) (more bool, err error) {
+			list[volume.NodeID(id)], err = decode[uint64](b)
+			return true, err
+		})
+	})
+	return list, err
+}

@@ -90,6 +90,11 @@ func redeemJoinToken(v *view, c command.RedeemJoinToken) (command.Result, error)
 	if len(rec.Redeemed) == before && v.read(removedNodes+string(c.Claim.Node)) != nil { // what it was let in with is no way back
 		return nil, fmt.Errorf("node %s was removed after it had joined with token %s; make another: %w", c.Claim.Node, rec.ID, volume.ErrInUse)
 	}
+	if n := len(rec.Redeemed); n > before {
+		g, _ := load[uint64](v, generations+string(c.Claim.Node))
+		save(v, generations+string(c.Claim.Node), g+1)
+		rec.Redeemed[n-1].Generation = g + 1
+	}
 	v.del(removedNodes + string(c.Claim.Node))
 	save(v, joinTokens+rec.ID, rec)
 	return command.JoinToken{Record: rec}, nil

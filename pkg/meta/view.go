@@ -29,6 +29,7 @@ const (
 	nodes         = "n/"
 	idleNodes     = "ni"  // the nodes that are drained or emptying, in order
 	removedNodes  = "nr/" // + node id
+	generations   = "ng/" // + node id -> how many joined under it
 	joinTokens    = "j/"  // + token id
 	pools         = "p/"
 	limits        = "ql/" // + tenant

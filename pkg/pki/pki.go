@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -55,6 +56,9 @@ type Identity struct {
 	Name string
 	// Roles of a node: one or both; of an admin: one.
 	Roles []Role
+	// Generation of a node counts the joins under its name: a machine that joins under the name of another takes its place, and
+	// the other's certificate is refused from then on. That of the founder of a cluster, and an admin's, is 0.
+	Generation uint64
 }
 
 // Node is the identity of a node.
@@ -86,6 +90,9 @@ func (i Identity) Check() error {
 	if len(i.Roles) == 0 || len(i.Roles) > most {
 		return fmt.Errorf("%s %q has %d roles: %w", i.Kind, i.Name, len(i.Roles), volume.ErrInvalid)
 	}
+	if i.Kind != KindNode && i.Generation != 0 {
+		return fmt.Errorf("%s %q has no generation: %w", i.Kind, i.Name, volume.ErrInvalid)
+	}
 	for n, r := range i.Roles {
 		if !slices.Contains(known, r) || slices.Contains(i.Roles[:n], r) {
 			return fmt.Errorf("%s %q cannot have role %q: %w", i.Kind, i.Name, r, volume.ErrInvalid)
@@ -116,11 +123,14 @@ func (i Identity) String() string {
 
 const scheme = "ballast"
 
-// uri is the certified form: ballast://CLUSTER/KIND/NAME?role=...&role=...
+// uri is the certified form: ballast://CLUSTER/KIND/NAME?generation=...&role=...&role=...
 func (i Identity) uri(cluster string) *url.URL {
 	q := url.Values{}
 	for _, r := range i.Roles {
 		q.Add("role", string(r))
+	}
+	if i.Generation > 0 {
+		q.Set("generation", strconv.FormatUint(i.Generation, 10))
 	}
 	return &url.URL{
 		Scheme: scheme, Host: cluster, RawQuery: q.Encode(),
@@ -138,6 +148,11 @@ func parseURI(u *url.URL) (cluster string, i Identity, err error) {
 	i.Kind = Kind(kind)
 	if i.Name, err = url.PathUnescape(name); err != nil {
 		return "", Identity{}, fmt.Errorf("%s: %w", u, ErrRefused)
+	}
+	if g := u.Query().Get("generation"); g != "" {
+		if i.Generation, err = strconv.ParseUint(g, 10, 64); err != nil {
+			return "", Identity{}, fmt.Errorf("%s: %w", u, ErrRefused)
+		}
 	}
 	for _, r := range u.Query()["role"] {
 		i.Roles = append(i.Roles, Role(r))

@@ -248,20 +248,21 @@ func TestIssueRefuses(t *testing.T) {
 		id   Identity
 		life time.Duration
 	}{
-		"no kind":            {good, Identity{Name: "n"}, 0},
-		"no name":            {good, Node("", RoleStorage), 0},
-		"long name":          {good, Node(volume.NodeID(strings.Repeat("n", volume.MaxNodeIDLen+1)), RoleStorage), 0},
-		"no role":            {good, Node("n"), 0},
-		"an admin's role":    {good, Node("n", RoleAdmin), 0},
-		"a role twice":       {good, Node("n", RoleStorage, RoleStorage), 0},
-		"a node's role":      {good, Admin("a", RoleStorage), 0},
-		"two roles":          {good, Identity{KindAdmin, "a", []Role{RoleViewer, RoleAdmin}}, 0},
-		"too long a life":    {good, Node("n", RoleStorage), NodeLifetime + 1},
-		"a negative life":    {good, Node("n", RoleStorage), -1},
-		"no request":         {nil, Node("n", RoleStorage), 0},
-		"a long request":     {make([]byte, maxCSR+1), Node("n", RoleStorage), 0},
-		"a forged request":   {forged, Node("n", RoleStorage), 0},
-		"a key of no choice": {p384, Node("n", RoleStorage), 0},
+		"no kind":               {good, Identity{Name: "n"}, 0},
+		"no name":               {good, Node("", RoleStorage), 0},
+		"long name":             {good, Node(volume.NodeID(strings.Repeat("n", volume.MaxNodeIDLen+1)), RoleStorage), 0},
+		"no role":               {good, Node("n"), 0},
+		"an admin's role":       {good, Node("n", RoleAdmin), 0},
+		"a role twice":          {good, Node("n", RoleStorage, RoleStorage), 0},
+		"a node's role":         {good, Admin("a", RoleStorage), 0},
+		"two roles":             {good, Identity{Kind: KindAdmin, Name: "a", Roles: []Role{RoleViewer, RoleAdmin}}, 0},
+		"an admin's generation": {good, Identity{Kind: KindAdmin, Name: "a", Roles: []Role{RoleViewer}, Generation: 1}, 0},
+		"too long a life":       {good, Node("n", RoleStorage), NodeLifetime + 1},
+		"a negative life":       {good, Node("n", RoleStorage), -1},
+		"no request":            {nil, Node("n", RoleStorage), 0},
+		"a long request":        {make([]byte, maxCSR+1), Node("n", RoleStorage), 0},
+		"a forged request":      {forged, Node("n", RoleStorage), 0},
+		"a key of no choice":    {p384, Node("n", RoleStorage), 0},
 	} {
 		if _, err := ca.Issue(tt.csr, tt.id, tt.life, epoch); !errors.Is(err, volume.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
@@ -285,6 +286,32 @@ func TestIssueRefuses(t *testing.T) {
 	}
 	if _, err := NewCA(NewClusterID(), epoch); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestGenerationIsCertified(t *testing.T) {
+	ca := newCA(t, "c1")
+	for _, generation := range []uint64{0, 1, 1<<64 - 1} {
+		csr, key := request(t)
+		id := Node("n/1", RoleStorage, RoleController)
+		id.Generation = generation
+		chain, err := ca.Issue(csr, id, 0, epoch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := NewCredentials(chain, key, nil)
+		if err != nil || c.Self().Generation != generation {
+			t.Errorf("generation %d is certified as %+v, %v", generation, c.Self(), err)
+		}
+	}
+	for _, g := range []string{"0", "01", "-1", "x", "18446744073709551616", "1&generation=2"} {
+		u, err := url.Parse("ballast://c1/node/n1?generation=" + g + "&role=storage")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := parseURI(u); !errors.Is(err, ErrRefused) {
+			t.Errorf("generation %s is taken: %v", g, err)
+		}
 	}
 }
 
@@ -428,10 +455,12 @@ func TestNoSecretInErrors(t *testing.T) {
 }
 
 func FuzzParseURI(f *testing.F) {
-	for _, id := range []Identity{Node("n1", RoleStorage), Node("a/b", RoleController, RoleStorage), Admin("x y", RoleViewer)} {
+	for _, id := range []Identity{Node("n1", RoleStorage), {Kind: KindNode, Name: "n1", Roles: []Role{RoleStorage}, Generation: 7}, Node("a/b", RoleController, RoleStorage), Admin("x y", RoleViewer)} {
 		f.Add(id.uri("c1").String())
 	}
 	f.Add("ballast://c1/node/n1?role=storage&x=1")
+	f.Add("ballast://c1/node/n1?generation=0&role=storage")
+	f.Add("ballast://c1/node/n1?generation=18446744073709551616&role=storage")
 	f.Add("ballast://u@c1/node/%6e1?role=storage")
 	f.Fuzz(func(t *testing.T, s string) {
 		u, err := url.Parse(s)

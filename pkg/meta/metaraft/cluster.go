@@ -34,3 +34,8 @@ func (s *Store) JoinTokens(ctx context.Context) ([]jointoken.Record, error) {
 func (s *Store) RemovedNodes(ctx context.Context) ([]volume.NodeID, error) {
 	return read(ctx, s, func() ([]volume.NodeID, error) { return s.m.RemovedNodes(ctx) })
 }
+
+// Generations implements control.Store.
+func (s *Store) Generations(ctx context.Context) (map[volume.NodeID]uint64, error) {
+	return read(ctx, s, func() (map[volume.NodeID]uint64, error) { return s.m.Generations(ctx) })
+}

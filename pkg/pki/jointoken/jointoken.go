@@ -126,6 +126,18 @@ type Redemption struct {
 	// Key is the SHA-256 of the node's public key, 64 hex digits.
 	Key string           `json:"key"`
 	At  volume.Timestamp `json:"at"`
+	// Generation counts the joins under the node's name, whatever the token; whoever keeps the record sets it.
+	Generation uint64 `json:"generation,omitempty"`
+}
+
+// Of is the use that a claim was, or nothing.
+func (r Record) Of(c Claim) Redemption {
+	for _, d := range r.Redeemed {
+		if d.Node == c.Node && d.Key == c.Key {
+			return d
+		}
+	}
+	return Redemption{}
 }
 
 // Check returns volume.ErrInvalid or volume.ErrOutOfRange where a new record is outside its bounds.
@@ -191,7 +203,7 @@ func (r Record) Redeem(now volume.Timestamp, c Claim, member bool) (Record, erro
 	if r.Node != "" && r.Node != c.Node {
 		return r, fmt.Errorf("join token %s is for another node: %w", r.ID, volume.ErrInUse)
 	}
-	if slices.ContainsFunc(r.Redeemed, func(d Redemption) bool { return d.Node == c.Node && d.Key == c.Key }) {
+	if r.Of(c).Node != "" {
 		return r, nil
 	}
 	if len(r.Redeemed) >= r.Uses {
