@@ -123,9 +123,10 @@ func (n *Node) pace() {
 			next = lookEvery // a node at rest is left alone
 		}
 		timer.Reset(next)
-		window := p.Sample(s)
+		p.Sample(s)
 		for _, i := range syncing {
-			i.e.SetResyncWindow(max(window/int64(len(syncing)), replication.MinWindow))
+			n := int64(len(syncing))
+			i.e.SetResyncPace(max(p.Window()/n, replication.MinWindow), p.Rate()/n)
 		}
 	}
 }

@@ -150,9 +150,9 @@ func (e *Engine) Learn(m replication.Membership) {
 // Evict asks that a replica leave the in-sync set.
 func (e *Engine) Evict(id volume.ReplicaID) { e.step(func() { e.m.Evict(now(), id) }) }
 
-// SetResyncWindow bounds what resyncs have in flight, in bytes.
-func (e *Engine) SetResyncWindow(bytes int64) {
-	e.step(func() { e.m.SetResyncWindow(now(), bytes) })
+// SetResyncPace bounds what resyncs have in flight, in bytes, and what they begin in a second; rate 0 is no bound.
+func (e *Engine) SetResyncPace(window, rate int64) {
+	e.step(func() { e.m.SetResyncPace(now(), window, rate) })
 }
 
 // Status says what the engine does and what it waits for.

@@ -83,6 +83,8 @@ type Engine struct {
 	barrier    *barrierState
 	expand     expandState
 	window     int64 // bytes of copies in flight
+	rate       int64 // bytes of copies that begin in a second; 0 is no bound
+	copyAt     Now   // when the next may begin
 	copying    int64
 	firstFence Now
 	detaching  bool

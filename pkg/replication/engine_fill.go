@@ -140,7 +140,7 @@ func (e *Engine) copySome(rs *resync, unlocked bool) {
 			rs.todo.RemoveRange(run.First, run.End())
 			continue
 		}
-		if e.copying > 0 && e.copying+n > e.window {
+		if !e.mayCopy(n) {
 			return
 		}
 		rs.todo.RemoveRange(run.First, run.End())
@@ -161,7 +161,7 @@ func (e *Engine) copySome(rs *resync, unlocked bool) {
 			o.shared, o.reads = true, true
 		}
 		rs.ops++
-		e.copying += n
+		e.copies(n)
 		from, to := e.g.regions(off, n)
 		rs.wil.AddRange(from, to)
 		e.admit(o)
@@ -275,7 +275,7 @@ func (e *Engine) verifySome(rs *resync) {
 		}
 		off := int64(run.First) * e.g.Extent
 		n := min(int64(run.N)*e.g.Extent, e.size-off)
-		if e.copying > 0 && e.copying+n > e.window {
+		if !e.mayCopy(n) {
 			return
 		}
 		rs.copied.RemoveRange(run.First, run.End())
@@ -288,7 +288,7 @@ func (e *Engine) compare(rs *resync, off, n int64, probe bool) {
 	o := e.newOp(opHash, off, n)
 	o.fill, o.probe, o.unlocked = rs, probe, probe && e.cfg.Rules.WithoutProbeLock
 	rs.ops++
-	e.copying += n
+	e.copies(n)
 	e.admit(o)
 }
 

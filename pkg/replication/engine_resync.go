@@ -82,11 +82,29 @@ func (rs *resync) snapshot() volume.SnapshotID {
 	return ""
 }
 
-// SetResyncWindow bounds the bytes of copies in flight; one copy is always allowed.
-func (e *Engine) SetResyncWindow(now Now, bytes int64) {
+// SetResyncPace bounds the bytes of copies in flight, where one copy is always allowed, and those that begin in a second;
+// rate 0 is no bound.
+func (e *Engine) SetResyncPace(now Now, window, rate int64) {
 	if e.begin(now) {
-		e.window = bytes
+		e.window, e.rate = window, rate
+		if rate == 0 {
+			e.copyAt = 0
+		}
 		e.pump()
+	}
+}
+
+// mayCopy tells whether the pace allows a copy or comparison of n bytes to begin.
+func (e *Engine) mayCopy(n int64) bool {
+	return e.now >= e.copyAt && (e.copying == 0 || e.copying+n <= e.window)
+}
+
+// copies notes that one begins.
+func (e *Engine) copies(n int64) {
+	e.copying += n
+	if e.rate > 0 {
+		// What was not used is not saved up: a burst is what the foreground would feel.
+		e.copyAt = e.now + Now(float64(n)*float64(Second)/float64(e.rate))
 	}
 }
 
@@ -110,6 +128,9 @@ func (e *Engine) resyncWake() Now {
 	at := Never
 	if e.phase != phaseLive || !e.dirty.Empty() {
 		return at
+	}
+	if e.copyAt > e.pumped {
+		at = e.copyAt
 	}
 	for _, m := range e.members {
 		if m != nil && m.open && m.rs == nil && !e.isr.Has(m.slot) && !e.adding.Has(m.slot) && e.barrier == nil && e.pumped < m.retryAt {

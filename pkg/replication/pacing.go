@@ -1,9 +1,10 @@
 package replication
 
-// Pacer reckons how many bytes of copies may be in flight on a disk, from what the foreground feels. It is fed every
-// PaceEvery; one Pacer serves all resyncs of a disk.
+// Pacer reckons how many bytes of copies may be in flight on a disk, from what the foreground feels, and where one copy at a
+// time is too much still, how many may begin in a second. It is fed every PaceEvery; one Pacer serves all resyncs of a disk.
 type Pacer struct {
 	window   int64
+	rate     int64 // bytes per second; 0 is no bound
 	baseline Now
 	floor    int64 // bytes per second
 	// Of the running resync: the least that was left, and since when it has not become less.
@@ -23,6 +24,8 @@ const (
 	MaxWindow int64 = 64 << 20
 
 	paceStep   int64 = 256 << 10
+	rateStep   int64 = 1 << 20   // bytes per second
+	maxRate    int64 = 512 << 20 // from here on the window alone bounds
 	paceSlack        = Millisecond / 2
 	paceFloor  int64 = 8 << 20 // bytes per second
 	paceUrgent       = 4       // times the floor, where one copy is left
@@ -50,6 +53,9 @@ func NewPacer() *Pacer { return &Pacer{window: MinWindow, floor: paceFloor} }
 // Window is the bytes of copies that may be in flight.
 func (p *Pacer) Window() int64 { return p.window }
 
+// Rate is the bytes of copies that may begin in a second; 0 is no bound.
+func (p *Pacer) Rate() int64 { return p.rate }
+
 // Target is the latency up to which the window grows; 0 while the foreground's own is not known.
 func (p *Pacer) Target() Now {
 	if p.baseline == 0 {
@@ -61,8 +67,8 @@ func (p *Pacer) Target() Now {
 // Floor is the rate that copies get whatever the foreground feels, in bytes per second.
 func (p *Pacer) Floor() int64 { return p.floor }
 
-// Sample takes what was seen and returns the window.
-func (p *Pacer) Sample(s PaceSample) int64 {
+// Sample takes what was seen.
+func (p *Pacer) Sample(s PaceSample) {
 	span := s.Now - p.last
 	copied := s.Copied - p.copied
 	p.last, p.copied = s.Now, s.Copied
@@ -74,8 +80,8 @@ func (p *Pacer) Sample(s PaceSample) int64 {
 			}
 			p.baseline += (s.P99 - p.baseline) / 16
 		}
-		p.window, p.least, p.raised = MinWindow, 0, 0
-		return p.window
+		p.window, p.rate, p.least, p.raised = MinWindow, 0, 0, 0
+		return
 	}
 	p.losing(s)
 	p.floor = paceFloor << p.raised
@@ -83,14 +89,25 @@ func (p *Pacer) Sample(s PaceSample) int64 {
 		p.floor *= paceUrgent
 	}
 	slow := span > 0 && copied < int64(float64(p.floor)*float64(span)/float64(Second))
+	more := slow || s.Ops == 0 || p.baseline == 0 || s.P99 <= p.Target()
 	switch {
-	case slow || s.Ops == 0 || p.baseline == 0 || s.P99 <= p.Target():
-		p.window += paceStep
+	case more && p.rate > 0:
+		if p.rate += rateStep; s.Ops == 0 {
+			p.rate *= 2
+		}
+		if p.rate > maxRate {
+			p.rate = 0
+		}
+	case more:
+		p.window = min(p.window+paceStep, MaxWindow)
+	case p.window > MinWindow:
+		p.window = max(p.window*7/10, MinWindow)
 	default:
-		p.window = p.window * 7 / 10
+		if p.rate == 0 && span > 0 {
+			p.rate = min(int64(float64(copied)*float64(Second)/float64(span)), maxRate)
+		}
+		p.rate = max(p.rate*7/10, p.floor)
 	}
-	p.window = min(max(p.window, MinWindow), MaxWindow)
-	return p.window
 }
 
 // losing raises the floor of a resync that gets no closer to its end.

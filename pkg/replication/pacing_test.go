@@ -1,8 +1,12 @@
 package replication
 
-import "testing"
+import (
+	"cmp"
+	"testing"
+)
 
-// disk is a foreground whose latency grows with the bytes that are copied, and copies whose rate grows with the window.
+// disk is a foreground whose latency grows with the bytes that are copied, and copies whose rate grows with the window up to
+// what they are allowed to begin.
 type disk struct {
 	p      *Pacer
 	now    Now
@@ -13,12 +17,16 @@ type disk struct {
 	left   int64
 	grows  int64 // left grows by this, in bytes per second
 	alone  bool
+	perSec int64 // copies of the window's size in a second; 64 where it is 0
 }
 
 func (d *disk) run(span Now, resync bool) {
 	for end := d.now + span; d.now < end; d.now += PaceEvery {
 		if resync {
-			d.rate = d.p.Window() * 64 // 1/64 s for each copy
+			d.rate = d.p.Window() * cmp.Or(d.perSec, 64)
+			if r := d.p.Rate(); r > 0 {
+				d.rate = min(d.rate, r)
+			}
 			moved := d.rate / 10
 			d.copied += moved
 			d.left = max(1, d.left-moved+d.grows/10)
@@ -39,6 +47,26 @@ func TestPacerKeepsToTheTarget(t *testing.T) {
 	// 1 ms above the baseline is reached at 100 MiB/s; the window swings around that.
 	if rate := d.rate >> 20; rate < 50 || rate > 130 {
 		t.Errorf("%d MiB/s", rate)
+	}
+}
+
+// A fast disk copies much with a single copy in flight: more than the foreground bears, here.
+func TestPacerKeepsAFastDiskToTheTarget(t *testing.T) {
+	d := &disk{p: NewPacer(), idle: 2 * Millisecond, perMiB: 20 * Millisecond / 1000, left: 1 << 50, perSec: 1000}
+	d.run(10*Second, false)
+	d.run(60*Second, true)
+	// 1 ms above the baseline is reached at 50 MiB/s, one copy at a time makes 250.
+	if rate := d.rate >> 20; rate < 30 || rate > 60 {
+		t.Errorf("%d MiB/s", rate)
+	}
+	d.perMiB = 0
+	d.run(60*Second, true)
+	if d.p.Rate() != 0 || d.p.Window() <= MinWindow {
+		t.Errorf("rate %d and window %d once the foreground feels nothing", d.p.Rate(), d.p.Window())
+	}
+	d.run(Second, false)
+	if d.p.Rate() != 0 {
+		t.Errorf("rate %d after the resync", d.p.Rate())
 	}
 }
 

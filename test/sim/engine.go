@@ -48,7 +48,7 @@ func (v *vol) startEngine(n *node, m replication.Membership, fenceOnly, kept boo
 	}
 	w.count.Attaches++
 	if !fenceOnly {
-		g.step(func(now replication.Now) { g.machine.SetResyncWindow(now, w.prof.window) })
+		g.step(func(now replication.Now) { g.machine.SetResyncPace(now, w.prof.window, w.prof.rate) })
 	}
 	g.dialMembers(w.between(0, 2*millisecond))
 	g.step(func(now replication.Now) { g.machine.Tick(now) })

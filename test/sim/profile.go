@@ -84,6 +84,7 @@ type profile struct {
 	maxActive   int
 	copyExtents int64
 	window      int64
+	rate        int64
 	flushEvery  int64
 	flushBytes  int64
 	clearAfter  int64
@@ -131,6 +132,7 @@ func drawProfile(s *schedule, f Focus) profile {
 		maxActive:   oneOf(s, 4, 5, 8, 16),
 		copyExtents: oneOf[int64](s, 1, 2, 3),
 		window:      oneOf[int64](s, extentSize, 2*extentSize, 8*extentSize),
+		rate:        oneOf[int64](s, 0, 0, 100*extentSize),
 		flushEvery:  oneOf(s, 50*millisecond, 200*millisecond, 500*millisecond),
 		flushBytes:  oneOf[int64](s, 20*blockSize, 100*blockSize, 10000*blockSize),
 		clearAfter:  oneOf(s, 10*millisecond, 100*millisecond, second),
