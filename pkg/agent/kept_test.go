@@ -14,6 +14,7 @@ import (
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/meta"
 	"github.com/ballast-csi/ballast/pkg/reconcile"
+	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -85,6 +86,8 @@ func (p *parts) carryOn() {
 			err = p.service.Sync(ctx, volume.ID(a.ID))
 		case reconcile.End:
 			err = p.service.EndCopy(ctx, volume.ID(a.ID), a.Replica)
+		case reconcile.Move:
+			err = p.service.DropHolder(ctx, volume.SnapshotID(a.ID), a.Pool)
 		}
 		if err != nil {
 			p.t.Logf("%+v: %v", a, err)
@@ -129,11 +132,11 @@ func (p *parts) engine(v volume.Volume) interface {
 
 func pattern(text string) []byte { return bytes.Repeat([]byte(text), int(mib)/len(text)) }
 
-// orphans makes a volume with two replicas, writes to it around two snapshots, and deletes it.
-func (p *parts) orphans() []volume.Snapshot {
+// orphans makes a volume with so many replicas, writes to it around two snapshots, expands it, and deletes it.
+func (p *parts) orphans(replicas int) []volume.Snapshot {
 	p.t.Helper()
 	ctx := p.t.Context()
-	v, err := p.service.CreateVolume(ctx, control.CreateVolume{Name: "v", RequiredBytes: 16 * mib, Parameters: volume.Parameters{Replicas: 2},
+	v, err := p.service.CreateVolume(ctx, control.CreateVolume{Name: "v", RequiredBytes: 16 * mib, Parameters: volume.Parameters{Replicas: replicas},
 		Capabilities: []volume.Capability{blockCap(volume.SingleNodeWriter)}})
 	if err != nil {
 		p.t.Fatal(err)
@@ -147,13 +150,18 @@ func (p *parts) orphans() []volume.Snapshot {
 			}
 		}
 		x, err := p.service.CreateSnapshot(ctx, control.CreateSnapshot{Name: text, Volume: v.ID})
-		if err != nil || len(x.Holders) != 2 {
+		if err != nil || len(x.Holders) != replicas {
 			p.t.Fatalf("%+v %v", x, err)
 		}
 		xs = append(xs, x)
 	}
-	if err := e.WriteAt(ctx, pattern("never..."), 0); err != nil {
+	if _, err := p.service.ExpandVolume(ctx, v.ID, 24*mib, 0); err != nil {
 		p.t.Fatal(err)
+	}
+	for _, off := range []int64{0, 20 * mib} {
+		if err := p.engine(v).WriteAt(ctx, pattern("never..."), off); err != nil {
+			p.t.Fatal(err)
+		}
 	}
 	if err := p.service.DeleteVolume(ctx, v.ID); err != nil {
 		p.t.Fatal(err)
@@ -195,7 +203,7 @@ func (p *parts) third(x volume.Snapshot) volume.NodeID {
 func TestASnapshotOutlivesItsHolders(t *testing.T) {
 	p := newParts(t)
 	ctx := t.Context()
-	xs := p.orphans()
+	xs := p.orphans(2)
 	stays, lost, third := xs[0].Holders[0].Node, xs[0].Holders[1].Node, p.third(xs[0])
 	p.stop(lost)
 	p.pass(5 * time.Minute)
@@ -224,7 +232,7 @@ func TestASnapshotOutlivesItsHolders(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if len(ds[0].Regions) != 2 || !reflect.DeepEqual(ds[0], ds[1]) {
+		if len(ds[0].Regions) != 2 || !reflect.DeepEqual(ds[0].Regions, ds[1].Regions) {
 			t.Errorf("snapshot %s and its copy: %+v", x.Name, ds)
 		}
 	}
@@ -283,11 +291,35 @@ func (p *parts) same(node volume.NodeID, x volume.Snapshot, want []byte) {
 	}
 }
 
+// TestSnapshotsLeaveAnEmptiedNode: they were cut while the volume had one replica and no engine, on a node that is emptied then.
+func TestSnapshotsLeaveAnEmptiedNode(t *testing.T) {
+	p := newParts(t)
+	xs := p.orphans(1)
+	was := xs[0].Holders[0].Node
+	if err := p.service.EmptyNode(t.Context(), was); err != nil {
+		t.Fatal(err)
+	}
+	p.until("the node is empty", func() bool {
+		u := p.nodes[was].usage()
+		return len(u.Replicas)+len(u.Snapshots) == 0 && !p.on(xs[0].ID, was) && !p.on(xs[1].ID, was)
+	})
+	for i, x := range xs {
+		x, err := p.service.Snapshot(t.Context(), x.ID)
+		if err != nil || len(x.Holders) != 1 {
+			t.Fatalf("%+v %v", x, err)
+		}
+		p.same(x.Holders[0].Node, x, contentsOf(i))
+	}
+	if err := p.service.RemoveNode(t.Context(), was); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestDeletedWhileItIsCopied: nothing is left of it on any node, nor of what it was copied with, once all are back.
 func TestDeletedWhileItIsCopied(t *testing.T) {
 	p := newParts(t)
 	ctx := t.Context()
-	xs := p.orphans()
+	xs := p.orphans(2)
 	lost := xs[0].Holders[1].Node
 	p.stop(lost)
 	p.pass(9 * time.Minute)
@@ -401,4 +433,52 @@ func (p *parts) Digest(ctx context.Context, h volume.Replica, s volume.SnapshotI
 
 func (p *parts) Extents(ctx context.Context, h volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {
 	return do(p, h.Node, func(n *Node) error { return n.Extents(ctx, h, s, base, offset, fn) })
+}
+
+// TestTheOlderSnapshotIsDeleted: a snapshot is filled in by what differs from an older one that both pools have, and that is deleted
+// where it is read from. The younger one is filled in all the same.
+func TestTheOlderSnapshotIsDeleted(t *testing.T) {
+	c := newTrio(t)
+	c.create(16*mib, "n1", 1, 3)
+	c.cluster.change(vol1, func(v *volume.Volume) { v.Attachment = nil })
+	ctx, n := t.Context(), c.nodes["n1"]
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	cut := func(id volume.SnapshotID, text string) {
+		known, _ := n.known(vol1)
+		must(known.get().inst.e.WriteAt(ctx, pattern(text), 4*mib))
+		s := c.snapshot("n1", id, false)
+		holders, err := n.CutSnapshot(ctx, "n1", s)
+		must(err)
+		c.complete(s, holders)
+	}
+	must(n.OpenEngine(ctx, "n1", vol1, 1))
+	cut("snap-1", "first...")
+	must(n.Evict(ctx, "n1", vol1, c.cluster.epoch(vol1), c.replica(3).ID))
+	_, err := c.cluster.Commit(ctx, vol1, replication.Change{DropReplica: &replication.DropReplica{ID: c.replica(3).ID}})
+	must(err)
+	must(n.OpenEngine(ctx, "n1", vol1, c.cluster.epoch(vol1)))
+	must(c.nodes["n3"].DeleteReplica(ctx, "n3", c.pool("n3"), c.replica(3).ID))
+	cut("snap-2", "second..")
+	must(n.cfg.Pools[0].DeleteSnapshot(ctx, "snap-1", 0)) // the engine does not know
+
+	r := volume.Replica{ID: "rep-new", Node: "n3", Pool: c.pool("n3")}
+	must(c.nodes["n3"].CreateReplica(ctx, "n3", control.ReplicaSpec{ID: r.ID, Volume: vol1, Pool: r.Pool, Size: 16 * mib, Parent: "snap-1"}))
+	_, err = c.cluster.Commit(ctx, vol1, replication.Change{AddReplica: &replication.Member{ID: r.ID, Node: r.Node, Pool: r.Pool}})
+	must(err)
+	must(n.OpenEngine(ctx, "n1", vol1, c.cluster.epoch(vol1)))
+	c.waitInSync(2)
+	dev, err := c.nodes["n3"].cfg.Pools[0].OpenSnapshot(ctx, "snap-2")
+	must(err)
+	got := make([]byte, mib)
+	must(dev.ReadAt(ctx, got, 4*mib))
+	must(dev.Close())
+	if !bytes.Equal(got, pattern("second..")) {
+		t.Error("the snapshot is not what was cut")
+	}
+	c.detach("n1")
 }

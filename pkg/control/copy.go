@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -66,19 +67,65 @@ func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.
 		if o.CreatedAt > x.CreatedAt || slices.ContainsFunc(o.Holders, func(h volume.Replica) bool { return h.Pool == pool }) {
 			continue
 		}
-		err := s.agents.Extents(ctx, at, o.ID, "", volume.MaxSize, func(Extent) error { return nil })
-		if errors.Is(err, volume.ErrNotFound) {
-			continue
-		}
+		has, err := s.has(ctx, at, o.ID)
 		if err != nil {
 			return err
 		}
-		s.mu.Lock()
-		s.unfit[Unfit{x.ID, pool}] = true
-		s.mu.Unlock()
+		if !has {
+			continue
+		}
+		s.notFit(x.ID, pool)
 		return fmt.Errorf("pool %s on node %s has snapshot %s, though no record says so, and so gets no copy of snapshot %s: %w", pool, at.Node, o.ID, x.ID, volume.ErrExists)
 	}
 	return nil
+}
+
+// settleCopy records what a copy has brought to its pool, once that is in sync: whoever runs its engine may be gone before it says so.
+// Where the snapshot is not there after all the copy ends, and another pool is chosen. The caller has v's lock.
+func (s *Service) settleCopy(ctx context.Context, v volume.Volume, xs []volume.Snapshot) error {
+	to := v.Replicas[1]
+	slices.SortFunc(xs, func(a, b volume.Snapshot) int { return cmp.Compare(rankOf(a, v), rankOf(b, v)) })
+	for _, x := range xs {
+		if x.State != volume.Ready || slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == to.Pool }) {
+			continue
+		}
+		has, err := s.has(ctx, to, x.ID)
+		switch {
+		case err != nil:
+			return err
+		case has:
+			if err := s.propose(ctx, command.AddHolder{Snapshot: x.ID, Replica: to.ID}); err != nil {
+				return ignoreNotFound(err)
+			}
+		case x.ID == v.Kept:
+			s.notFit(x.ID, to.Pool)
+			return s.endCopy(ctx, v)
+		}
+	}
+	return nil
+}
+
+// rankOf orders the snapshot that is copied last: with it the copy is complete.
+func rankOf(x volume.Snapshot, v volume.Volume) int {
+	if x.ID == v.Kept {
+		return 1
+	}
+	return 0
+}
+
+// has tells whether a pool has a snapshot, whatever the records say.
+func (s *Service) has(ctx context.Context, at volume.Replica, x volume.SnapshotID) (bool, error) {
+	err := s.agents.Extents(ctx, at, x, "", volume.MaxSize, func(Extent) error { return nil })
+	if errors.Is(err, volume.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (s *Service) notFit(x volume.SnapshotID, pool volume.PoolID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.unfit[Unfit{x, pool}] = true
 }
 
 // EndCopy ends the copy of a snapshot into a replica, and frees what it was made with: it is recorded by now, or stands in the way.

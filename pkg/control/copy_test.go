@@ -421,6 +421,37 @@ func TestAStrayIsNotMet(t *testing.T) {
 	}
 }
 
+// Nobody has said what was filled in: the engine ended first. And one that filled nothing in, as if the source had not had it.
+func TestACopyIsSettled(t *testing.T) {
+	ctx := context.Background()
+	for _, there := range []bool{true, false} {
+		w := newCluster(t)
+		x := w.orphan("v", "precious")
+		w.silence("n2", replicaTimeout)
+		v := w.begin(x)
+		w.propose(command.Commit{Volume: v.ID, Change: replication.Change{Reconfigure: &replication.Reconfigure{
+			Epoch: v.Epoch, ConfigVersion: v.ConfigVersion, Add: []replication.Proof{{ID: v.Replicas[1].ID, Incarnation: 1, BootID: 1}}}}})
+		if there {
+			w.agents.snapshots[x.ID+"@p3"] = fakeReplica{node: "n3", pool: "p3", bytes: "precious"}
+		}
+		plan := w.planned()
+		if len(plan) != 1 || plan[0].Kind != reconcile.Sync {
+			t.Fatalf("planned %+v", plan)
+		}
+		wantErr(t, w.Sync(ctx, v.ID), nil)
+		want := map[bool]string{true: "n1 n2 n3", false: "n1 n2"}[there]
+		if got := w.holders(x.ID); got != want {
+			t.Errorf("held by %s, want %s", got, want)
+		}
+		w.copyAll()
+		want = map[bool]string{true: "n1 n2 n3", false: "n1 n2 n4"}[there]
+		if got := w.holders(x.ID); got != want {
+			t.Errorf("held by %s in the end, want %s", got, want)
+		}
+		w.check()
+	}
+}
+
 // copyCase is a copy from beginning to end: of a snapshot that a node which is being emptied holds.
 func copyCase(grow func(w *world)) useCase {
 	copies := func(w *world, id volume.SnapshotID) (n int) {

@@ -141,6 +141,13 @@ func (s *Service) Sync(ctx context.Context, id volume.ID) error {
 	if err != nil || v.State != volume.Ready {
 		return ignoreNotFound(err)
 	}
+	if v.Kept != "" && v.Replicas[1].Role == volume.InSync {
+		xs, err := s.store.Snapshots(ctx, v.ID, "", 0)
+		if err != nil {
+			return err
+		}
+		return s.settleCopy(ctx, v, xs)
+	}
 	return s.bringUp(ctx, v)
 }
 

@@ -16,7 +16,7 @@ func (p *planner) copies(kept []volume.Volume) {
 		switch from, to := v.Replicas[0], v.Replicas[1]; {
 		case p.pointless(v):
 			p.out = append(p.out, Action{Kind: End, ID: string(v.ID), Replica: to.ID})
-		case to.Role != volume.InSync && p.reachable(from) && p.engine(v):
+		case to.Role == volume.InSync, p.reachable(from) && p.engine(v):
 			p.out = append(p.out, Action{Kind: Sync, ID: string(v.ID)})
 		}
 	}
@@ -128,6 +128,7 @@ func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []vol
 	}
 	p.engines[from.Node]++
 	p.filling[pools[0].Node]++
+	p.copying[x.Volume] = true
 	p.out = append(p.out, Action{Kind: Copy, ID: string(x.ID), From: from.Pool, Pool: pools[0].ID})
 	return true
 }

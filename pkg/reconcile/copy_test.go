@@ -161,6 +161,13 @@ func TestCopies(t *testing.T) {
 
 		{"a node is emptied", func(s *scene) { s.deleted("a", 1); s.snapshot("s", "a", "1"); s.empty("1") }, "copy snapshot s p1>p2"},
 		{"a node is emptied, the copy is there", func(s *scene) { s.deleted("a", 1); s.snapshot("s", "a", "1", "2"); s.empty("1") }, "move snapshot s p1"},
+		{"a node is emptied, one copy is there, the other is not", func(s *scene) {
+			s.deleted("a", 1)
+			s.snapshot("s", "a", "1", "2")
+			s.snapshot("t", "a", "1")
+			s.Snapshots[1].CreatedAt = 1
+			s.empty("1")
+		}, "copy snapshot t p1>p2"},
 		{"a node is drained only", func(s *scene) {
 			s.deleted("a", 1)
 			s.snapshot("s", "a", "1")
@@ -174,7 +181,7 @@ func TestCopies(t *testing.T) {
 			s.snapshot("t", "a", "1")
 			s.copying("a", "s", "1", "3:f")
 		}, "sync a"},
-		{"filled, and not recorded yet", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1"); s.copying("a", "s", "1", "3:i") }, ""},
+		{"filled, and not recorded yet", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1"); s.copying("a", "s", "1", "3:i") }, "sync a"},
 		{"done", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1", "3"); s.copying("a", "s", "1", "3:i") }, "end copy a a-3"},
 		{"done, the emptied node waits for its end", func(s *scene) {
 			s.deleted("a", 1)

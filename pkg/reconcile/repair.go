@@ -34,7 +34,7 @@ func (l Limits) normal() Limits {
 // copies first. A replica that was away for too long, one on a node that is being emptied, and one that is damaged while another
 // is sound, is replaced: the new one is filled before the old one goes. One that comes back in time is brought up.
 func Repairs(st control.State, l Limits) []Action {
-	p := planner{st: st, l: l.normal(), pools: map[volume.PoolID]volume.Node{}, filling: map[volume.NodeID]int{}, leaving: map[volume.NodeID]int{}, engines: map[volume.NodeID]int{}}
+	p := planner{st: st, l: l.normal(), pools: map[volume.PoolID]volume.Node{}, filling: map[volume.NodeID]int{}, leaving: map[volume.NodeID]int{}, engines: map[volume.NodeID]int{}, copying: map[volume.ID]bool{}}
 	for _, n := range st.View.Nodes {
 		for _, pool := range n.Pools {
 			p.pools[pool.ID] = n
@@ -49,6 +49,7 @@ func Repairs(st control.State, l Limits) []Action {
 			vs = append(vs, v)
 		} else {
 			kept = append(kept, v)
+			p.copying[v.ID] = true
 		}
 		for _, r := range v.Replicas {
 			if r.Role == volume.Filling {
@@ -79,7 +80,9 @@ type planner struct {
 	pools map[volume.PoolID]volume.Node
 	// filling is how many replicas each node fills, leaving how many it has still to free, engines how many volumes it looks after.
 	filling, leaving, engines map[volume.NodeID]int
-	out                       []Action
+	// copying are the deleted volumes of which a snapshot is being copied.
+	copying map[volume.ID]bool
+	out     []Action
 }
 
 // reachable tells whether a replica can be asked now.
@@ -267,7 +270,7 @@ func (p *planner) moveSnapshots() {
 		if x.State != volume.Ready || !deleted && (!there || v.State != volume.Ready) {
 			continue // nobody can fill another holder in
 		}
-		if x.CopiesDiffer() != nil {
+		if x.CopiesDiffer() != nil || p.copying[x.Volume] { // a copy may go on from what is there
 			continue
 		}
 		sound := p.sound(x)

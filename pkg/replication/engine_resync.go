@@ -389,6 +389,10 @@ func (e *Engine) listAllocated(m, q *member, page SetPage, snapshot volume.Snaps
 	rs := m.rs
 	msg := e.ask(rs, q, KindAllocated, rs.again, func(a *Message) {
 		if a.Status != StatusOK || a.Set == nil {
+			if a.Status == StatusNotFound && page.Base != "" && snapshot != "" {
+				e.findMissing(m, q, page.Base, snapshot)
+				return
+			}
 			e.missingSnapshot(a.Status, snapshot)
 			e.missingSnapshot(a.Status, page.Base)
 			e.dropTarget(m)
@@ -406,6 +410,21 @@ func (e *Engine) listAllocated(m, q *member, page SetPage, snapshot volume.Snaps
 		then()
 	})
 	msg.Set, msg.Snapshot = &page, snapshot
+}
+
+// findMissing forgets the one of two snapshots that a member does not have any more. The other is there: forgotten with it, it would
+// not be filled in.
+func (e *Engine) findMissing(m, q *member, base, snapshot volume.SnapshotID) {
+	rs := m.rs
+	msg := e.ask(rs, q, KindAllocated, rs.again, func(a *Message) {
+		if a.Status == StatusOK {
+			e.missingSnapshot(StatusNotFound, snapshot)
+		} else {
+			e.missingSnapshot(a.Status, base)
+		}
+		e.dropTarget(m)
+	})
+	msg.Set, msg.Snapshot = &SetPage{}, base
 }
 
 // listed begins to copy. What the target itself had under way is looked at whatever others know of it.
