@@ -123,6 +123,11 @@ func TestCheckRefuses(t *testing.T) {
 		change(&c.Node.Pools[0])
 		return c
 	}
+	copies := func(change func(c *CopySnapshot)) Command {
+		c := CopySnapshot{Snapshot: "s", From: volume.Replica{ID: "r", Pool: "p", Role: volume.InSync}, To: volume.Replica{ID: "q", Pool: "o", Role: volume.Filling}}
+		change(&c)
+		return c
+	}
 	vol := func(change func(v *volume.Volume)) Command {
 		v := good()
 		change(&v)
@@ -149,6 +154,10 @@ func TestCheckRefuses(t *testing.T) {
 		ModifyVolume{Volume: "v", Replicas: ptr(0)}, ModifyVolume{Volume: "v", MinInSync: ptr(6)}, ModifyVolume{Volume: "v", Replicas: ptr(1), MinInSync: ptr(2)},
 		ModifyVolume{Volume: "v", DataLocality: ptr(volume.DataLocality("near"))},
 		AddReplica{Volume: "v", Replica: volume.Replica{ID: "r", Pool: "p", Role: volume.InSync}},
+		vol(func(v *volume.Volume) { v.Kept = "s" }),
+		copies(func(c *CopySnapshot) { c.Snapshot = "" }), copies(func(c *CopySnapshot) { c.To.ID = "" }), copies(func(c *CopySnapshot) { c.To.Pool = "p" }),
+		copies(func(c *CopySnapshot) { c.To.ID = "r" }), copies(func(c *CopySnapshot) { c.From.Role = volume.Filling }),
+		copies(func(c *CopySnapshot) { c.To.Role = volume.InSync }), copies(func(c *CopySnapshot) { c.From.Damaged = true }),
 		Commit{Volume: "v"}, Commit{Volume: "v", Change: replication.Change{Attach: &replication.Attach{Node: "n", Force: true}}}, Commit{Volume: "v", Change: replication.Change{Tombstone: &replication.Tombstone{}}},
 		Commit{Volume: "v", Change: replication.Change{Reconfigure: &replication.Reconfigure{}, Detach: &replication.Detach{}}},
 		Commit{Volume: "v", Change: replication.Change{Reconfigure: &replication.Reconfigure{Remove: make([]volume.ReplicaID, 100)}}},

@@ -1,7 +1,6 @@
 package control
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -84,8 +83,13 @@ func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.
 // Where the snapshot is not there after all the copy ends, and another pool is chosen. The caller has v's lock.
 func (s *Service) settleCopy(ctx context.Context, v volume.Volume, xs []volume.Snapshot) error {
 	to := v.Replicas[1]
-	slices.SortFunc(xs, func(a, b volume.Snapshot) int { return cmp.Compare(rankOf(a, v), rankOf(b, v)) })
-	for _, x := range xs {
+	i := slices.IndexFunc(xs, func(x volume.Snapshot) bool { return x.ID == v.Kept })
+	if i < 0 {
+		return nil // it is deleted: the copy will be ended
+	}
+	copied := xs[i]
+	xs = slices.DeleteFunc(xs, func(x volume.Snapshot) bool { return x.ID == copied.ID || x.CreatedAt > copied.CreatedAt })
+	for _, x := range append(xs, copied) { // that one last: with it the copy is complete
 		if x.State != volume.Ready || slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == to.Pool }) {
 			continue
 		}
@@ -97,20 +101,12 @@ func (s *Service) settleCopy(ctx context.Context, v volume.Volume, xs []volume.S
 			if err := s.propose(ctx, command.AddHolder{Snapshot: x.ID, Replica: to.ID}); err != nil {
 				return ignoreNotFound(err)
 			}
-		case x.ID == v.Kept:
+		case x.ID == copied.ID:
 			s.notFit(x.ID, to.Pool)
 			return s.endCopy(ctx, v)
 		}
 	}
 	return nil
-}
-
-// rankOf orders the snapshot that is copied last: with it the copy is complete.
-func rankOf(x volume.Snapshot, v volume.Volume) int {
-	if x.ID == v.Kept {
-		return 1
-	}
-	return 0
 }
 
 // has tells whether a pool has a snapshot, whatever the records say.
