@@ -117,9 +117,11 @@ func (m *Machine) openDatabase() (err error) {
 			return err
 		}
 	}
-	if m.db, err = badger.Open(databaseOptions(m.dir, m.o, m.logs)); err != nil {
-		return err
+	db, err := badger.Open(databaseOptions(m.dir, m.o, m.logs))
+	if err != nil {
+		return err // in a restore, the one that was closed before stays: reads and Close ask it
 	}
+	m.db = db
 	if m.logs != nil {
 		err = m.logs.Opened()
 	}

@@ -245,6 +245,32 @@ func TestARestoreCutOffAnywhere(t *testing.T) {
 	}
 }
 
+// A restore whose new state cannot be opened leaves the machine closed: it refuses everything, and is closed.
+func TestARestoreThatCannotBeOpened(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "meta")
+	a := machine(t, "", Options{})
+	must(a.Apply(someLog(3)...))
+	b := machine(t, dir, Options{step: func(step string) {
+		if step == "old removed" {
+			if err := os.WriteFile(filepath.Join(dir, "MANIFEST"), []byte("something else"), 0o600); err != nil {
+				t.Error(err)
+			}
+		}
+	}})
+	if err := b.Restore(bytes.NewReader(checkpoint(t, a))); !errors.Is(err, volume.ErrUnavailable) {
+		t.Fatalf("restored: %v", err)
+	}
+	if _, err := b.Volumes(t.Context(), "", 0); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("read: %v", err)
+	}
+	if _, err := b.Apply(someLog(3)...); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("applied: %v", err)
+	}
+	if _, err := b.Checkpoint(); !errors.Is(err, volume.ErrUnavailable) {
+		t.Errorf("checkpoint: %v", err)
+	}
+}
+
 type stepReader func()
 
 func (r stepReader) Read([]byte) (int, error) {
