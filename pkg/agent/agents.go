@@ -119,7 +119,7 @@ func (n *Node) Detach(ctx context.Context, node volume.NodeID, id volume.ID, epo
 	if err := n.here(node); err != nil {
 		return false, err
 	}
-	patience, cancel := context.WithTimeout(ctx, detachPatience)
+	patience, cancel := context.WithTimeout(ctx, n.detachPatience)
 	v, err := n.acquire(patience, id, false)
 	cancel()
 	if err != nil && ctx.Err() == nil && errors.Is(err, volume.ErrBusy) {

@@ -70,7 +70,7 @@ type Node struct {
 
 	silent silent // pools and paths that do not answer
 
-	rollbackLimit, closeLimit time.Duration // shorter in tests
+	rollbackLimit, closeLimit, detachPatience time.Duration // shorter in tests
 }
 
 // vol is a volume that is, was, or is about to be in use on this node.
@@ -129,7 +129,7 @@ func Open(cfg Config) (n *Node, err error) {
 	n = &Node{
 		cfg: cfg, log: cfg.Logger,
 		pools: map[volume.PoolID]Pool{}, vols: map[volume.ID]*vol{}, paths: map[string]volume.ID{}, past: map[volume.ID]past{}, recovered: make(chan struct{}),
-		rollbackLimit: rollbackLimit, closeLimit: closeLimit,
+		rollbackLimit: rollbackLimit, closeLimit: closeLimit, detachPatience: detachPatience,
 	}
 	if n.cfg.Timing == (replication.Timing{}) {
 		n.cfg.Timing = replication.DefaultTiming()

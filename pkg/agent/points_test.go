@@ -688,6 +688,7 @@ func TestDetachBreaksHungStage(t *testing.T) {
 			t.Fatal("the stage does not write")
 		}
 	}
+	h.node.detachPatience = 200 * time.Millisecond
 	if _, err := h.node.Detach(t.Context(), nodeID, vol1, h.cluster.epoch(vol1)); err != nil {
 		t.Fatal(err)
 	}

@@ -60,6 +60,7 @@ func settle(t testing.TB, p *Pool) {
 }
 
 func TestDeviceConformance(t *testing.T) {
+	t.Parallel()
 	for name, open := range map[string]func(t *testing.T) *Pool{
 		"files": func(t *testing.T) *Pool { return openDir(t, t.TempDir(), Options{Capacity: 1 << 30}) },
 		"memory": func(t *testing.T) *Pool {
