@@ -281,8 +281,9 @@ type CopySnapshot struct {
 	To       volume.Replica    `json:"to"`
 }
 
-// DropHolder says that a pool holds a snapshot no more; the last holder of a snapshot that is not being deleted stays, unless
-// it is Lost: its disk is gone for good. It answers Snapshot.
+// DropHolder says that a pool holds a snapshot no more. It is refused with volume.ErrInUse where no other pool has a sound copy of a
+// snapshot that is not being deleted, or where the copies differ, unless the holder is Lost: its disk is gone for good. It answers
+// Snapshot.
 type DropHolder struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
 	Pool     volume.PoolID     `json:"pool"`

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/reconcile"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -186,11 +187,14 @@ func TestTheOddCopyIsNamed(t *testing.T) {
 	if got := c.conditions(); len(got) != 1 {
 		t.Error("it is sound after all, and differs")
 	}
-	c.drop(1)
+	lose := func(holder int) {
+		c.propose(command.DropHolder{Snapshot: c.of.ID, Pool: c.of.Holders[holder].Pool, Lost: true})
+	}
+	lose(1)
 	if got := c.conditions(); len(got) != 1 {
 		t.Error("two are left, which differ")
 	}
-	c.drop(0)
+	lose(0)
 	if got := c.conditions(); len(got) != 0 {
 		t.Errorf("one is left: %+v", got)
 	}

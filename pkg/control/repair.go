@@ -238,7 +238,7 @@ func (s *Service) DropReplica(ctx context.Context, id volume.ID, replica volume.
 	return nil
 }
 
-// DropHolder has a pool let go of a snapshot that others hold too.
+// DropHolder has a pool let go of a snapshot of which another has a sound copy; else it is volume.ErrInUse.
 func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool volume.PoolID) error {
 	unlock, ok := s.flights.tryLock(snapshotKey(string(id)))
 	if !ok {
@@ -252,9 +252,6 @@ func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool vol
 	i := slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool })
 	if i < 0 {
 		return nil
-	}
-	if len(x.Holders) == 1 {
-		return fmt.Errorf("pool %s holds the only copy of snapshot %s: %w", pool, id, volume.ErrInUse)
 	}
 	// Nobody reads what is freed: first the record, and until the pool has freed it its report shows it as a stray.
 	if err := s.propose(ctx, command.DropHolder{Snapshot: id, Pool: pool}); err != nil {

@@ -171,14 +171,21 @@ func dropHolder(v *view, c command.DropHolder) (command.Result, error) {
 	if i < 0 {
 		return command.Snapshot{Snapshot: rec}, nil
 	}
-	if len(rec.Holders) == 1 && rec.State != volume.Deleting && !c.Lost {
-		return nil, fmt.Errorf("pool %s holds the only copy of snapshot %s: %w", c.Pool, rec.ID, volume.ErrInUse)
+	others := slices.Delete(slices.Clone(rec.Holders), i, i+1)
+	if rec.State != volume.Deleting && !c.Lost { // whoever asks may have looked at the records long ago
+		sound := func(h volume.Replica) bool { return !h.Damaged }
+		switch {
+		case !slices.ContainsFunc(others, sound):
+			return nil, fmt.Errorf("no other pool than %s has a sound copy of snapshot %s: %w", c.Pool, rec.ID, volume.ErrInUse)
+		case rec.CopiesDiffer() != nil:
+			return nil, fmt.Errorf("the copies of snapshot %s differ, and that in pool %s may be the right one: %w", rec.ID, c.Pool, volume.ErrInUse)
+		}
 	}
 	if rec.State == volume.Creating {
 		return nil, fmt.Errorf("snapshot %s is being cut: %w", rec.ID, volume.ErrBusy)
 	}
 	gone := rec.Holders[i].PhysicalBytes
-	rec.Holders = slices.Delete(slices.Clone(rec.Holders), i, i+1)
+	rec.Holders = others
 	measure(v, rec.Tenant, gone, 0)
 	rec.PhysicalBytes = max(0, rec.PhysicalBytes-gone)
 	putSnapshot(v, rec)
