@@ -334,3 +334,54 @@ func TestReserveIsNotForData(t *testing.T) {
 		t.Fatalf("data went into the reserve: %v", err)
 	}
 }
+
+// narrowKV has room for one commit at a time.
+type narrowKV struct {
+	*memKV
+	room    atomic.Bool
+	commits atomic.Int64
+}
+
+func (k *narrowKV) Room() bool { return k.room.Load() }
+
+func (k *narrowKV) Commit(ops []op) error {
+	k.room.Store(false)
+	k.commits.Add(1)
+	return k.memKV.Commit(ops)
+}
+
+// What is stored in several commits asks for room before each of them: the filesystem may have been filled in between.
+func TestEachCommitAsksForRoom(t *testing.T) {
+	t.Parallel()
+	m := newMachine()
+	kv := &narrowKV{memKV: m.kv}
+	kv.room.Store(true)
+	p, err := start("/memory", deps{file: m.file, kv: kv, space: m.space}, Options{Capacity: 1 << 30, manual: true})
+	must(t, err)
+	units := make([][]op, 3)
+	for i := range units {
+		units[i] = []op{{[]byte{keyPage, byte(i)}, make([]byte, maxCommit-16)}}
+	}
+	stored := make(chan error, 1)
+	store := func() {
+		kv.commits.Store(0)
+		kv.room.Store(true)
+		go func() { stored <- p.store(units) }()
+		eventually(t, "a wait for room", func() bool { return p.starved.Load() > 0 })
+		if n := kv.commits.Load(); n != 1 {
+			t.Errorf("%d commits where there was room for one", n)
+		}
+	}
+	store()
+	for kv.commits.Load() < int64(len(units)) {
+		kv.room.Store(true)
+		time.Sleep(time.Millisecond)
+	}
+	must(t, <-stored)
+	store()
+	p.cancel()
+	if err := <-stored; !errors.Is(err, volume.ErrUnavailable) || p.failure() == nil {
+		t.Errorf("a pool of which a part was stored: %v, %v", err, p.failure())
+	}
+	_ = p.Close()
+}

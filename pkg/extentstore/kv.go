@@ -238,6 +238,9 @@ func (p *Pool) store(units [][]op) error {
 			if err := p.commitOps(batch); err != nil {
 				return err
 			}
+			if err := p.waitRoom(p.ctx); err != nil {
+				return p.fail(err) // a part is stored
+			}
 			batch, size = batch[:0], 0
 		}
 		batch, size = append(batch, u...), size+n
