@@ -33,7 +33,7 @@ func draw(t *rapid.T, s *Store) command.Command {
 		}
 	}
 	rep := replica(i, rapid.IntRange(0, 2).Draw(t, "replica"))
-	switch rapid.IntRange(0, 44).Draw(t, "kind") {
+	switch rapid.IntRange(0, 46).Draw(t, "kind") {
 	case 0:
 		n := volume.NodeID(fmt.Sprint("n", rapid.IntRange(1, 2).Draw(t, "node")))
 		c := node(n)
@@ -172,16 +172,24 @@ func draw(t *rapid.T, s *Store) command.Command {
 			c.To.Pool = "p9"
 		}
 		return c
-	case 44: // what leads to a copy
+	case 44, 45, 46: // what leads to a copy, and what is left of it
 		i = 2
 		if rec, err := s.Volume(context.Background(), volume.ID(fmt.Sprintf("vol-%020x", i))); err == nil {
 			vol, epoch, version = rec.ID, rec.Epoch, rec.ConfigVersion
 		}
-		if rapid.Bool().Draw(t, "add") {
-			return command.AddHolder{Snapshot: orphaned, Replica: replica(i, rapid.IntRange(5, 6).Draw(t, "copy"))}
+		switch rep := replica(i, rapid.IntRange(3, 6).Draw(t, "of a copy")); rapid.IntRange(0, 5).Draw(t, "step") {
+		case 0:
+			return command.AddHolder{Snapshot: orphaned, Replica: rep}
+		case 1:
+			return command.BeginDelete{Volume: vol}
+		case 2, 3:
+			return command.FreeReplica{Volume: vol, Replica: rep}
+		case 4:
+			return command.OpenEngine{Volume: vol, Node: "n1"}
+		default:
+			return command.Commit{Volume: vol, Change: replication.Change{Reconfigure: &replication.Reconfigure{Epoch: epoch, ConfigVersion: version,
+				Add: []replication.Proof{{ID: rep, Incarnation: 1, BootID: 2}}}}}
 		}
-		return command.Commit{Volume: vol, Change: replication.Change{Reconfigure: &replication.Reconfigure{Epoch: epoch, ConfigVersion: version,
-			Add: []replication.Proof{{ID: replica(i, rapid.IntRange(5, 6).Draw(t, "copy")), Incarnation: 1, BootID: 2}}}}}
 	default:
 		if rapid.Bool().Draw(t, "lift") {
 			return command.DeleteQuota{Tenant: fmt.Sprint("t", i%2)}
@@ -339,7 +347,7 @@ func verifyWith(t interface {
 			t.Fatalf("replicas occupy %d: %+v", physical, v)
 		}
 		u.PhysicalBytes += v.PhysicalBytes
-		if m := command.Membership(v); v.Kept != "" && m.Check() != nil {
+		if m := command.Membership(v); v.Kept != "" && v.State == volume.Ready && m.Check() != nil {
 			t.Fatalf("%v: %+v", m.Check(), v)
 		}
 		if v.State != volume.Deleting && v.Kept == "" {
