@@ -89,9 +89,11 @@ type BeginDelete struct {
 	Unfinished bool         `json:"unfinished,omitempty"`
 }
 
-// FinishDelete forgets a volume all of whose replicas are freed. It answers Done.
+// FinishDelete forgets a volume all of whose replicas are freed. Epoch is that of the tombstone whose they are, 0 any: under the id a
+// snapshot may have been copied since, the end of which is another's. It answers Done.
 type FinishDelete struct {
-	Volume volume.ID `json:"volume"`
+	Volume volume.ID    `json:"volume"`
+	Epoch  volume.Epoch `json:"epoch,omitempty"`
 }
 
 // FreeReplica forgets a replica that is Leaving, or one of a volume with a tombstone: its node has freed it. One that is not

@@ -151,15 +151,3 @@ func (s *Service) endCopy(ctx context.Context, v volume.Volume) error {
 	}
 	return s.completeDelete(ctx, x.Volume)
 }
-
-// freeCopied has a pool let go of a snapshot that was being copied, of which there is no record any more: it may have been filled
-// in there after its deletion had asked the pool to let go of it.
-func (s *Service) freeCopied(ctx context.Context, v volume.Volume, xs []volume.Snapshot, r volume.Replica) error {
-	if v.Kept == "" || slices.ContainsFunc(xs, func(x volume.Snapshot) bool { return x.ID == v.Kept }) {
-		return nil // where there is a record, freeFilledIn sees to it
-	}
-	if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, v.Kept, 0); err != nil {
-		return fmt.Errorf("free snapshot %s, copied to node %s: %w", v.Kept, r.Node, err)
-	}
-	return nil
-}

@@ -452,6 +452,48 @@ func TestACopyIsSettled(t *testing.T) {
 	}
 }
 
+// A process that led, and frees what a copy was made with, goes on late: another has freed it, and copied again to the same pool.
+func TestALateEndSparesWhatIsThereSince(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	x := w.orphan("v", "precious")
+	w.silence("n2", replicaTimeout)
+	v := w.begin(x)
+	to := v.Replicas[1]
+	late := w.Service
+	w.restart()
+	w.agents.onFreed = func(id volume.ReplicaID) {
+		if id != to.ID {
+			return
+		}
+		w.agents.mu.Lock()
+		w.agents.onFreed = nil
+		w.agents.mu.Unlock()
+		if err := w.ResumeVolume(ctx, v.ID); err != nil {
+			t.Error(err)
+		}
+		if err := w.CopySnapshot(ctx, x.ID, v.Replicas[0].Pool, to.Pool); err != nil {
+			t.Error(err)
+		}
+		w.fill()
+	}
+	if err := late.EndCopy(ctx, v.ID, to.ID); err != nil {
+		t.Log(err)
+	}
+	if got := w.holders(x.ID); got != "n1 n2 n3" {
+		t.Fatalf("held by %s", got)
+	}
+	w.agents.mu.Lock()
+	got := w.agents.snapshots[x.ID+volume.SnapshotID("@"+to.Pool)].bytes
+	w.agents.mu.Unlock()
+	if got != "precious" {
+		t.Errorf("a copy that is recorded is %q", got)
+	}
+	w.comesBack("n2")
+	w.reconcile()
+	w.check()
+}
+
 // copyCase is a copy from beginning to end: of a snapshot that a node which is being emptied holds.
 func copyCase(grow func(w *world)) useCase {
 	copies := func(w *world, id volume.SnapshotID) (n int) {

@@ -72,7 +72,7 @@ func (s *Service) completeDelete(ctx context.Context, v volume.Volume) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	return s.propose(ctx, command.FinishDelete{Volume: v.ID})
+	return s.propose(ctx, command.FinishDelete{Volume: v.ID, Epoch: v.Epoch})
 }
 
 // freeReplicas has nodes free replicas that leave a volume, and forgets those that are free.
@@ -93,7 +93,7 @@ func (s *Service) freeReplicas(ctx context.Context, v volume.Volume, rs []volume
 				errs[i] = fmt.Errorf("replica %s on node %s: %s: %w", r.ID, r.Node, why, volume.ErrUnavailable)
 			} else if err := s.agents.DeleteReplica(ctx, r.Node, r.Pool, r.ID); err != nil {
 				errs[i] = fmt.Errorf("free replica %s on node %s: %w", r.ID, r.Node, err)
-			} else if err := errors.Join(s.freeFilledIn(ctx, xs, r), s.freeCopied(ctx, v, xs, r)); err != nil {
+			} else if err := s.freeFilledIn(ctx, v, xs, r); err != nil {
 				errs[i] = err
 			} else if v.State != volume.Deleting || len(rs) > 1 { // the last of a volume goes with it
 				errs[i] = s.propose(ctx, command.FreeReplica{Volume: v.ID, Replica: r.ID})
@@ -104,15 +104,34 @@ func (s *Service) freeReplicas(ctx context.Context, v volume.Volume, rs []volume
 	return errors.Join(errs...)
 }
 
-// freeFilledIn has a pool let go of snapshots that were filled in with a replica that leaves and that no record has there:
-// the replica left before they were counted.
-func (s *Service) freeFilledIn(ctx context.Context, xs []volume.Snapshot, r volume.Replica) error {
+// freeFilledIn has a pool let go of snapshots that were filled in with a replica that leaves and that no record has there: the
+// replica left before they were counted. One that was being copied may have been filled in after its deletion had asked the pool.
+func (s *Service) freeFilledIn(ctx context.Context, v volume.Volume, xs []volume.Snapshot, r volume.Replica) error {
+	var ids []volume.SnapshotID
+	copied := v.Kept
 	for _, x := range xs {
-		if x.State == volume.Creating || slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
-			continue
+		if x.ID == copied {
+			copied = ""
 		}
-		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, x.ID, 0); err != nil {
-			return fmt.Errorf("free snapshot %s, filled in on node %s: %w", x.ID, r.Node, err)
+		if x.State != volume.Creating && !slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
+			ids = append(ids, x.ID)
+		}
+	}
+	if copied != "" { // there is no record of it any more
+		ids = append(ids, copied)
+	}
+	for _, id := range ids {
+		// Another process may have freed the replica, and what the pool has been given since is not to go: no other replica is
+		// placed there while the record has this one.
+		now, err := s.store.Volume(ctx, v.ID)
+		if err != nil {
+			return ignoreNotFound(err)
+		}
+		if !slices.ContainsFunc(slices.Concat(now.Replicas, now.Leaving), func(o volume.Replica) bool { return o.ID == r.ID }) {
+			return nil
+		}
+		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, id, 0); err != nil {
+			return fmt.Errorf("free snapshot %s, filled in on node %s: %w", id, r.Node, err)
 		}
 	}
 	return nil

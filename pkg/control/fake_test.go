@@ -158,6 +158,8 @@ type fakeAgents struct {
 	scripted map[string]error
 	// onFence and onDetach happen before those are answered.
 	onFence, onDetach func()
+	// onFreed happens when a replica has been deleted.
+	onFreed func(volume.ReplicaID)
 	// digest answers Digest.
 	digest func(ctx context.Context, h volume.Replica, offset int64, regions int) (control.Digest, error)
 }
@@ -231,10 +233,17 @@ func (a *fakeAgents) CreateReplica(ctx context.Context, node volume.NodeID, r co
 }
 
 func (a *fakeAgents) DeleteReplica(ctx context.Context, node volume.NodeID, _ volume.PoolID, id volume.ReplicaID) error {
-	return a.do(ctx, "DeleteReplica", node, func() error {
+	err := a.do(ctx, "DeleteReplica", node, func() error {
 		delete(a.replicas, id)
 		return nil
 	})
+	a.mu.Lock()
+	then := a.onFreed
+	a.mu.Unlock()
+	if err == nil && then != nil {
+		then(id)
+	}
+	return err
 }
 
 func (a *fakeAgents) HasReplica(_ context.Context, node volume.NodeID, _ volume.PoolID, id volume.ReplicaID) (bool, error) {

@@ -172,3 +172,23 @@ func TestACopyTakesOverWhatIsStillToBeFreed(t *testing.T) {
 		}
 	}
 }
+
+// TestALateEndOfAnother: who finishes a delete means what was deleted then, and not what the same id stands for since.
+func TestALateEndOfAnother(t *testing.T) {
+	s, id := keptWorld(t)
+	first := propose(t, s, copyOf(1, "s", 1, "p1", "p2")).(command.Volume).Volume
+	late := command.FinishDelete{Volume: id, Epoch: propose(t, s, command.BeginDelete{Volume: first.ID}).(command.Volume).Volume.Epoch}
+	propose(t, s, late)
+	propose(t, s, copyOf(1, "s", 2, "p1", "p2"))
+	propose(t, s, late)
+	now := propose(t, s, command.BeginDelete{Volume: id}).(command.Volume).Volume
+	propose(t, s, late)
+	if v, err := s.Volume(context.Background(), id); err != nil || len(v.Replicas) != 2 {
+		t.Errorf("%+v %v: what has to be freed is forgotten", v, err)
+	}
+	propose(t, s, command.FinishDelete{Volume: id, Epoch: now.Epoch})
+	if _, err := s.Volume(context.Background(), id); !errors.Is(err, volume.ErrNotFound) {
+		t.Error(err)
+	}
+	verify(t, s)
+}

@@ -193,7 +193,7 @@ func beginDelete(v *view, c command.BeginDelete) (command.Result, error) {
 
 func finishDelete(v *view, c command.FinishDelete) (command.Result, error) {
 	rec, ok := load[volume.Volume](v, volumes+string(c.Volume))
-	if !ok {
+	if !ok || c.Epoch != 0 && c.Epoch != rec.Epoch {
 		return command.Done{}, nil
 	}
 	if rec.State != volume.Deleting {
