@@ -252,6 +252,9 @@ func (l *Logs) logs() (map[int]bool, error) {
 			return nil, fmt.Errorf("log %s: %w", name, err)
 		}
 		st, err := os.Lstat(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // an open database removes those that have become tables
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -219,3 +219,32 @@ func TestLogsOnAFullFilesystem(t *testing.T) {
 		t.Errorf("close of what nothing was committed to: %v", err)
 	}
 }
+
+// An open database removes logs while it is looked which there are.
+func TestLogsThatGo(t *testing.T) {
+	d := logDir{t, t.TempDir()}
+	d.begin("00002.mem")
+	l := d.open()
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				d.begin("00001.mem")
+				d.remove("00001.mem")
+			}
+		}
+	}()
+	defer func() {
+		close(stop)
+		<-done
+	}()
+	for range 5000 {
+		if logs, err := l.logs(); err != nil || !logs[2] {
+			t.Fatalf("%v %v", logs, err)
+		}
+	}
+}
