@@ -350,14 +350,40 @@ func (k *narrowKV) Commit(ops []op) error {
 	return k.memKV.Commit(ops)
 }
 
-// What is stored in several commits asks for room before each of them: the filesystem may have been filled in between.
-func TestEachCommitAsksForRoom(t *testing.T) {
-	t.Parallel()
+func openNarrow(t *testing.T) (*Pool, *narrowKV) {
+	t.Helper()
 	m := newMachine()
 	kv := &narrowKV{memKV: m.kv}
 	kv.room.Store(true)
 	p, err := start("/memory", deps{file: m.file, kv: kv, space: m.space}, Options{Capacity: 1 << 30, manual: true})
 	must(t, err)
+	kv.commits.Store(0)
+	return p, kv
+}
+
+// A scrub waits for room for what it notes.
+func TestScrubAsksForRoom(t *testing.T) {
+	t.Parallel()
+	p, kv := openNarrow(t)
+	kv.room.Store(false)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Scrub(ctx) }()
+	eventually(t, "a wait for room", func() bool { return p.starved.Load() > 0 })
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) || kv.commits.Load() > 0 {
+		t.Errorf("%d commits without room, %v", kv.commits.Load(), err)
+	}
+	kv.room.Store(true)
+	must(t, p.Scrub(t.Context()))
+	kv.room.Store(true)
+	must(t, p.Close())
+}
+
+// What is stored in several commits asks for room before each of them: the filesystem may have been filled in between.
+func TestEachCommitAsksForRoom(t *testing.T) {
+	t.Parallel()
+	p, kv := openNarrow(t)
 	units := make([][]op, 3)
 	for i := range units {
 		units[i] = []op{{[]byte{keyPage, byte(i)}, make([]byte, maxCommit-16)}}

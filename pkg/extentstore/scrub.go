@@ -209,6 +209,10 @@ func (p *Pool) Scrub(ctx context.Context) error {
 		return err
 	}
 	defer p.users.RUnlock()
+	// What it notes is committed.
+	if err := p.waitRoom(ctx); err != nil {
+		return err
+	}
 	at, err := p.lastScrub()
 	if err != nil {
 		return err
@@ -220,6 +224,9 @@ func (p *Pool) Scrub(ctx context.Context) error {
 		}
 		sound := at.page == 0
 		for idx, ok := l.pages.next(at.page); ok; idx, ok = l.pages.next(idx + 1) {
+			if err := p.waitRoom(ctx); err != nil {
+				return err
+			}
 			n, verified, err := p.scrubPage(l, idx)
 			if err != nil {
 				return err
