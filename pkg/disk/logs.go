@@ -282,7 +282,11 @@ func allocateFile(path string, flags int, mode uint32, size int64) error {
 	if err != nil {
 		return err
 	}
-	err = unix.Fallocate(int(f.Fd()), mode, 0, size)
+	for {
+		if err = unix.Fallocate(int(f.Fd()), mode, 0, size); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		err = nil
 	}
