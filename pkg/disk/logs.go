@@ -24,6 +24,7 @@ type Logs struct {
 	mu        sync.Mutex
 	newest    int   // the log that is written
 	allocated bool  // it has its space
+	noLinks   bool  // the filesystem has no links: the database makes its next log itself
 	room      bool  // there is the file for a table
 	written   int64 // to the newest since it was begun, at most
 	committed bool  // something was, since it was opened
@@ -130,7 +131,7 @@ func (l *Logs) Prepare() bool {
 		}
 		l.allocated = true
 	}
-	if !next && l.makeNext() != nil {
+	if !next && !l.noLinks && l.makeNext() != nil {
 		return false
 	}
 	if l.written > l.size/8*3 {
@@ -185,8 +186,11 @@ func (l *Logs) makeNext() error {
 	spare := l.path(spareName)
 	err := allocateFile(spare, os.O_RDWR|os.O_CREATE|os.O_EXCL, unix.FALLOC_FL_KEEP_SIZE, l.size)
 	if err == nil {
-		if err = os.Link(spare, l.log(l.newest+1)); errors.Is(err, os.ErrExist) {
+		switch err = os.Link(spare, l.log(l.newest+1)); {
+		case errors.Is(err, os.ErrExist):
 			err = nil // the database was faster
+		case errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS):
+			l.noLinks, err = true, nil
 		}
 	}
 	return errors.Join(err, os.Remove(spare), SyncDir(l.dir))
