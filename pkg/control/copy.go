@@ -46,7 +46,7 @@ func (s *Service) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, 
 }
 
 // meetsNone returns volume.ErrExists where a pool has what a copy of a snapshot would bring there, and no record knows that it does: it
-// is quarantined, a fill would be refused for ever, and State says so from now on.
+// is quarantined, a fill would be refused for ever. State says so from now on, also of one that cannot tell.
 func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.PoolID) error {
 	xs, err := s.store.Snapshots(ctx, x.Volume, "", 0)
 	if err != nil {
@@ -67,13 +67,13 @@ func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.
 			continue
 		}
 		has, err := s.has(ctx, at, o.ID)
+		if !has && err == nil {
+			continue
+		}
+		s.notFit(x.ID, pool) // else one that answers no such question would be asked for ever, and others wait behind it
 		if err != nil {
 			return err
 		}
-		if !has {
-			continue
-		}
-		s.notFit(x.ID, pool)
 		return fmt.Errorf("pool %s on node %s has snapshot %s, though no record says so, and so gets no copy of snapshot %s: %w", pool, at.Node, o.ID, x.ID, volume.ErrExists)
 	}
 	return nil
@@ -121,7 +121,7 @@ func (s *Service) has(ctx context.Context, at volume.Replica, x volume.SnapshotI
 func (s *Service) notFit(x volume.SnapshotID, pool volume.PoolID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.unfit[Unfit{x, pool}] = true
+	s.unfit[Unfit{x, pool}] = s.o.Now()
 }
 
 // EndCopy ends the copy of a snapshot into a replica, and frees what it was made with: it is recorded by now, or stands in the way.

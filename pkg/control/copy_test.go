@@ -421,6 +421,41 @@ func TestAStrayIsNotMet(t *testing.T) {
 	}
 }
 
+// One end that is of no use does not keep others from being one, and is tried again later.
+func TestAnEndThatRefusesIsPassedBy(t *testing.T) {
+	ctx := context.Background()
+	for _, refuses := range []string{"the source", "the target"} {
+		w := newCluster(t)
+		v := w.mustCreate(replicated("v", 2))
+		x := w.mustSnapshot("s", v.ID)
+		for _, p := range []volume.PoolID{"p1", "p2"} {
+			w.agents.snapshots[x.ID+volume.SnapshotID("@"+p)] = fakeReplica{node: "n" + volume.NodeID(p[1:]), pool: p, bytes: "precious"}
+		}
+		wantErr(t, w.DeleteVolume(ctx, v.ID), nil)
+		wantErr(t, w.EmptyNode(ctx, "n2"), nil)
+		first := w.planned()[0]
+		want := volume.ErrNotFound
+		if refuses == "the source" {
+			w.agents.script("CreateReplica", want)
+		} else {
+			want = volume.ErrUnavailable
+			w.agents.setDown("n"+volume.NodeID(first.Pool[1:]), true)
+		}
+		wantErr(t, w.CopySnapshot(ctx, x.ID, first.From, first.Pool), want)
+		next := w.planned()[0]
+		if refuses == "the source" && (next.From == first.From || next.Pool != first.Pool) || refuses == "the target" && next.Pool == first.Pool {
+			t.Errorf("%s: planned %+v, then %+v", refuses, first, next)
+		}
+		w.now = w.now.Add(11 * time.Minute)
+		for i := 1; i <= 4; i++ {
+			w.comesBack(volume.NodeID(fmt.Sprint("n", i)))
+		}
+		if later := w.planned()[0]; later != first {
+			t.Errorf("%s: planned %+v, later %+v", refuses, first, later)
+		}
+	}
+}
+
 // Nobody has said what was filled in: the engine ended first. And one that filled nothing in, as if the source had not had it.
 func TestACopyIsSettled(t *testing.T) {
 	ctx := context.Background()

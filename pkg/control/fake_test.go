@@ -469,11 +469,11 @@ func (a *fakeAgents) Observe(ctx context.Context, node volume.NodeID, of []contr
 func (a *fakeAgents) Extents(_ context.Context, h volume.Replica, s, base volume.SnapshotID, offset int64, fn func(control.Extent) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if _, ok := a.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", s, h.Pool))]; !ok {
-		return volume.ErrNotFound
-	}
 	if a.down[h.Node] {
 		return volume.ErrUnavailable
+	}
+	if _, ok := a.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", s, h.Pool))]; !ok {
+		return volume.ErrNotFound
 	}
 	if err := fn(control.Extent{Offset: offset, Length: 4096}); err != nil {
 		return err

@@ -25,7 +25,7 @@ type State struct {
 	Snapshots []volume.Snapshot
 	// Remains are those of deleted volumes that have snapshots.
 	Remains map[volume.ID]volume.Remains
-	// Unfit are pools that cannot get a copy of a snapshot, as was found out by this process.
+	// Unfit are pools that a snapshot can be copied neither to nor from, as this process has found out lately.
 	Unfit map[Unfit]bool
 	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. It is no longer than this
 	// process has been looking: after a time without controllers all nodes seem to have been silent. Pools that can be reached
@@ -33,11 +33,14 @@ type State struct {
 	Away map[volume.PoolID]time.Duration
 }
 
-// Unfit is a pool that cannot get a copy of a snapshot.
+// Unfit is a pool that a snapshot can be copied neither to nor from.
 type Unfit struct {
 	Snapshot volume.SnapshotID
 	Pool     volume.PoolID
 }
+
+// unfitFor is for how long a pool is not tried again: an admin may have seen to it, or a disk answers again.
+const unfitFor = 10 * time.Minute
 
 // State reads it.
 func (s *Service) State(ctx context.Context) (st State, err error) {
@@ -74,8 +77,11 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	for _, x := range st.Snapshots {
 		there[x.ID] = true
 	}
-	maps.DeleteFunc(s.unfit, func(u Unfit, _ bool) bool { return !there[u.Snapshot] })
-	st.Unfit = maps.Clone(s.unfit)
+	maps.DeleteFunc(s.unfit, func(u Unfit, since time.Time) bool { return !there[u.Snapshot] || now.Sub(since) > unfitFor })
+	st.Unfit = map[Unfit]bool{}
+	for u := range s.unfit {
+		st.Unfit[u] = true
+	}
 	s.looked = now
 	looking := now.Sub(s.lookingSince)
 	offline := map[volume.PoolID]time.Time{}
@@ -173,6 +179,7 @@ func (s *Service) bringUp(ctx context.Context, v volume.Volume) error {
 		}
 		err := s.agents.CreateReplica(ctx, r.Node, spec)
 		if err != nil && definite(err) && v.Kept != "" { // it cannot be copied so: other pools are chosen next time
+			s.notFit(v.Kept, r.Pool)
 			return errors.Join(fmt.Errorf("replica %s on node %s: %w", r.ID, r.Node, err), s.endCopy(ctx, v))
 		}
 		if errors.Is(err, volume.ErrNoSpace) {

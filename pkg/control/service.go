@@ -56,7 +56,7 @@ type Service struct {
 	// offline are pools without their disk, since when that was seen.
 	offline  map[volume.PoolID]time.Time
 	reported map[volume.NodeID]report
-	unfit    map[Unfit]bool
+	unfit    map[Unfit]time.Time // since when
 	// strays by node; suspects were seen in one report only and may be on their way out.
 	strays, suspects map[volume.NodeID]map[string]Stray
 }
@@ -84,7 +84,7 @@ func New(store Store, agents Agents, o Options) *Service {
 	return &Service{
 		store: store, agents: agents, o: o, started: o.Now(), flights: flights{m: map[string]*flight{}},
 		strays: map[volume.NodeID]map[string]Stray{}, suspects: map[volume.NodeID]map[string]Stray{},
-		reported: map[volume.NodeID]report{}, unfit: map[Unfit]bool{},
+		reported: map[volume.NodeID]report{}, unfit: map[Unfit]time.Time{},
 	}
 }
 

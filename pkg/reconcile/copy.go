@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 
+	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/placement"
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -96,7 +97,7 @@ func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []vol
 	var from *volume.Replica
 	for _, h := range x.Holders {
 		busy := p.engines[h.Node] >= p.l.Rebuilds || slices.ContainsFunc(left, func(r volume.Replica) bool { return r.Node == h.Node })
-		if p.readable(h) && !busy && (from == nil || p.engines[h.Node] < p.engines[from.Node]) {
+		if p.readable(h) && !busy && (from == nil || cmp.Or(flag(p.unfit(x, h))-flag(p.unfit(x, *from)), p.engines[h.Node]-p.engines[from.Node]) < 0) {
 			from = &h
 		}
 	}
@@ -118,7 +119,7 @@ func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []vol
 	}
 	for u := range p.st.Unfit {
 		if u.Snapshot == x.ID {
-			r.Refused[u.Pool] = "it has something of the volume that no record knows"
+			r.Refused[u.Pool] = "it was tried lately, in vain"
 		}
 	}
 	p.refuseBusy(r)
@@ -131,6 +132,10 @@ func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []vol
 	p.copying[x.Volume] = true
 	p.out = append(p.out, Action{Kind: Copy, ID: string(x.ID), From: from.Pool, Pool: pools[0].ID})
 	return true
+}
+
+func (p *planner) unfit(x volume.Snapshot, h volume.Replica) bool {
+	return p.st.Unfit[control.Unfit{Snapshot: x.ID, Pool: h.Pool}]
 }
 
 func later(a, b volume.Snapshot) bool {

@@ -147,6 +147,16 @@ func TestCopies(t *testing.T) {
 			s.Snapshots[1].CreatedAt = 1
 			s.Unfit = map[control.Unfit]bool{{Snapshot: "s", Pool: "p2"}: true, {Snapshot: "t", Pool: "p3"}: true}
 		}, "copy snapshot s p1>p3"},
+		{"where it was read from in vain", func(s *scene) {
+			s.deleted("a", 3)
+			s.snapshot("s", "a", "1", "2")
+			s.Unfit = map[control.Unfit]bool{{Snapshot: "s", Pool: "p1"}: true}
+		}, "copy snapshot s p2>p3"},
+		{"where it was read from in vain, and nowhere else", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.Unfit = map[control.Unfit]bool{{Snapshot: "s", Pool: "p1"}: true}
+		}, "copy snapshot s p1>p2"},
 		{"a damaged copy is none", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1!", "2") }, "copy snapshot s p2>p3"},
 		{"a damaged copy, and the sound one is away", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1!", "2"); s.away("2", brief) }, ""},
 		{"a damaged copy, and the sound one is lost", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1!", "2"); s.away("2", long) }, ""},
