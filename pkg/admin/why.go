@@ -228,7 +228,7 @@ func whyNode(n volume.Node, now time.Time) string {
 		switch {
 		case p.Capacity == 0:
 			offline = append(offline, p.Name)
-		case p.Used >= p.Capacity:
+		case p.Full():
 			full = append(full, p.Name)
 		}
 	}
@@ -261,7 +261,7 @@ func whyPool(p volume.Pool, n volume.Node, now time.Time) string {
 	switch {
 	case p.Capacity == 0:
 		return fmt.Sprintf("Pool %s is offline: its disk was not there when ballastd started on node %s, and what is on it cannot be used. Connect the disk again and restart ballastd there; what was flushed is kept. Only where the disk is gone for good: `ballastctl pool forget %s`.", p.Name, p.Node, p.ID)
-	case p.Used >= p.Capacity:
+	case p.Full():
 		return fmt.Sprintf("Pool %s is full (%s): writes to its volumes wait, none is lost. Free space by deleting snapshots or volumes (both still work), or discard within filesystems (fstrim), or give the pool more capacity and restart ballastd; the writes then go on by themselves.", p.Name, room)
 	case p.Free() < volume.MinSize:
 		return fmt.Sprintf("Pool %s takes no new volumes (%s): what is provisioned reached capacity times over-provisioning. Delete volumes, or raise the pool's capacity or over-provisioning and restart ballastd. Existing volumes are not affected.", p.Name, room)

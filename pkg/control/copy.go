@@ -136,7 +136,21 @@ func (s *Service) EndCopy(ctx context.Context, id volume.ID, into volume.Replica
 	if err != nil || v.Kept == "" || v.State != volume.Ready || v.Replicas[1].ID != into {
 		return ignoreNotFound(err)
 	}
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
+	}
+	to := v.Replicas[1]
+	if to.Role != volume.InSync && c.full(to.Pool) { // what is freed there now would be filled again by the next
+		s.notFit(v.Kept, to.Pool)
+	}
 	return s.endCopy(ctx, v)
+}
+
+func (c cluster) full(id volume.PoolID) bool {
+	return slices.ContainsFunc(c.nodes, func(n volume.Node) bool {
+		return slices.ContainsFunc(n.Pools, func(p volume.Pool) bool { return p.ID == id && p.Full() })
+	})
 }
 
 // endCopy frees what a snapshot is copied with. The caller has v's lock.

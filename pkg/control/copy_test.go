@@ -456,6 +456,31 @@ func TestAnEndThatRefusesIsPassedBy(t *testing.T) {
 	}
 }
 
+// A copy whose pool has run full ends, and is made elsewhere.
+func TestAFullPoolIsNotFilledAgain(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	x := w.orphan("v", "precious")
+	w.silence("n2", replicaTimeout)
+	v := w.begin(x)
+	to := v.Replicas[1]
+	report := func(used int64) {
+		w.t.Helper()
+		wantErr(t, w.ReportUsage(ctx, to.Node, control.Usage{Pools: []volume.Pool{{ID: to.Pool, Capacity: 100 * gib, OverProvision: 10, Used: used}}}), nil)
+	}
+	report(100 * gib)
+	plan := w.planned()
+	if len(plan) == 0 || plan[0].Kind != reconcile.End {
+		t.Fatalf("planned %+v", plan)
+	}
+	wantErr(t, w.EndCopy(ctx, v.ID, to.ID), nil)
+	report(0) // what was filled in is freed
+	w.copyAll()
+	if got := w.holders(x.ID); got != "n1 n2 n4" {
+		t.Errorf("held by %s", got)
+	}
+}
+
 // Nobody has said what was filled in: the engine ended first. And one that filled nothing in, as if the source had not had it.
 func TestACopyIsSettled(t *testing.T) {
 	ctx := context.Background()

@@ -153,7 +153,7 @@ func Capacity(v View, r Request) (available, maximum int64) {
 
 // Room is how many logical bytes a new replica may have in a pool; none where the pool is full of data.
 func Room(p volume.Pool) int64 {
-	if p.Used >= p.Capacity {
+	if p.Full() {
 		return 0
 	}
 	return p.Free()
@@ -191,7 +191,7 @@ func objection(v View, r Request, p volume.Pool) string {
 		return r.Refused[p.ID]
 	case p.Capacity == 0:
 		return "it is offline"
-	case p.Used >= p.Capacity:
+	case p.Full():
 		return fmt.Sprintf("it is full, %d of %d bytes are used", p.Used, p.Capacity)
 	case p.Free() < r.Size:
 		return fmt.Sprintf("%d bytes may still be placed, %d are asked for", p.Free(), r.Size)

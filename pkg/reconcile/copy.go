@@ -87,6 +87,8 @@ func (p *planner) pointless(v volume.Volume) bool {
 		return true
 	case source < 0, x.Holders[source].Damaged, from.Damaged, to.Damaged:
 		return true
+	case to.Role != volume.InSync && p.full(to.Pool): // others wait for it
+		return true
 	}
 	return !p.reachable(from) && slices.ContainsFunc(x.Holders, p.readable)
 }
@@ -132,6 +134,10 @@ func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []vol
 	p.copying[x.Volume] = true
 	p.out = append(p.out, Action{Kind: Copy, ID: string(x.ID), From: from.Pool, Pool: pools[0].ID})
 	return true
+}
+
+func (p *planner) full(id volume.PoolID) bool {
+	return slices.ContainsFunc(p.pools[id].Pools, func(x volume.Pool) bool { return x.ID == id && x.Full() })
 }
 
 func (p *planner) unfit(x volume.Snapshot, h volume.Replica) bool {

@@ -204,6 +204,18 @@ func TestCopies(t *testing.T) {
 			s.snapshot("s", "a", "1", "2")
 			s.copying("a", "s", "1", "3:f")
 		}, "end copy a a-3"},
+		{"the pool that is filled is full", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.copying("a", "s", "1", "3:f")
+			s.node("3").Pools[0].Used = s.node("3").Pools[0].Capacity
+		}, "end copy a a-3"},
+		{"the pool that was filled is full", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.copying("a", "s", "1", "3:i")
+			s.node("3").Pools[0].Used = s.node("3").Pools[0].Capacity
+		}, "sync a"},
 		{"the snapshot is deleted", func(s *scene) { s.deleted("a", 2); s.copying("a", "s", "1", "3:f") }, "end copy a a-3"},
 		{"the snapshot is being deleted", func(s *scene) {
 			s.deleted("a", 2)

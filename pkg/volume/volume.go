@@ -316,6 +316,9 @@ func (p Pool) Free() int64 {
 	return max(0, int64(float64(p.Capacity)*p.OverProvision)-p.Provisioned)
 }
 
+// Full tells whether the pool has no room for data.
+func (p Pool) Full() bool { return p.Used >= p.Capacity }
+
 // Condition is one thing that is wrong with a volume or a pool, with the safe way out.
 type Condition struct {
 	Severity Severity `json:"severity"`
