@@ -1,11 +1,15 @@
 package disk
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
@@ -133,6 +137,51 @@ func TestLogs(t *testing.T) {
 	prepared(none, true)
 	none.Heard(logFull)
 	if err := none.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// noLinks is a directory on a filesystem without hard links, as FAT is.
+type noLinks struct{ fs.LoopbackNode }
+
+func (*noLinks) Link(context.Context, fs.InodeEmbedder, string, *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	return nil, syscall.EPERM
+}
+
+// Where the next log cannot be made, a log has its space as soon as it is there.
+func TestLogsWithoutLinks(t *testing.T) {
+	d := logDir{t, t.TempDir()}
+	root := &fs.LoopbackRoot{Path: t.TempDir()}
+	node := &noLinks{fs.LoopbackNode{RootData: root}}
+	root.RootNode = node
+	server, err := fs.Mount(d.dir, node, &fs.Options{MountOptions: fuse.MountOptions{DirectMountStrict: true}})
+	if err != nil {
+		t.Skipf("mount: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := server.Unmount(); err != nil {
+			t.Error(err)
+		}
+	})
+	l := d.open()
+	d.begin("00001.mem")
+	if err := l.Opened(); err != nil {
+		t.Fatal(err)
+	}
+	for _, log := range []string{"00001.mem", "00002.mem"} {
+		if !l.Prepare() {
+			t.Fatalf("%s cannot be written", log)
+		}
+		if n := d.blocks(log); n < testLog {
+			t.Errorf("%s has %d bytes of space", log, n)
+		}
+		if d.blocks("00003.mem") >= 0 || d.blocks(spareName) >= 0 {
+			t.Error("something is left of what cannot be made")
+		}
+		l.Heard(logFull)
+		d.begin("00002.mem")
+	}
+	if err := l.Close(); err != nil {
 		t.Error(err)
 	}
 }
