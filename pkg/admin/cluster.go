@@ -250,11 +250,13 @@ func countOf(what string, names []string) string {
 	return fmt.Sprintf("%d %ss", len(names), what)
 }
 
+// aFew is how many are named of what may be thousands.
+const aFew = 5
+
 // firstOf names a few.
 func firstOf(names []string) string {
-	const most = 5
-	if len(names) > most {
-		return strings.Join(names[:most], ", ") + ", ..."
+	if len(names) > aFew {
+		return strings.Join(names[:aFew], ", ") + ", ..."
 	}
 	return strings.Join(names, ", ")
 }

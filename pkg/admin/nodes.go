@@ -142,40 +142,47 @@ func (s *Service) ListDrainBlockers(ctx context.Context, r *adminpb.GetRequest) 
 	if err != nil {
 		return nil, err
 	}
+	vs, xs, err := s.living(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &adminpb.ListDrainBlockersReply{}
 	for _, b := range bs {
-		p := &adminpb.DrainBlocker{Volume: string(b.Volume), Reason: b.Reason, Snapshot: string(b.Snapshot)}
+		v, there := vs[b.Volume]
+		p := &adminpb.DrainBlocker{Volume: string(b.Volume), VolumeName: v.Name, Reason: b.Reason, Snapshot: string(b.Snapshot)}
 		if b.Snapshot != "" {
-			x, err := s.o.Control.Snapshot(ctx, b.Snapshot)
-			if errors.Is(err, volume.ErrNotFound) {
-				continue // deleted meanwhile: it blocks no more
-			}
-			if err == nil {
-				p.VolumeName, err = s.volumeName(ctx, b.Volume)
-			}
-			if err != nil {
-				return nil, err
-			}
-			p.SnapshotName = x.Name
-			out.Blockers = append(out.Blockers, p)
-			continue
+			p.SnapshotName, there = xs[b.Snapshot]
 		}
-		v, err := s.o.Control.Volume(ctx, b.Volume)
-		switch {
-		case errors.Is(err, volume.ErrNotFound):
-			continue
-		case err != nil:
-			return nil, err
+		if !there {
+			continue // deleted meanwhile: it blocks no more
 		}
-		p.VolumeName = v.Name
-		for _, x := range replicasOf(v, unwell[b.Volume].Engine, at) {
-			if x.Resync != nil {
-				p.Resyncs = append(p.Resyncs, x)
+		if b.Snapshot == "" {
+			for _, x := range replicasOf(v, unwell[b.Volume].Engine, at) {
+				if x.Resync != nil {
+					p.Resyncs = append(p.Resyncs, x)
+				}
 			}
 		}
 		out.Blockers = append(out.Blockers, p)
 	}
 	return out, nil
+}
+
+// living are the volumes, and the names of the snapshots, that are not being deleted.
+func (s *Service) living(ctx context.Context) (map[volume.ID]volume.Volume, map[volume.SnapshotID]string, error) {
+	vs, xs := map[volume.ID]volume.Volume{}, map[volume.SnapshotID]string{}
+	err := s.everyVolume(ctx, func(v volume.Volume) bool {
+		if v.State != volume.Deleting {
+			vs[v.ID] = v
+		}
+		return true
+	})
+	return vs, xs, errors.Join(err, s.everySnapshot(ctx, control.SnapshotFilter{}, func(x volume.Snapshot) bool {
+		if x.State != volume.Deleting {
+			xs[x.ID] = x.Name
+		}
+		return true
+	}))
 }
 
 // RemoveNode implements adminpb.AdminServer. A controller's vote is taken first: what is no member must not count. One that was

@@ -161,15 +161,19 @@ func (s *Service) blocking(ctx context.Context, bs []placement.Blocker) string {
 	for _, b := range bs {
 		if b.Snapshot != "" {
 			name := string(b.Snapshot)
-			if x, err := s.o.Control.Snapshot(ctx, b.Snapshot); err == nil {
-				name = x.Name
+			if len(ss) < aFew {
+				if x, err := s.o.Control.Snapshot(ctx, b.Snapshot); err == nil {
+					name = x.Name
+				}
 			}
 			ss = append(ss, name)
 			continue
 		}
 		name := string(b.Volume)
-		if v, err := s.o.Control.Volume(ctx, b.Volume); err == nil {
-			name = v.Name
+		if len(vs) < aFew {
+			if v, err := s.o.Control.Volume(ctx, b.Volume); err == nil {
+				name = v.Name
+			}
 		}
 		vs = append(vs, name)
 	}
