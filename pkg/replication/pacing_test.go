@@ -105,3 +105,56 @@ func TestPacerWithoutForeground(t *testing.T) {
 		t.Errorf("window %d", p.Window())
 	}
 }
+
+// Replicas that return are copied to no faster than the rate, all of them together, and not much slower; the engine asks to be woken
+// for what it does then.
+func TestResyncsKeepToTheirRate(t *testing.T) {
+	const size, rate = 512, 256
+	w := live(t, 3)
+	for off := int64(0); off < size; off += 8 {
+		w.write(off, "aaaaaaaa")
+		w.run()
+	}
+	w.e.SetResyncPace(w.now, size, rate)
+	for _, id := range []string{"r2", "r3"} {
+		h := w.host(id)
+		h.store = newMemStore(size)
+		h.incarnation += 1000
+		w.boot(h)
+		w.disconnect(h)
+		w.connect(w.e, h)
+	}
+	w.run()
+	if n := len(w.m.ISR()); n != 1 {
+		t.Fatalf("%d are in sync", n)
+	}
+	var copied, added int64 // of those that go on, and of those that are in sync again
+	begin, wakes := w.now, 0
+	for isr := 1; isr < 3; wakes++ {
+		at := w.e.NextWake()
+		if at > begin+60*Second {
+			t.Fatalf("%v are in sync, then it is woken at %v: %+v", w.m.ISR(), at, w.e.Status().Members)
+		}
+		w.now = max(w.now, at)
+		w.e.Tick(w.now)
+		w.effects()
+		w.run()
+		copied = 0
+		for _, m := range w.e.Status().Members {
+			if m.Resync != nil {
+				copied += m.Resync.Done
+			}
+		}
+		if n := len(w.m.ISR()); n > isr {
+			added, isr = added+int64(n-isr)*size, n
+		}
+		if may := w.g.MaxCopy + int64(float64(w.now-begin)*rate/float64(Second)); copied+added > may {
+			t.Fatalf("%d bytes are copied after %v, %d may be", copied+added, w.now-begin, may)
+		}
+	}
+	// Each byte is copied and compared.
+	took, least := w.now-begin, 2*2*size*Second/rate
+	if took < least-Second || took > 2*least || wakes > 100 {
+		t.Errorf("it took %v where %v is the least, and was woken %d times", took, least, wakes)
+	}
+}
