@@ -157,4 +157,12 @@ func TestResyncsKeepToTheirRate(t *testing.T) {
 	if took < least-Second || took > 2*least || wakes > 100 {
 		t.Errorf("it took %v where %v is the least, and was woken %d times", took, least, wakes)
 	}
+	for wakes = 0; w.e.NextWake() < w.now+Second; wakes++ {
+		if w.now = max(w.now, w.e.NextWake()); wakes == 10 {
+			t.Fatal("it is woken again and again after the last copy")
+		}
+		w.e.Tick(w.now)
+		w.effects()
+		w.run()
+	}
 }
