@@ -481,6 +481,27 @@ func TestAFullPoolIsNotFilledAgain(t *testing.T) {
 	}
 }
 
+// A volume that is lost brings no snapshot anywhere; once it is deleted its snapshots are copied.
+func TestASnapshotOfALostVolume(t *testing.T) {
+	w := newCluster(t)
+	v := w.mustCreate(replicated("v", 2))
+	x := w.mustSnapshot("s", v.ID)
+	for _, p := range []volume.PoolID{"p1", "p2"} {
+		w.agents.snapshots[x.ID+volume.SnapshotID("@"+p)] = fakeReplica{node: "n" + volume.NodeID(p[1:]), pool: p, bytes: "precious"}
+	}
+	v = w.get(v.ID)
+	w.propose(command.CloseEngine{Volume: v.ID, Epoch: v.Epoch})
+	for _, r := range v.Replicas {
+		w.propose(command.LoseReplica{Volume: v.ID, Replica: r.ID})
+	}
+	wantErr(t, w.DeleteVolume(context.Background(), v.ID), nil)
+	w.silence("n2", replicaTimeout)
+	w.copyAll()
+	if got := w.holders(x.ID); got != "n1 n2 n3" {
+		t.Errorf("held by %s", got)
+	}
+}
+
 // Nobody has said what was filled in: the engine ended first. And one that filled nothing in, as if the source had not had it.
 func TestACopyIsSettled(t *testing.T) {
 	ctx := context.Background()

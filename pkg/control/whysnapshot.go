@@ -47,7 +47,10 @@ func (s *Service) whyCopies(ctx context.Context, p *paragraph, x volume.Snapshot
 	}
 	i := slices.IndexFunc(remains, func(k volume.Remains) bool { return k.Volume == x.Volume })
 	source := "its volume is deleted, which does not affect it"
-	if v.State == volume.Ready && v.Kept == "" {
+	switch {
+	case v.State == volume.Ready && v.Lost:
+		source = fmt.Sprintf("its volume %s is lost", v.Name)
+	case v.State == volume.Ready && v.Kept == "":
 		source = fmt.Sprintf("its volume %s still exists", v.Name)
 	}
 	held := plural(len(x.Holders), "pool")
@@ -92,9 +95,15 @@ func (s *Service) whyCopies(ctx context.Context, p *paragraph, x volume.Snapshot
 		p.does("%s", away)
 		return nil
 	}
-	if i >= 0 {
+	switch {
+	case i >= 0:
 		s.whyCopied(ctx, p, x, v, remains[i], sound, o)
-	} else if damaged > 0 || away != "" {
+	case v.Lost:
+		p.means("No other copy is made while the volume is there, which has no replica left to bring it along")
+		if what == "" {
+			p.does("delete the volume, its snapshots stay and are copied from then on")
+		}
+	case damaged > 0 || away != "":
 		p.means("The replicas of its volume bring it along to other pools")
 	}
 	return nil

@@ -51,6 +51,13 @@ func TestWhySnapshot(t *testing.T) {
 		{"its copies differ", true, func(w *world, x volume.Snapshot) {
 			w.propose(command.NoteDifference{Snapshot: x.ID, Differs: &volume.Difference{Offset: 8 << 20, Alike: [][]volume.PoolID{{"p1"}, {"p2"}}}})
 		}},
+		{"its volume is lost", true, func(w *world, x volume.Snapshot) {
+			v := w.get(x.Volume)
+			w.propose(command.CloseEngine{Volume: v.ID, Epoch: v.Epoch})
+			for _, r := range v.Replicas {
+				w.propose(command.LoseReplica{Volume: v.ID, Replica: r.ID})
+			}
+		}},
 		{"it is being deleted", false, func(w *world, x volume.Snapshot) {
 			w.silence("n2", time.Hour)
 			wantErr(w.t, w.DeleteSnapshot(ctx, x.ID), nil)
