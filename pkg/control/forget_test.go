@@ -2,6 +2,7 @@ package control_test
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -103,5 +104,43 @@ func TestAPoolIsNotForgottenWhileAVolumeCouldBeSalvaged(t *testing.T) {
 	}
 	if got := w.get(v.ID); len(got.Replicas) != 1 || got.Lost {
 		t.Errorf("on %s", on(got.Replicas))
+	}
+}
+
+// TestForgetADiskWithSnapshotsOnly: nothing of a volume is placed on it, and what waits for it ends all the same.
+func TestForgetADiskWithSnapshotsOnly(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	x, y := w.orphan("v", "precious"), w.orphan("u", "other")
+	gone := x.Holders[1]
+	w.register(gone.Node, pool("p9", gone.Node, 100*gib)) // restarted without that disk
+	wantErr(t, w.DeleteSnapshot(ctx, x.ID), nil)
+	if why, err := w.WhySnapshot(ctx, y.ID); err != nil || !strings.Contains(why, "offline") {
+		t.Errorf("%s %v", why, err)
+	}
+	if lost, err := w.ForgetPool(ctx, gone.Pool, false); err != nil || len(lost.Snapshots) != 0 {
+		t.Errorf("%+v %v", lost, err)
+	}
+	for range 2 {
+		p, err := w.Pending(ctx)
+		wantErr(t, err, nil)
+		for _, id := range p.Snapshots {
+			wantErr(t, w.ResumeSnapshot(ctx, id), nil)
+		}
+	}
+	if _, err := w.store.Snapshot(ctx, x.ID); !errors.Is(err, volume.ErrNotFound) {
+		t.Errorf("its tombstone waits for the disk: %v", err)
+	}
+	if x := w.snapshotOf(y.ID); len(x.Holders) != 1 || x.Holders[0].Pool == gone.Pool {
+		t.Errorf("%+v", x)
+	}
+	ns, err := w.store.Nodes(ctx)
+	wantErr(t, err, nil)
+	for _, n := range ns {
+		for _, p := range n.Pools {
+			if p.ID == gone.Pool {
+				t.Errorf("the pool is still there: %+v", p)
+			}
+		}
 	}
 }

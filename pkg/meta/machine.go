@@ -203,7 +203,7 @@ func unprovision(v *view, rs []volume.Replica, less int64) {
 			continue
 		}
 		p.Provisioned = max(0, p.Provisioned-less)
-		if p.Provisioned == 0 && p.Capacity == 0 { // its node registered without it, and nothing is placed on it any more
+		if p.Provisioned == 0 && p.Capacity == 0 && !holdsSnapshots(v, p.ID) { // its node registered without it, and nothing is on it any more
 			forgetPool(v, p)
 			continue
 		}

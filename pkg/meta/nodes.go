@@ -43,7 +43,7 @@ func registerNode(v *view, c command.RegisterNode) (command.Result, error) {
 	}
 	for _, id := range n.Pools {
 		if p, ok := load[volume.Pool](v, pools+string(id)); ok && p.Node == n.ID && !present[id] {
-			if p.Provisioned == 0 {
+			if p.Provisioned == 0 && !holdsSnapshots(v, id) {
 				v.del(pools + string(id))
 				continue
 			}
@@ -55,6 +55,19 @@ func registerNode(v *view, c command.RegisterNode) (command.Result, error) {
 	n.Pools = slices.Sorted(maps.Keys(present))
 	save(v, nodes+string(n.ID), n)
 	return command.Done{}, nil
+}
+
+// holdsSnapshots tells whether a pool is a holder by the records: those of deleted volumes are all that it may have.
+func holdsSnapshots(v *view, id volume.PoolID) (holds bool) {
+	err := v.keys(snapshots, func(key string) bool {
+		x, _ := load[volume.Snapshot](v, key)
+		holds = slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == id })
+		return !holds
+	})
+	if err != nil && v.err == nil {
+		v.err = fmt.Errorf("look for what pool %s holds: %w", id, err)
+	}
+	return holds
 }
 
 // leave takes a pool from the node it was on: its disk was moved, or the host has a new name.
