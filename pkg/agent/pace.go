@@ -110,10 +110,11 @@ func (n *Node) pace() {
 				}
 				s.Resyncing = true
 				s.Left += m.Resync.Left
-				if more := m.Resync.Done - was[i][m.ID]; more > 0 {
+				now := m.Resync.Done + m.Resync.Compared
+				if more := now - was[i][m.ID]; more > 0 {
 					copied += more
 				}
-				done[i][m.ID] = m.Resync.Done
+				done[i][m.ID] = now
 			}
 			s.Alone = s.Alone || there == 1
 		}

@@ -337,6 +337,7 @@ func (e *Engine) hashed(o *op, m *member, a *Message) {
 	if o.digests[at] = a.Data; o.digests[1-at] == nil {
 		return
 	}
+	rs.seen += o.n
 	equal := bytes.Equal(o.digests[0], o.digests[1])
 	switch {
 	case equal && o.probe && e.cfg.Rules.WithoutEqualUnflushed:

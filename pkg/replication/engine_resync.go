@@ -73,6 +73,7 @@ type resync struct {
 	asked *member
 	again func()
 	done  int64 // bytes copied
+	seen  int64 // bytes compared
 }
 
 func (rs *resync) snapshot() volume.SnapshotID {

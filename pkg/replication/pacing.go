@@ -40,7 +40,7 @@ type PaceSample struct {
 	P99 Now
 	Ops int
 	// Resyncing tells whether anything is copied; Copied and Left are bytes, over all resyncs of the disk, Copied from an
-	// arbitrary start.
+	// arbitrary start and with those compared.
 	Resyncing    bool
 	Copied, Left int64
 	// Alone tells whether a volume being copied has a single copy left.

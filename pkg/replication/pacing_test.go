@@ -128,7 +128,8 @@ func TestResyncsKeepToTheirRate(t *testing.T) {
 	if n := len(w.m.ISR()); n != 1 {
 		t.Fatalf("%d are in sync", n)
 	}
-	var copied, added int64 // of those that go on, and of those that are in sync again
+	var copied, added int64 // to those that go on, and to those that are in sync again
+	var compared int64      // to one of them
 	begin, wakes := w.now, 0
 	for isr := 1; isr < 3; wakes++ {
 		at := w.e.NextWake()
@@ -142,17 +143,20 @@ func TestResyncsKeepToTheirRate(t *testing.T) {
 		copied = 0
 		for _, m := range w.e.Status().Members {
 			if m.Resync != nil {
-				copied += m.Resync.Done
+				copied += m.Resync.Done + m.Resync.Compared
+				compared = max(compared, m.Resync.Compared)
 			}
 		}
 		if n := len(w.m.ISR()); n > isr {
-			added, isr = added+int64(n-isr)*size, n
+			added, isr = added+2*int64(n-isr)*size, n // each byte is copied and compared
 		}
 		if may := w.g.MaxCopy + int64(float64(w.now-begin)*rate/float64(Second)); copied+added > may {
-			t.Fatalf("%d bytes are copied after %v, %d may be", copied+added, w.now-begin, may)
+			t.Fatalf("%d bytes are copied and compared after %v, %d may be", copied+added, w.now-begin, may)
 		}
 	}
-	// Each byte is copied and compared.
+	if compared < size-w.g.MaxCopy {
+		t.Errorf("%d bytes of %d were compared", compared, size)
+	}
 	took, least := w.now-begin, 2*2*size*Second/rate
 	if took < least-Second || took > 2*least || wakes > 100 {
 		t.Errorf("it took %v where %v is the least, and was woken %d times", took, least, wakes)

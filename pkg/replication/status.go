@@ -47,6 +47,8 @@ type ResyncStatus struct {
 	// Full: all of it is copied, because nobody knows what it missed.
 	Full       bool
 	Done, Left int64
+	// Compared is done by the disks as well: of what was copied, and of what may be equal.
+	Compared int64
 	// Snapshots is the number of snapshots that are still to be filled in.
 	Snapshots int
 }
@@ -88,7 +90,7 @@ func (e *Engine) Status() EngineStatus {
 			}
 		}
 		if rs := m.rs; rs != nil {
-			ms.Resync = &ResyncStatus{Stage: rs.stage.String(), Full: rs.full, Done: rs.done, Snapshots: len(rs.fills),
+			ms.Resync = &ResyncStatus{Stage: rs.stage.String(), Full: rs.full, Done: rs.done, Compared: rs.seen, Snapshots: len(rs.fills),
 				Left: int64(rs.todo.Len()+rs.since.Len()) * e.g.Extent}
 		}
 		s.Members = append(s.Members, ms)
