@@ -247,6 +247,9 @@ func (m *Machine) full() error {
 
 // Full returns volume.ErrUnavailable while the filesystem is too full for anything to be changed.
 func (m *Machine) Full() error {
+	if m.Failed() != nil {
+		return nil // which Apply says, and no room would help
+	}
 	m.reading.RLock()
 	defer m.reading.RUnlock()
 	return m.full()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
@@ -259,6 +260,11 @@ func TestARestoreThatCannotBeOpened(t *testing.T) {
 	}})
 	if err := b.Restore(bytes.NewReader(checkpoint(t, a))); !errors.Is(err, volume.ErrUnavailable) {
 		t.Fatalf("restored: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := b.WaitRoom(ctx, 100); err != nil {
+		t.Errorf("it is waited for what never comes: %v", err)
 	}
 	if _, err := b.Volumes(t.Context(), "", 0); !errors.Is(err, volume.ErrUnavailable) {
 		t.Errorf("read: %v", err)
