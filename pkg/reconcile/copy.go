@@ -29,10 +29,22 @@ func (p *planner) copies(kept []volume.Volume) {
 		}
 		taken[v.ID] = v.State != volume.Deleting
 	}
-	siblings := map[volume.ID][]volume.Snapshot{}
+	held := map[volume.ID]map[volume.PoolID]chain{}
 	var xs []volume.Snapshot
 	for _, x := range p.st.Snapshots {
-		siblings[x.Volume] = append(siblings[x.Volume], x)
+		if _, deleted := p.st.Remains[x.Volume]; !deleted {
+			continue
+		}
+		if held[x.Volume] == nil {
+			held[x.Volume] = map[volume.PoolID]chain{}
+		}
+		for _, h := range x.Holders {
+			c, some := held[x.Volume][h.Pool]
+			if c.damaged = c.damaged || h.Damaged; !some || later(x, c.newest) {
+				c.newest = x
+			}
+			held[x.Volume][h.Pool] = c
+		}
 		if p.short(x) {
 			xs = append(xs, x)
 		}
@@ -42,15 +54,20 @@ func (p *planner) copies(kept []volume.Volume) {
 	})
 	for _, x := range xs {
 		if !taken[x.Volume] && len(left[x.Volume]) <= replication.MaxMembers {
-			taken[x.Volume] = p.copy(x, siblings[x.Volume], left[x.Volume])
+			taken[x.Volume] = p.copy(x, held[x.Volume], left[x.Volume])
 		}
 	}
 }
 
+// chain is what a pool has of a volume's snapshots.
+type chain struct {
+	newest  volume.Snapshot
+	damaged bool // one of them is
+}
+
 // short tells whether a snapshot of a deleted volume has too few copies.
 func (p *planner) short(x volume.Snapshot) bool {
-	k, deleted := p.st.Remains[x.Volume]
-	return deleted && x.State == volume.Ready && !x.Hidden && len(p.copied(x)) < k.Replicas
+	return x.State == volume.Ready && !x.Hidden && len(p.copied(x)) < p.st.Remains[x.Volume].Replicas
 }
 
 // copied are the copies of a snapshot that count: those that stay, and are not damaged while a sound one can be reached.
@@ -93,9 +110,9 @@ func (p *planner) pointless(v volume.Volume) bool {
 	return !p.reachable(from) && slices.ContainsFunc(x.Holders, p.readable)
 }
 
-// copy plans a copy of a snapshot, one of several of a volume, from a node that looks after few others to one that has none, and
+// copy plans a copy of a snapshot, of whose volume pools have what is in held, from a node that looks after few others to one that has none, and
 // tells whether it did. Left is what has still to be freed of the volume: its nodes are left alone.
-func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []volume.Replica) bool {
+func (p *planner) copy(x volume.Snapshot, held map[volume.PoolID]chain, left []volume.Replica) bool {
 	var from *volume.Replica
 	for _, h := range x.Holders {
 		busy := p.engines[h.Node] >= p.l.Rebuilds || slices.ContainsFunc(left, func(r volume.Replica) bool { return r.Node == h.Node })
@@ -110,13 +127,11 @@ func (p *planner) copy(x volume.Snapshot, siblings []volume.Snapshot, left []vol
 	r := placement.Request{
 		Size: k.Size, Replicas: 1, Pool: k.Pool, Requisite: p.known(k.Accessible), Beside: slices.Concat(x.Holders, left), Refused: map[volume.PoolID]string{},
 	}
-	for _, o := range siblings {
-		for _, h := range o.Holders {
-			// The snapshots of a volume in a pool are layers upon each other, oldest first: one that comes late goes on from those
-			// that are older, and must not meet one that has gone on without it.
-			if h.Damaged || later(o, x) {
-				r.Refused[h.Pool] = "it holds a later snapshot of the volume, or a damaged one"
-			}
+	for pool, c := range held {
+		// The snapshots of a volume in a pool are layers upon each other, oldest first: one that comes late goes on from those that
+		// are older, and must not meet one that has gone on without it.
+		if c.damaged || later(c.newest, x) {
+			r.Refused[pool] = "it holds a later snapshot of the volume, or a damaged one"
 		}
 	}
 	for u := range p.st.Unfit {
