@@ -161,8 +161,8 @@ func (n *Node) newInstance(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 // watch waits for the end of an engine. Where that was not the node's own doing the device must fail for good: what its
 // page cache still has reaches nobody.
 func (n *Node) watch(v *vol, i *instance) {
-	tick := time.NewTicker(lookEvery)
-	defer tick.Stop()
+	timer := time.NewTimer(untilLook())
+	defer timer.Stop()
 	for !i.over() {
 		select {
 		case <-n.ctx.Done():
@@ -170,8 +170,9 @@ func (n *Node) watch(v *vol, i *instance) {
 		case <-i.ended:
 			return
 		case <-i.e.Over():
-		case <-tick.C:
+		case <-timer.C:
 			n.look(v, i)
+			timer.Reset(untilLook())
 		}
 	}
 	select {

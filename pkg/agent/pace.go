@@ -16,6 +16,11 @@ const (
 	tellLimit = 3 * time.Second
 )
 
+var lookFrom = time.Now()
+
+// untilLook is how long it is until all engines are looked at: at once, for what a process at rest costs is that it wakes up.
+func untilLook() time.Duration { return lookEvery - time.Since(lookFrom)%lookEvery }
+
 // look sees to what an engine's resyncs have come to: whether there are any, for the pacing, and which snapshots replicas
 // have filled in, for the controllers.
 func (n *Node) look(v *vol, i *instance) {
@@ -121,7 +126,7 @@ func (n *Node) pace() {
 		s.Copied = copied
 		next := time.Duration(replication.PaceEvery)
 		if !s.Resyncing && s.Ops == 0 {
-			next = lookEvery // a node at rest is left alone
+			next = untilLook() // a node at rest is left alone
 		}
 		timer.Reset(next)
 		p.Sample(s)
