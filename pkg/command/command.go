@@ -47,7 +47,7 @@ type SetNodeState struct {
 	Idle []volume.NodeID `json:"idle,omitempty"`
 }
 
-// RemoveNode forgets a node that has neither replicas nor attached volumes, and keeps its id out of the cluster until
+// RemoveNode forgets a node that has neither replicas, snapshots nor attached volumes, and keeps its id out of the cluster until
 // a join token names it. It answers Done.
 type RemoveNode struct {
 	Node volume.NodeID `json:"node"`

@@ -192,3 +192,18 @@ func TestALateEndOfAnother(t *testing.T) {
 	}
 	verify(t, s)
 }
+
+// TestANodeWithACopyIsNotRemoved: a copy may have been made there since its records were looked at.
+func TestANodeWithACopyIsNotRemoved(t *testing.T) {
+	s, id := keptWorld(t)
+	propose(t, s, copyOf(1, "s", 1, "p1", "p2"))
+	wantErr(t, s, command.RemoveNode{Node: "n2"}, volume.ErrInUse)
+	propose(t, s, command.AddHolder{Snapshot: "s", Replica: replica(1, 11)})
+	propose(t, s, command.BeginDelete{Volume: id})
+	propose(t, s, command.FinishDelete{Volume: id})
+	wantErr(t, s, command.RemoveNode{Node: "n2"}, volume.ErrInUse)
+	propose(t, s, command.RemoveNode{Node: "n3"})
+	propose(t, s, command.DropHolder{Snapshot: "s", Pool: "p2"})
+	propose(t, s, command.RemoveNode{Node: "n2"})
+	verify(t, s)
+}
