@@ -357,6 +357,7 @@ func openNarrow(t *testing.T) (*Pool, *narrowKV) {
 	kv.room.Store(true)
 	p, err := start("/memory", deps{file: m.file, kv: kv, space: m.space}, Options{Capacity: 1 << 30, manual: true})
 	must(t, err)
+	kv.room.Store(true)
 	kv.commits.Store(0)
 	return p, kv
 }
@@ -378,6 +379,27 @@ func TestScrubAsksForRoom(t *testing.T) {
 	must(t, p.Scrub(t.Context()))
 	kv.room.Store(true)
 	must(t, p.Close())
+}
+
+// A pool that fails is not waited for.
+func TestNobodyWaitsForAFailedPool(t *testing.T) {
+	t.Parallel()
+	p, kv := openNarrow(t)
+	d := newReplica(t, p, "r", mib, "") // takes the room
+	flushed := make(chan error, 1)
+	go func() { flushed <- d.Flush(t.Context()) }()
+	eventually(t, "a wait for room", func() bool { return p.starved.Load() > 0 })
+	_ = p.fail(errors.New("its disk is gone"))
+	select {
+	case err := <-flushed:
+		if !errors.Is(err, volume.ErrUnavailable) {
+			t.Errorf("flush: %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("a flush waits for room in a pool that has failed")
+		kv.room.Store(true)
+	}
+	_ = p.Close()
 }
 
 // What is stored in several commits asks for room before each of them: the filesystem may have been filled in between.

@@ -163,6 +163,9 @@ func (p *Pool) waitRoom(ctx context.Context) error {
 		case <-p.ctx.Done():
 			return disk.ErrNoSpace
 		}
+		if err := p.failure(); err != nil {
+			return err // no room would help
+		}
 	}
 	return nil
 }
