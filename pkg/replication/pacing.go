@@ -12,6 +12,7 @@ type Pacer struct {
 	leastAt Now
 	raised  int
 	last    Now
+	busyAt  Now // when the foreground did something last
 	copied  int64
 }
 
@@ -22,6 +23,8 @@ const (
 	// MinWindow and MaxWindow bound the window, in bytes.
 	MinWindow int64 = 256 << 10
 	MaxWindow int64 = 64 << 20
+	// StartRate is that of a resync that begins, in bytes per second: what the foreground feels is known a little later.
+	StartRate = paceFloor
 
 	paceStep   int64 = 256 << 10
 	rateStep   int64 = 1 << 20   // bytes per second
@@ -30,7 +33,8 @@ const (
 	paceFloor  int64 = 8 << 20 // bytes per second
 	paceUrgent       = 4       // times the floor, where one copy is left
 	paceLosing       = 30 * Second
-	maxRaised        = 6 // doublings of the floor
+	paceIdle         = 2 * Second // a foreground that rests for so long is none
+	maxRaised        = 6          // doublings of the floor
 )
 
 // PaceSample is what was seen since the sample before.
@@ -48,7 +52,9 @@ type PaceSample struct {
 }
 
 // NewPacer returns a pacer that knows nothing of the disk yet.
-func NewPacer() *Pacer { return &Pacer{window: MinWindow, floor: paceFloor} }
+func NewPacer() *Pacer {
+	return &Pacer{window: MinWindow, rate: StartRate, floor: paceFloor, busyAt: -paceIdle}
+}
 
 // Window is the bytes of copies that may be in flight.
 func (p *Pacer) Window() int64 { return p.window }
@@ -72,6 +78,9 @@ func (p *Pacer) Sample(s PaceSample) {
 	span := s.Now - p.last
 	copied := s.Copied - p.copied
 	p.last, p.copied = s.Now, s.Copied
+	if s.Ops > 0 {
+		p.busyAt = s.Now
+	}
 	if !s.Resyncing {
 		if s.Ops > 0 {
 			// The baseline follows the undisturbed foreground over some seconds.
@@ -80,7 +89,7 @@ func (p *Pacer) Sample(s PaceSample) {
 			}
 			p.baseline += (s.P99 - p.baseline) / 16
 		}
-		p.window, p.rate, p.least, p.raised = MinWindow, 0, 0, 0
+		p.window, p.rate, p.least, p.raised = MinWindow, StartRate, 0, 0
 		return
 	}
 	p.losing(s)
@@ -88,23 +97,33 @@ func (p *Pacer) Sample(s PaceSample) {
 	if s.Alone {
 		p.floor *= paceUrgent
 	}
-	slow := span > 0 && copied < int64(float64(p.floor)*float64(span)/float64(Second))
-	more := slow || s.Ops == 0 || p.baseline == 0 || s.P99 <= p.Target()
+	if p.rate > 0 {
+		p.rate = max(p.rate, p.floor)
+	}
+	reached := int64(float64(copied) * float64(Second) / float64(max(span, 1)))
+	slow := span > 0 && reached < p.floor
+	idle := s.Now-p.busyAt >= paceIdle
+	more := slow || idle || p.baseline == 0 || s.P99 <= p.Target()
 	switch {
-	case more && p.rate > 0:
-		if p.rate += rateStep; s.Ops == 0 {
+	case s.Ops == 0 && !idle && !slow: // it goes on soon, most likely
+	case more:
+		if p.rate == 0 || reached < p.rate*3/4 { // it is the window that holds copies up
+			p.window = min(p.window+paceStep, MaxWindow)
+		}
+		if p.rate == 0 {
+			break
+		}
+		if p.rate += rateStep; idle {
 			p.rate *= 2
 		}
 		if p.rate > maxRate {
 			p.rate = 0
 		}
-	case more:
-		p.window = min(p.window+paceStep, MaxWindow)
 	case p.window > MinWindow:
 		p.window = max(p.window*7/10, MinWindow)
 	default:
-		if p.rate == 0 && span > 0 {
-			p.rate = min(int64(float64(copied)*float64(Second)/float64(span)), maxRate)
+		if p.rate == 0 {
+			p.rate = min(reached, maxRate)
 		}
 		p.rate = max(p.rate*7/10, p.floor)
 	}

@@ -65,7 +65,7 @@ func TestPacerKeepsAFastDiskToTheTarget(t *testing.T) {
 		t.Errorf("rate %d and window %d once the foreground feels nothing", d.p.Rate(), d.p.Window())
 	}
 	d.run(Second, false)
-	if d.p.Rate() != 0 {
+	if d.p.Rate() != StartRate {
 		t.Errorf("rate %d after the resync", d.p.Rate())
 	}
 }
