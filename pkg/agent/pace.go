@@ -130,8 +130,8 @@ func (n *Node) pace() {
 		}
 		timer.Reset(next)
 		p.Sample(s)
+		n := int64(len(syncing))
 		for _, i := range syncing {
-			n := int64(len(syncing))
 			i.e.SetResyncPace(max(p.Window()/n, replication.MinWindow), p.Rate()/n)
 		}
 	}

@@ -56,12 +56,8 @@ func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.
 	if err != nil {
 		return err
 	}
-	at := volume.Replica{Pool: pool}
-	for _, n := range c.nodes {
-		if slices.ContainsFunc(n.Pools, func(p volume.Pool) bool { return p.ID == pool }) {
-			at.Node = n.ID
-		}
-	}
+	there, _ := c.pool(pool)
+	at := volume.Replica{Pool: pool, Node: there.Node}
 	for _, o := range xs {
 		if o.CreatedAt > x.CreatedAt || slices.ContainsFunc(o.Holders, func(h volume.Replica) bool { return h.Pool == pool }) {
 			continue
@@ -141,16 +137,22 @@ func (s *Service) EndCopy(ctx context.Context, id volume.ID, into volume.Replica
 		return err
 	}
 	to := v.Replicas[1]
-	if to.Role != volume.InSync && c.full(to.Pool) { // what is freed there now would be filled again by the next
+	if p, known := c.pool(to.Pool); known && p.Full() && to.Role != volume.InSync { // what is freed there now would be filled again by the next
 		s.notFit(v.Kept, to.Pool)
 	}
 	return s.endCopy(ctx, v)
 }
 
-func (c cluster) full(id volume.PoolID) bool {
-	return slices.ContainsFunc(c.nodes, func(n volume.Node) bool {
-		return slices.ContainsFunc(n.Pools, func(p volume.Pool) bool { return p.ID == id && p.Full() })
-	})
+// pool is a pool as its node reported it.
+func (c cluster) pool(id volume.PoolID) (p volume.Pool, known bool) {
+	for _, n := range c.nodes {
+		for _, p := range n.Pools {
+			if p.ID == id {
+				return p, true
+			}
+		}
+	}
+	return p, false
 }
 
 // endCopy frees what a snapshot is copied with. The caller has v's lock.

@@ -39,8 +39,9 @@ func cached(t *testing.T, path string) int {
 	return n
 }
 
-// TestOpenReadsTheDisk: what an earlier process left in the page cache, and a failed sync of it made look clean, is not read.
-func TestOpenReadsTheDisk(t *testing.T) {
+// dirOnDisk is a directory whose files are not their page cache.
+func dirOnDisk(t *testing.T) string {
+	t.Helper()
 	dir := t.TempDir()
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {
@@ -49,6 +50,12 @@ func TestOpenReadsTheDisk(t *testing.T) {
 	if fs.Type == unix.TMPFS_MAGIC {
 		t.Skip("a tmpfs is nothing but page cache")
 	}
+	return dir
+}
+
+// TestOpenReadsTheDisk: what an earlier process left in the page cache, and a failed sync of it made look clean, is not read.
+func TestOpenReadsTheDisk(t *testing.T) {
+	dir := dirOnDisk(t)
 	path := filepath.Join(dir, "data")
 	f, err := OpenFile(path, Options{Buffered: true})
 	if err != nil {
@@ -78,14 +85,7 @@ func TestOpenReadsTheDisk(t *testing.T) {
 
 // A log is read from the disk as well when a database is opened.
 func TestLogsAreReadFromTheDisk(t *testing.T) {
-	dir := t.TempDir()
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
-		t.Fatal(err)
-	}
-	if fs.Type == unix.TMPFS_MAGIC {
-		t.Skip("a tmpfs is nothing but page cache")
-	}
+	dir := dirOnDisk(t)
 	path := filepath.Join(dir, "00007.mem")
 	f, err := os.Create(path)
 	if err != nil {
