@@ -117,54 +117,71 @@ func (f *Frontend) Clean(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	mounts, err := mountPoints()
-	if err != nil {
-		return err
-	}
-	all, err := f.remnants(mounts)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, r := range all {
-		errs = append(errs, f.clean(r))
-	}
-	if stale, err := f.Stale(ctx); err == nil && len(stale) > 0 {
+	for {
+		left, err := f.cleanAll()
+		if err != nil || !left {
+			return err
+		}
+		stale, err := f.Stale(ctx)
+		if err != nil {
+			return err
+		}
+		if len(stale) == 0 { // let go of since: its mount is still there
+			continue
+		}
 		f.setLeft()
 		var busy []string
 		for _, s := range stale {
 			busy = append(busy, fmt.Sprintf("%s on %s (mounted at %q)", s.Name, s.LoopPath, s.Mounts))
 		}
-		errs = append(errs, fmt.Errorf("dead devices are still in use, unmount them: %s: %w", strings.Join(busy, "; "), frontend.ErrBusy))
+		return fmt.Errorf("dead devices are still in use, unmount them: %s: %w", strings.Join(busy, "; "), frontend.ErrBusy)
 	}
-	return errors.Join(errs...)
+}
+
+// cleanAll removes the remnants, and tells whether some were left because their loop devices are in use.
+func (f *Frontend) cleanAll() (left bool, err error) {
+	mounts, err := mountPoints()
+	if err != nil {
+		return false, err
+	}
+	all, err := f.remnants(mounts)
+	if err != nil {
+		return false, err
+	}
+	var errs []error
+	for _, r := range all {
+		busy, err := f.clean(r)
+		left = left || busy
+		errs = append(errs, err)
+	}
+	return left, errors.Join(errs...)
 }
 
 // clean removes a remnant, unless its loop device is in use: the mount is left then, as by its path the device is found.
-func (f *Frontend) clean(r remnant) error {
+func (f *Frontend) clean(r remnant) (busy bool, err error) {
 	if r.mounted {
 		// Its server is gone. The abort is for descriptors that it may have handed on.
 		f.ctl.abort(r.conn, r.path)
 		if r.loop != nil && !freeLoop(r.loop.path, r.path) {
-			return nil
+			return true, nil
 		}
 		if err := unmount(r.path); err != nil && err != unix.EINVAL && err != unix.ENOENT {
-			return fmt.Errorf("unmount %s: %w", r.path, err)
+			return false, fmt.Errorf("unmount %s: %w", r.path, err)
 		}
 	}
 	info, err := os.Lstat(r.path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return nil
+		return false, nil
 	case err != nil:
-		return err
+		return false, err
 	case !info.Mode().IsRegular() || info.Size() != 0:
-		return fmt.Errorf("%s is not Ballast's; move it away: %w", r.path, volume.ErrInUse)
+		return false, fmt.Errorf("%s is not Ballast's; move it away: %w", r.path, volume.ErrInUse)
 	}
 	if err := os.Remove(r.path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+		return false, err
 	}
-	return nil
+	return false, nil
 }
 
 // freeLoop frees a loop device if it is bound to the file, and nobody uses it.

@@ -222,6 +222,39 @@ func TestAbortedFromOutside(t *testing.T) {
 	}
 }
 
+// TestLetGoOfMeanwhile has the last user of a dead device leave while it is looked whether there is one.
+func TestLetGoOfMeanwhile(t *testing.T) {
+	f := newFrontend(t, t.TempDir())
+	for i := range 100 {
+		path, err := f.Attach(t.Context(), "vol", blocktest.NewMem(16<<20), frontend.Options{BlockSize: 4096})
+		if err != nil {
+			t.Fatal(err)
+		}
+		user, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Abort(t.Context(), "vol"); err != nil {
+			t.Fatal(err)
+		}
+		left := make(chan error, 1)
+		go func() {
+			time.Sleep(time.Duration(i) * 20 * time.Microsecond)
+			left <- user.Close()
+		}()
+		err = f.Clean(t.Context())
+		switch files, _ := os.ReadDir(f.dir); {
+		case err != nil && !errors.Is(err, frontend.ErrBusy):
+			t.Fatal(err)
+		case err == nil && len(files) != 0:
+			t.Fatalf("round %d: Clean() = nil and left %v", i, files)
+		}
+		if err := <-left; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestLeaks goes through all ways in which a device ends.
 func TestLeaks(t *testing.T) {
 	dir := t.TempDir()
