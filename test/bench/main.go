@@ -29,6 +29,7 @@ var benchmarks = []struct {
 	{"nbd", benchNBD},
 	{"store", benchStore},
 	{"replication", benchReplication},
+	{"reads", benchReads},
 	{"rpc", benchRPC},
 	{"cluster", benchThreeNodes},
 	{"resync", benchResync},

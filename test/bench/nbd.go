@@ -26,13 +26,14 @@ func benchNBD(ctx context.Context, w io.Writer) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	var uris []string
-	for _, up := range []func(context.Context, string) (string, func() error, error){nbdUp, nbdkitUp} {
-		uri, down, err := up(ctx, dir)
+	nbdkit := func(ctx context.Context, dir string) (*service, error) { return nbdkitUp(ctx, dir) }
+	for _, up := range []func(context.Context, string) (*service, error){nbdUp, nbdkit} {
+		s, err := up(ctx, dir)
 		if err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, down()) }()
-		uris = append(uris, uri)
+		defer func() { err = errors.Join(err, s.down()) }()
+		uris = append(uris, s.uri)
 	}
 	fmt.Fprintf(w, "| Workload | Ballast | nbdkit | Ballast / nbdkit |\n|---|---|---|---|\n")
 	for _, load := range chosen(workloads) {
@@ -51,41 +52,42 @@ func benchNBD(ctx context.Context, w io.Writer) (err error) {
 
 func nbdURI(socket string) string { return "nbd+unix:///?socket=" + socket }
 
-func nbdUp(ctx context.Context, dir string) (string, func() error, error) {
+func nbdUp(ctx context.Context, dir string) (*service, error) {
 	path, err := backingFile(ctx, dir, "ballast")
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	file, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	socket := filepath.Join(dir, "ballast.sock")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
-		return "", nil, errors.Join(err, file.Close())
+		return nil, errors.Join(err, file.Close())
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
 	go func() {
 		done <- nbd.Serve(ctx, l, []nbd.Export{{Device: fileDevice{int(file.Fd())}}}, nbd.Options{})
 	}()
-	return nbdURI(socket), func() error {
+	return &service{nbdURI(socket), []int{os.Getpid()}, func() error {
 		cancel()
 		return errors.Join(<-done, file.Close())
-	}, nil
+	}}, nil
 }
 
-func nbdkitUp(ctx context.Context, dir string) (string, func() error, error) {
+// nbdkitUp serves a file with nbdkit's file plugin, which is given options.
+func nbdkitUp(ctx context.Context, dir string, options ...string) (*service, error) {
 	path, err := backingFile(ctx, dir, "nbdkit")
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	socket, ready := filepath.Join(dir, "nbdkit.sock"), filepath.Join(dir, "nbdkit.pid")
-	cmd := exec.Command("nbdkit", "--foreground", "--unix", socket, "--pidfile", ready, "file", path)
+	cmd := exec.Command("nbdkit", append([]string{"--foreground", "--unix", socket, "--pidfile", ready, "file", path}, options...)...)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	stop := func() error {
 		err := cmd.Process.Signal(unix.SIGTERM)
@@ -94,10 +96,10 @@ func nbdkitUp(ctx context.Context, dir string) (string, func() error, error) {
 	}
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if _, err := os.Stat(ready); err == nil {
-			return nbdURI(socket), stop, nil
+			return &service{nbdURI(socket), []int{cmd.Process.Pid}, stop}, nil
 		}
 		if time.Now().After(end) {
-			return "", nil, errors.Join(errors.New("nbdkit does not come up"), stop())
+			return nil, errors.Join(errors.New("nbdkit does not come up"), stop())
 		}
 	}
 }

@@ -67,21 +67,12 @@ func benchReplication(ctx context.Context, w io.Writer) (err error) {
 	const quorum, three, secure = 1, 4, 5 // their columns
 	var services []*service
 	for _, s := range systems {
-		at := filepath.Join(dir, s.name)
-		if err := os.Mkdir(at, 0o700); err != nil {
-			return err
-		}
-		up, err := s.up(ctx, at)
+		up, err := filledService(ctx, filepath.Join(dir, s.name), s)
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			return err
 		}
 		defer func() { err = errors.Join(err, up.down()) }()
 		services = append(services, up)
-		// What was never written would be too easy to read and to write.
-		fill := workload{name: "fill", rw: "write", block: "1m", depth: 4}
-		if _, err := runFioFor(ctx, fill, 0, "--ioengine=nbd", "--uri="+up.uri, fmt.Sprintf("--size=%d", frontendSize)); err != nil {
-			return fmt.Errorf("fill %s: %w", s.name, err)
-		}
 	}
 	for i := range 3 {
 		if _, err := backingFile(ctx, dir, fmt.Sprintf("plain.%d", i)); err != nil {
@@ -98,18 +89,12 @@ func benchReplication(ctx context.Context, w io.Writer) (err error) {
 					"--group_reporting", "--directory="+dir, "--filename_format=plain.$jobnum", fmt.Sprintf("--size=%d", frontendSize))
 				return limit / 3, err
 			}
-			s := services[i-1]
-			before, err := s.cpu()
-			if err != nil {
-				return 0, err
-			}
-			v, err := runFio(ctx, load, "--ioengine=nbd", "--uri="+s.uri)
+			v, cpu, err := services[i-1].measure(ctx, load)
 			if err != nil {
 				return 0, fmt.Errorf("%s: %w", systems[i-1].name, err)
 			}
-			after, err := s.cpu()
-			cost[i] = append(cost[i], time.Duration(float64(after-before)/(v*frontendFor.Seconds())))
-			return v, err
+			cost[i] = append(cost[i], cpu)
+			return v, nil
 		})
 		if err != nil {
 			return err
