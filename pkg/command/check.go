@@ -392,11 +392,16 @@ func (c CopySnapshot) Check() error {
 }
 
 // Check implements Command.
-func (c DropHolder) Check() error {
-	if err := volume.CheckName("pool id", string(c.Pool)); err != nil {
+func (c DropHolder) Check() error { return checkHolder(c.Snapshot, c.Pool) }
+
+// Check implements Command.
+func (c FreeHolder) Check() error { return checkHolder(c.Snapshot, c.Pool) }
+
+func checkHolder(id volume.SnapshotID, p volume.PoolID) error {
+	if err := volume.CheckName("pool id", string(p)); err != nil {
 		return err
 	}
-	return volume.CheckName("snapshot id", string(c.Snapshot))
+	return volume.CheckName("snapshot id", string(id))
 }
 
 // Check implements Command.

@@ -60,6 +60,7 @@ var kinds = map[string]kindOfCommand{
 	"salvage":                kind[Salvage](),
 	"add-holder":             kind[AddHolder](),
 	"drop-holder":            kind[DropHolder](),
+	"free-holder":            kind[FreeHolder](),
 	"copy-snapshot":          kind[CopySnapshot](),
 	"note-difference":        kind[NoteDifference](),
 	"begin-group":            kind[BeginGroup](),

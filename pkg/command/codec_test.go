@@ -50,7 +50,7 @@ func samples() []Command {
 		ModifyVolume{Volume: "v"},
 		SetFilesystem{Volume: "v", Filesystem: volume.Filesystem{Phase: volume.Formatting, Type: "xfs"}},
 		BeginSnapshot{Now: 5, ID: "s", Name: "name", Volume: "v", Freeze: true}, FinishSnapshot{Cut: cut},
-		AddHolder{Snapshot: "s", Replica: "r"}, DropHolder{Snapshot: "s", Pool: "p"},
+		AddHolder{Snapshot: "s", Replica: "r"}, DropHolder{Snapshot: "s", Pool: "p"}, FreeHolder{Snapshot: "s", Pool: "p"},
 		CopySnapshot{Now: 6, Snapshot: "s", From: volume.Replica{ID: "r", Pool: "p", Role: volume.InSync}, To: volume.Replica{ID: "q", Pool: "o", Role: volume.Filling}},
 		NoteDifference{Snapshot: "s"}, NoteDifference{Snapshot: "s", Differs: &volume.Difference{Offset: 1 << 23, Alike: [][]volume.PoolID{{"p", "q"}, {"o"}}}},
 		BeginGroup{Now: 5, ID: "g", Name: "name", Volumes: []volume.ID{"v", "w"}, IDs: []volume.SnapshotID{"s", "t"}, Freeze: true},

@@ -48,7 +48,7 @@ type SetNodeState struct {
 }
 
 // RemoveNode forgets a node that has neither replicas, snapshots nor attached volumes, and keeps its id out of the cluster until
-// a join token names it. It answers Done.
+// a join token names it. Copies of snapshots that leave go with it: FreeHolder forgets them then. It answers Done.
 type RemoveNode struct {
 	Node volume.NodeID `json:"node"`
 }
@@ -158,7 +158,8 @@ type CloseEngine struct {
 	Clean  bool         `json:"clean,omitempty"`
 }
 
-// AddReplica gives a volume one more replica, to be filled. It answers Volume.
+// AddReplica gives a volume one more replica, to be filled. It is refused with volume.ErrBusy where the volume has one on that node,
+// or the pool has yet to free a copy of one of its snapshots. It answers Volume.
 type AddReplica struct {
 	Volume  volume.ID      `json:"volume"`
 	Replica volume.Replica `json:"replica"`
@@ -274,8 +275,8 @@ type AddHolder struct {
 // made from the snapshot on a pool that holds it whole, is in sync, and To is to be filled from it. What AddHolder records then is
 // the copy, and a BeginDelete ends it. No quota counts it. It is refused with volume.ErrNotFound where the snapshot is being
 // deleted, ErrInvalid where From's pool has no sound copy of it or To's node has one, ErrNoSpace where To's has no room, and ErrBusy
-// where the volume exists, another of its snapshots is being copied, or something of it is still to be freed on one of the two
-// nodes. It answers Volume.
+// where the volume exists, another of its snapshots is being copied, something of it is still to be freed on one of the two
+// nodes, or a copy of one of its snapshots in To's pool. It answers Volume.
 type CopySnapshot struct {
 	Now      volume.Timestamp  `json:"now"`
 	Snapshot volume.SnapshotID `json:"snapshot"`
@@ -283,13 +284,20 @@ type CopySnapshot struct {
 	To       volume.Replica    `json:"to"`
 }
 
-// DropHolder says that a pool holds a snapshot no more. It is refused with volume.ErrInUse where no other pool has a sound copy of a
-// snapshot that is not being deleted, or where the copies differ, unless the holder is Lost: its disk is gone for good. It answers
-// Snapshot.
+// DropHolder has a pool hold a snapshot no more: its copy is Leaving until FreeHolder, or gone at once where the holder is Lost: its
+// disk is gone for good. One that is not Lost is refused with volume.ErrInUse where no other pool has a sound copy of a snapshot that
+// is not being deleted, or where the copies differ, and with ErrBusy where a replica of the volume is in that pool. It answers Snapshot.
 type DropHolder struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
 	Pool     volume.PoolID     `json:"pool"`
 	Lost     bool              `json:"lost,omitempty"`
+}
+
+// FreeHolder forgets a copy of a snapshot that is Leaving: its pool has freed it, or is not known any more. One that is not there is
+// fine. It answers Done.
+type FreeHolder struct {
+	Snapshot volume.SnapshotID `json:"snapshot"`
+	Pool     volume.PoolID     `json:"pool"`
 }
 
 // NoteDifference says how the copies of a snapshot differ, nil that they are alike. It is refused with volume.ErrBusy where the
@@ -381,6 +389,7 @@ func (ForgetPool) command()           {}
 func (Salvage) command()              {}
 func (AddHolder) command()            {}
 func (DropHolder) command()           {}
+func (FreeHolder) command()           {}
 func (CopySnapshot) command()         {}
 func (NoteDifference) command()       {}
 func (BeginGroup) command()           {}

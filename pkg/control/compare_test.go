@@ -113,10 +113,9 @@ func (c *copies) alarms() int { return strings.Count(c.log.String(), "level=ERRO
 
 func (c *copies) drop(holder int) {
 	c.t.Helper()
+	wantErr(c.t, c.DeleteVolume(c.t.Context(), c.of.Volume), nil)
 	c.agents.setDown(c.of.Holders[holder].Node, true) // it is freed later
-	if err := c.DropHolder(c.t.Context(), c.of.ID, c.of.Holders[holder].Pool); err != nil && !errors.Is(err, volume.ErrUnavailable) {
-		c.t.Fatal(err)
-	}
+	wantErr(c.t, c.DropHolder(c.t.Context(), c.of.ID, c.of.Holders[holder].Pool), nil)
 }
 
 func TestCopiesThatDiffer(t *testing.T) {

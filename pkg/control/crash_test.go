@@ -237,6 +237,7 @@ func severalCases() []useCase {
 	}
 	return []useCase{
 		copyCase(grow),
+		leaveCase(grow),
 		{
 			name:  "create on two nodes",
 			setup: func(w *world) string { grow(w); return "" },

@@ -160,6 +160,8 @@ type fakeAgents struct {
 	onFence, onDetach func()
 	// onFreed happens when a replica has been deleted.
 	onFreed func(volume.ReplicaID)
+	// read are snapshots, with their pools, that are being read: they are not let go of.
+	read map[volume.SnapshotID]bool
 	// digest answers Digest.
 	digest func(ctx context.Context, h volume.Replica, offset int64, regions int) (control.Digest, error)
 }
@@ -399,7 +401,11 @@ func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s cont
 
 func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, _ uint64) error {
 	return a.do(ctx, "DeleteSnapshot", node, func() error {
-		delete(a.snapshots, volume.SnapshotID(fmt.Sprintf("%s@%s", id, pool)))
+		key := volume.SnapshotID(fmt.Sprintf("%s@%s", id, pool))
+		if a.read[key] {
+			return fmt.Errorf("snapshot %s is being read: %w", id, volume.ErrBusy)
+		}
+		delete(a.snapshots, key)
 		return nil
 	})
 }

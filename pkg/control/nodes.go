@@ -188,8 +188,11 @@ func (s *Service) measured(ctx context.Context, node volume.NodeID) (usage, erro
 	}
 	for _, x := range ss {
 		delete(u.givenUp, x.ID)
-		if i := slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Node == node }); i >= 0 {
+		on := func(h volume.Replica) bool { return h.Node == node }
+		if i := slices.IndexFunc(x.Holders, on); i >= 0 {
 			u.snapshots[x.ID], u.damagedSnapshots[x.ID] = x.Holders[i].PhysicalBytes, x.Holders[i].Damaged
+		} else if i := slices.IndexFunc(x.Leaving, on); i >= 0 {
+			u.snapshots[x.ID] = x.Leaving[i].PhysicalBytes
 		} else if r, ok := here[x.Volume]; ok && x.State == volume.Ready {
 			u.filled[x.ID] = r
 		}

@@ -147,7 +147,7 @@ type Store interface {
 	Snapshots(ctx context.Context, of volume.ID, after volume.SnapshotID, limit int) ([]volume.Snapshot, error)
 	// Remains lists what is kept of deleted volumes that have snapshots, in order of id.
 	Remains(ctx context.Context) ([]volume.Remains, error)
-	// Unsettled lists what is in a state that must end: being created, deleted, expanded or detached.
+	// Unsettled lists what is in a state that must end: being created, deleted, expanded or detached, or with copies that leave.
 	Unsettled(ctx context.Context) ([]volume.ID, []volume.SnapshotID, error)
 	// Group returns a group snapshot with its members.
 	Group(ctx context.Context, id volume.GroupID) (volume.Group, []volume.Snapshot, error)

@@ -245,7 +245,7 @@ func (s *Service) DropReplica(ctx context.Context, id volume.ID, replica volume.
 	return nil
 }
 
-// DropHolder has a pool let go of a snapshot of which another has a sound copy; else it is volume.ErrInUse.
+// DropHolder has a pool let go of a snapshot of which another has a sound copy, as soon as it can; else it is volume.ErrInUse.
 func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool volume.PoolID) error {
 	unlock, ok := s.flights.tryLock(snapshotKey(string(id)))
 	if !ok {
@@ -256,16 +256,52 @@ func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool vol
 	if err != nil {
 		return ignoreNotFound(err)
 	}
-	i := slices.IndexFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool })
-	if i < 0 {
+	if !slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == pool }) {
 		return nil
 	}
-	// Nobody reads what is freed: first the record, and until the pool has freed it its report shows it as a stray.
-	if err := s.propose(ctx, command.DropHolder{Snapshot: id, Pool: pool}); err != nil {
+	now, err := s.proposeSnapshot(ctx, command.DropHolder{Snapshot: id, Pool: pool}) // first: nobody reads what is freed
+	if err != nil {
 		return err
 	}
 	s.record(ctx, "snapshot.move", string(id), fmt.Sprintf("pool %s holds it no more", pool), nil)
-	return s.agents.DeleteSnapshot(ctx, x.Holders[i].Node, pool, id, 0)
+	if err := s.freeHolders(ctx, now.Snapshot); err != nil {
+		s.o.Logger.Warn("a pool holds a snapshot no more, its space will be freed later", "snapshot", id, "pool", pool, "error", err)
+	}
+	return nil
+}
+
+// freeHolders has pools free copies of a snapshot that leave, and forgets those that are free, and those in pools that are not known
+// any more: forgotten, or removed with their nodes. The caller has its lock.
+func (s *Service) freeHolders(ctx context.Context, x volume.Snapshot) error {
+	c, err := s.cluster(ctx)
+	if err != nil {
+		return err
+	}
+	errs := make([]error, len(x.Leaving))
+	var wg sync.WaitGroup
+	for i, h := range x.Leaving {
+		wg.Go(func() {
+			if errs[i] = s.freeHolder(ctx, c, h, x.ID, 0); errs[i] == nil {
+				errs[i] = s.propose(ctx, command.FreeHolder{Snapshot: x.ID, Pool: h.Pool})
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// freeHolder has a pool let go of a snapshot, if the pool is known.
+func (s *Service) freeHolder(ctx context.Context, c cluster, h volume.Replica, id volume.SnapshotID, upTo uint64) error {
+	if _, known := c.pool(h.Pool); !known {
+		return nil
+	}
+	if why := c.silent[h.Node]; why != "" {
+		return fmt.Errorf("snapshot %s on node %s: %s: %w", id, h.Node, why, volume.ErrUnavailable)
+	}
+	if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, id, upTo); err != nil {
+		return fmt.Errorf("free snapshot %s on node %s: %w", id, h.Node, err)
+	}
+	return nil
 }
 
 // Commit is CommitBy for an engine of this process.

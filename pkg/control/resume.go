@@ -132,8 +132,8 @@ func (s *Service) resumed(ctx context.Context, action, object string, err error)
 	return err
 }
 
-// ResumeSnapshot frees a snapshot that is deleted or that was left unfinished: nobody was told of it. It returns
-// ErrUnderWay, and does nothing, while a call works on it.
+// ResumeSnapshot frees a snapshot that is deleted or that was left unfinished: nobody was told of it; and copies that leave. It
+// returns ErrUnderWay, and does nothing, while a call works on it.
 func (s *Service) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) error {
 	unlock, ok := s.flights.tryLock(snapshotKey(string(id)))
 	if !ok {
@@ -144,10 +144,12 @@ func (s *Service) ResumeSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	if err != nil {
 		return ignoreNotFound(err)
 	}
-	switch x.State {
-	case volume.Deleting:
+	switch {
+	case x.State == volume.Deleting:
 		return s.resumed(ctx, "snapshot.free", string(id), s.completeDeleteSnapshot(ctx, x))
-	case volume.Creating:
+	case len(x.Leaving) > 0:
+		return s.resumed(ctx, "snapshot.move", string(id), s.freeHolders(ctx, x))
+	case x.State == volume.Creating:
 		if x.Group != "" {
 			return s.resumeGroup(ctx, x.Group)
 		}

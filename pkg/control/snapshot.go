@@ -239,14 +239,14 @@ func (s *Service) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	return nil
 }
 
-// completeDeleteSnapshot has the holders of a snapshot with a tombstone let go of it, and replicas of its volume into which
-// it may have been filled in meanwhile, and forgets it. The caller has its lock.
+// completeDeleteSnapshot has the holders of a snapshot with a tombstone let go of it, those whose copies leave, and replicas of its
+// volume into which it may have been filled in meanwhile, and forgets it. The caller has its lock.
 func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot) error {
 	c, err := s.cluster(ctx)
 	if err != nil {
 		return err
 	}
-	holders := slices.Clone(x.Holders)
+	holders := slices.Concat(x.Holders, x.Leaving)
 	v, err := s.store.Volume(ctx, x.Volume)
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return err
@@ -263,13 +263,7 @@ func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot)
 	errs := make([]error, len(holders))
 	var wg sync.WaitGroup
 	for i, h := range holders {
-		wg.Go(func() {
-			if why := c.silent[h.Node]; why != "" {
-				errs[i] = fmt.Errorf("snapshot %s on node %s: %s: %w", x.ID, h.Node, why, volume.ErrUnavailable)
-			} else if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, x.ID, v.Barriers); err != nil {
-				errs[i] = fmt.Errorf("free snapshot %s on node %s: %w", x.ID, h.Node, err)
-			}
-		})
+		wg.Go(func() { errs[i] = s.freeHolder(ctx, c, h, x.ID, v.Barriers) })
 	}
 	wg.Wait()
 	if err := errors.Join(errs...); err != nil {

@@ -72,6 +72,9 @@ func (s *Service) whyCopies(ctx context.Context, p *paragraph, x volume.Snapshot
 			sound++
 		}
 	}
+	for _, h := range x.Leaving {
+		p.says("its copy in pool %s on node %s is none any more, and is freed when the pool can free it", h.Pool, h.Node)
+	}
 	what, next := differing(x)
 	if what != "" {
 		p.says("%s", what)

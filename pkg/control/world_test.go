@@ -150,7 +150,7 @@ func (w *world) check() {
 	}
 	snaps := []volume.SnapshotID{}
 	for _, x := range ss {
-		if x.State != volume.Ready {
+		if x.State != volume.Ready || len(x.Leaving) > 0 {
 			w.t.Errorf("snapshot %s is unfinished: %+v", x.ID, x)
 		}
 		for _, h := range x.Holders {

@@ -20,7 +20,7 @@ func (m *Machine) Group(ctx context.Context, id volume.GroupID) (g volume.Group,
 		}
 		list = members(r.view, g)
 		for i := range list {
-			list[i].Holders = r.locate(list[i].Holders)
+			list[i] = r.located(list[i])
 		}
 		return nil
 	})

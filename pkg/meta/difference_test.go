@@ -67,6 +67,7 @@ func TestTheLastSoundCopyStays(t *testing.T) {
 		command.BeginSnapshot{Now: 2, ID: "s", Name: "s", Volume: v.ID},
 		command.FinishSnapshot{Cut: command.Cut{Snapshot: "s", ConfigVersion: 1, Holders: []volume.ReplicaID{replica(1, 0)}}},
 		command.AddHolder{Snapshot: "s", Replica: second.ID},
+		command.BeginDelete{Volume: v.ID}, command.FinishDelete{Volume: v.ID},
 	} {
 		propose(t, s, c)
 	}

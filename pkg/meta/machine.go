@@ -82,6 +82,8 @@ func apply(v *view, encoded []byte) command.Result {
 		r, err = noteDifference(v, c)
 	case command.DropHolder:
 		r, err = dropHolder(v, c)
+	case command.FreeHolder:
+		r, err = freeHolder(v, c)
 	case command.BeginGroup:
 		r, err = beginGroup(v, c)
 	case command.FinishGroup:
@@ -129,11 +131,11 @@ func located(v *view, r command.Result) command.Result {
 		x.Volume.Replicas, x.Volume.Leaving = move(x.Volume.Replicas), move(x.Volume.Leaving)
 		return x
 	case command.Snapshot:
-		x.Snapshot.Holders = move(x.Snapshot.Holders)
+		x.Snapshot.Holders, x.Snapshot.Leaving = move(x.Snapshot.Holders), move(x.Snapshot.Leaving)
 		return x
 	case command.Group:
 		for i := range x.Snapshots {
-			x.Snapshots[i].Holders = move(x.Snapshots[i].Holders)
+			x.Snapshots[i].Holders, x.Snapshots[i].Leaving = move(x.Snapshots[i].Holders), move(x.Snapshots[i].Leaving)
 		}
 		return x
 	}
@@ -203,7 +205,7 @@ func unprovision(v *view, rs []volume.Replica, less int64) {
 			continue
 		}
 		p.Provisioned = max(0, p.Provisioned-less)
-		if p.Provisioned == 0 && p.Capacity == 0 && !holdsSnapshots(v, p.ID) { // its node registered without it, and nothing is on it any more
+		if p.Provisioned == 0 && p.Capacity == 0 && !hasSnapshots(v, p.ID) { // its node registered without it, and nothing is on it any more
 			forgetPool(v, p)
 			continue
 		}

@@ -55,7 +55,7 @@ func removeNode(v *view, c command.RemoveNode) (command.Result, error) {
 			if p.Provisioned > 0 {
 				return nil, fmt.Errorf("pool %s of node %s holds replicas of %d bytes; empty the node first: %w", p.ID, n.ID, p.Provisioned, volume.ErrInUse)
 			}
-			if holdsSnapshots(v, p.ID) {
+			if someSnapshot(v, snapshots, func(x volume.Snapshot) bool { return slices.ContainsFunc(x.Holders, inPool(p.ID)) }) {
 				return nil, fmt.Errorf("pool %s of node %s holds snapshots; empty the node first: %w", p.ID, n.ID, volume.ErrInUse)
 			}
 			v.del(pools + string(id))

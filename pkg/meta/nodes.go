@@ -43,7 +43,7 @@ func registerNode(v *view, c command.RegisterNode) (command.Result, error) {
 	}
 	for _, id := range n.Pools {
 		if p, ok := load[volume.Pool](v, pools+string(id)); ok && p.Node == n.ID && !present[id] {
-			if p.Provisioned == 0 && !holdsSnapshots(v, id) {
+			if p.Provisioned == 0 && !hasSnapshots(v, id) {
 				v.del(pools + string(id))
 				continue
 			}
@@ -57,17 +57,10 @@ func registerNode(v *view, c command.RegisterNode) (command.Result, error) {
 	return command.Done{}, nil
 }
 
-// holdsSnapshots tells whether a pool is a holder by the records: those of deleted volumes are all that it may have.
-func holdsSnapshots(v *view, id volume.PoolID) (holds bool) {
-	err := v.keys(snapshots, func(key string) bool {
-		x, _ := load[volume.Snapshot](v, key)
-		holds = slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return h.Pool == id })
-		return !holds
-	})
-	if err != nil && v.err == nil {
-		v.err = fmt.Errorf("look for what pool %s holds: %w", id, err)
-	}
-	return holds
+// hasSnapshots tells whether a pool has copies of snapshots by the records, those that leave included: it may have nothing else.
+func hasSnapshots(v *view, id volume.PoolID) bool {
+	in := inPool(id)
+	return someSnapshot(v, snapshots, func(x volume.Snapshot) bool { return slices.ContainsFunc(slices.Concat(x.Holders, x.Leaving), in) })
 }
 
 // leave takes a pool from the node it was on: its disk was moved, or the host has a new name.
@@ -142,12 +135,18 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 		if !ok {
 			continue
 		}
-		rec.Holders = slices.Clone(rec.Holders)
-		i := slices.IndexFunc(rec.Holders, func(h volume.Replica) bool { return place(v, h).Node == c.Node })
-		if bytes := c.Snapshots[id]; i >= 0 && rec.Holders[i].PhysicalBytes != bytes {
-			measure(v, rec.Tenant, rec.Holders[i].PhysicalBytes, bytes)
-			rec.PhysicalBytes += bytes - rec.Holders[i].PhysicalBytes
-			rec.Holders[i].PhysicalBytes = bytes
+		rec.Holders, rec.Leaving = slices.Clone(rec.Holders), slices.Clone(rec.Leaving)
+		here := func(h volume.Replica) bool { return place(v, h).Node == c.Node }
+		var h *volume.Replica
+		if i := slices.IndexFunc(rec.Holders, here); i >= 0 {
+			h = &rec.Holders[i]
+		} else if i := slices.IndexFunc(rec.Leaving, here); i >= 0 {
+			h = &rec.Leaving[i]
+		}
+		if bytes := c.Snapshots[id]; h != nil && h.PhysicalBytes != bytes {
+			measure(v, rec.Tenant, h.PhysicalBytes, bytes)
+			rec.PhysicalBytes += bytes - h.PhysicalBytes
+			h.PhysicalBytes = bytes
 			putSnapshot(v, rec)
 		}
 	}

@@ -177,9 +177,13 @@ func draw(t *rapid.T, s *Store) command.Command {
 		if rec, err := s.Volume(context.Background(), volume.ID(fmt.Sprintf("vol-%020x", i))); err == nil {
 			vol, epoch, version = rec.ID, rec.Epoch, rec.ConfigVersion
 		}
-		switch rep := replica(i, rapid.IntRange(3, 6).Draw(t, "of a copy")); rapid.IntRange(0, 5).Draw(t, "step") {
+		switch rep := replica(i, rapid.IntRange(3, 6).Draw(t, "of a copy")); rapid.IntRange(0, 7).Draw(t, "step") {
 		case 0:
 			return command.AddHolder{Snapshot: orphaned, Replica: rep}
+		case 6:
+			return command.DropHolder{Snapshot: orphaned, Pool: rapid.SampledFrom([]volume.PoolID{"p1", "p3"}).Draw(t, "pool")}
+		case 7:
+			return command.FreeHolder{Snapshot: orphaned, Pool: rapid.SampledFrom([]volume.PoolID{"p1", "p3"}).Draw(t, "pool")}
 		case 1:
 			return command.BeginDelete{Volume: vol}
 		case 2, 3:
@@ -238,7 +242,8 @@ func TestAnyLog(t *testing.T) {
 				command.CreateVolume{Volume: two}, command.FinishCreate{Volume: two.ID},
 			}
 			if withOrphan {
-				begin = append(begin, orphan(2, orphaned)...)
+				cut := 4 // commands
+				begin = append(begin, slices.Insert(orphan(2, orphaned), cut, command.Command(command.AddHolder{Snapshot: orphaned, Replica: replica(2, 1)}))...)
 			}
 			index = uint64(len(begin))
 			for i, c := range begin {
@@ -335,7 +340,9 @@ func verifyWith(t interface {
 	index := map[string]string{}
 	pinned := map[string]int{}
 	live := map[volume.ID]bool{}
+	at := map[volume.ID][]volume.Replica{}
 	for _, v := range vs {
+		at[v.ID] = slices.Concat(v.Replicas, v.Leaving)
 		u := used[v.Tenant]
 		var physical int64
 		for _, r := range slices.Concat(v.Replicas, v.Leaving) {
@@ -380,8 +387,20 @@ func verifyWith(t interface {
 	for _, x := range ss {
 		u := used[x.Tenant]
 		var physical int64
-		for _, h := range x.Holders {
+		pools := map[volume.PoolID]bool{}
+		for _, h := range slices.Concat(x.Holders, x.Leaving) {
 			physical += h.PhysicalBytes
+			if pools[h.Pool] {
+				t.Fatalf("pool %s has two copies: %+v", h.Pool, x)
+			}
+			pools[h.Pool] = true
+		}
+		for _, h := range x.Leaving {
+			for _, r := range at[x.Volume] {
+				if r.Pool == h.Pool && x.State == volume.Ready {
+					t.Fatalf("pool %s has replica %s, and is to free snapshot %+v", h.Pool, r.ID, x)
+				}
+			}
 		}
 		if physical != x.PhysicalBytes || len(x.Holders) == 0 && x.State == volume.Creating || (x.Cut != nil) != (x.State == volume.Creating) && x.State != volume.Deleting {
 			t.Fatalf("impossible snapshot %+v", x)
@@ -396,7 +415,7 @@ func verifyWith(t interface {
 		used[x.Tenant] = u
 		index[snapshotsOf+string(x.Volume)+"/"+string(x.ID)] = "\x01"
 		kept[x.Volume] = !live[x.Volume]
-		if x.State != volume.Ready {
+		if x.State != volume.Ready || len(x.Leaving) > 0 {
 			index[unsettled+"s/"+string(x.ID)] = "\x01"
 		}
 	}

@@ -172,8 +172,12 @@ func (r *reader) snapshot(id volume.SnapshotID) (volume.Snapshot, error) {
 	if !ok {
 		return s, fmt.Errorf("snapshot %.128q does not exist: %w", id, volume.ErrNotFound)
 	}
-	s.Holders = r.locate(s.Holders)
-	return s, nil
+	return r.located(s), nil
+}
+
+func (r *reader) located(s volume.Snapshot) volume.Snapshot {
+	s.Holders, s.Leaving = r.locate(s.Holders), r.locate(s.Leaving)
+	return s
 }
 
 // Volume returns a volume in any state.
@@ -233,8 +237,7 @@ func (m *Machine) Snapshots(ctx context.Context, of volume.ID, after volume.Snap
 	err = m.read(ctx, func(r *reader) error {
 		if of == "" {
 			return list(r, &m.snapshots, snapshots, string(after), func(x volume.Snapshot) bool {
-				x.Holders = r.locate(x.Holders)
-				all = append(all, x)
+				all = append(all, r.located(x))
 				return len(all) != limit
 			})
 		}
@@ -259,7 +262,7 @@ func (m *Machine) Remains(ctx context.Context) (all []volume.Remains, err error)
 	return all, err
 }
 
-// Unsettled returns what is in a state that must end: being created, deleted, expanded or detached.
+// Unsettled returns what is in a state that must end: being created, deleted, expanded or detached, or with copies that leave.
 func (m *Machine) Unsettled(ctx context.Context) (vs []volume.ID, ss []volume.SnapshotID, err error) {
 	err = m.read(ctx, func(r *reader) error {
 		return r.scan(unsettled, "", func(key string, _ []byte) (bool, error) {

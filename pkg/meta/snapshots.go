@@ -138,60 +138,6 @@ func withdraw(v *view, rec volume.Snapshot) error {
 	return err
 }
 
-func addHolder(v *view, c command.AddHolder) (command.Result, error) {
-	rec, err := findSnapshot(v, c.Snapshot)
-	if err != nil {
-		return nil, err
-	}
-	vol, ok := load[volume.Volume](v, volumes+string(rec.Volume))
-	i := slices.IndexFunc(vol.Replicas, func(r volume.Replica) bool { return r.ID == c.Replica })
-	if !ok || i < 0 || rec.State != volume.Ready || vol.State == volume.Deleting {
-		return nil, fmt.Errorf("snapshot %s is not ready, or %s is no replica of its volume: %w", rec.ID, c.Replica, volume.ErrNotFound)
-	}
-	if err := isOwner(vol, c.Node); err != nil {
-		return nil, err
-	}
-	if vol.Kept != "" && i == 0 { // it was made of what is there; what its pool lets go of meanwhile does not come back so
-		return command.Snapshot{Snapshot: rec}, nil
-	}
-	r := vol.Replicas[i]
-	if !slices.ContainsFunc(rec.Holders, func(h volume.Replica) bool { return h.Pool == r.Pool }) {
-		rec.Holders = append(slices.Clone(rec.Holders), volume.Replica{ID: r.ID, Node: r.Node, Pool: r.Pool})
-		putSnapshot(v, rec)
-	}
-	return command.Snapshot{Snapshot: rec}, nil
-}
-
-func dropHolder(v *view, c command.DropHolder) (command.Result, error) {
-	rec, ok := load[volume.Snapshot](v, snapshots+string(c.Snapshot))
-	if !ok {
-		return nil, fmt.Errorf("snapshot %s does not exist: %w", c.Snapshot, volume.ErrNotFound)
-	}
-	i := slices.IndexFunc(rec.Holders, func(h volume.Replica) bool { return h.Pool == c.Pool })
-	if i < 0 {
-		return command.Snapshot{Snapshot: rec}, nil
-	}
-	others := slices.Delete(slices.Clone(rec.Holders), i, i+1)
-	if rec.State != volume.Deleting && !c.Lost { // whoever asks may have looked at the records long ago
-		sound := func(h volume.Replica) bool { return !h.Damaged }
-		switch {
-		case !slices.ContainsFunc(others, sound):
-			return nil, fmt.Errorf("no other pool than %s has a sound copy of snapshot %s: %w", c.Pool, rec.ID, volume.ErrInUse)
-		case rec.CopiesDiffer() != nil:
-			return nil, fmt.Errorf("the copies of snapshot %s differ, and that in pool %s may be the right one: %w", rec.ID, c.Pool, volume.ErrInUse)
-		}
-	}
-	if rec.State == volume.Creating {
-		return nil, fmt.Errorf("snapshot %s is being cut: %w", rec.ID, volume.ErrBusy)
-	}
-	gone := rec.Holders[i].PhysicalBytes
-	rec.Holders = others
-	measure(v, rec.Tenant, gone, 0)
-	rec.PhysicalBytes = max(0, rec.PhysicalBytes-gone)
-	putSnapshot(v, rec)
-	return command.Snapshot{Snapshot: rec}, nil
-}
-
 func beginDeleteSnapshot(v *view, c command.BeginDeleteSnapshot) (command.Result, error) {
 	rec, ok := load[volume.Snapshot](v, snapshots+string(c.Snapshot))
 	if !ok {

@@ -190,7 +190,7 @@ func unfinished(rec volume.Volume) bool {
 
 func putSnapshot(v *view, rec volume.Snapshot) {
 	save(v, snapshots+string(rec.ID), rec)
-	settle(v, "s/"+string(rec.ID), rec.State != volume.Ready)
+	settle(v, "s/"+string(rec.ID), rec.State != volume.Ready || len(rec.Leaving) > 0)
 }
 
 func settle(v *view, what string, open bool) {

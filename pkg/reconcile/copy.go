@@ -39,10 +39,15 @@ func (p *planner) copies(kept []volume.Volume) {
 			held[x.Volume] = map[volume.PoolID]chain{}
 		}
 		for _, h := range x.Holders {
-			c, some := held[x.Volume][h.Pool]
-			if c.damaged = c.damaged || h.Damaged; !some || later(x, c.newest) {
+			c := held[x.Volume][h.Pool]
+			if c.damaged = c.damaged || h.Damaged; later(x, c.newest) {
 				c.newest = x
 			}
+			held[x.Volume][h.Pool] = c
+		}
+		for _, h := range x.Leaving {
+			c := held[x.Volume][h.Pool]
+			c.leaving = true
 			held[x.Volume][h.Pool] = c
 		}
 		if p.short(x) {
@@ -63,6 +68,7 @@ func (p *planner) copies(kept []volume.Volume) {
 type chain struct {
 	newest  volume.Snapshot
 	damaged bool // one of them is
+	leaving bool // a copy of one of them is none any more, and yet to be freed
 }
 
 // short tells whether a snapshot of a deleted volume has too few copies.
@@ -132,6 +138,8 @@ func (p *planner) copy(x volume.Snapshot, held map[volume.PoolID]chain, left []v
 		// are older, and must not meet one that has gone on without it.
 		if c.damaged || later(c.newest, x) {
 			r.Refused[pool] = "it holds a later snapshot of the volume, or a damaged one"
+		} else if c.leaving {
+			r.Refused[pool] = toBeFreed
 		}
 	}
 	for u := range p.st.Unfit {

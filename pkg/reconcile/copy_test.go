@@ -119,6 +119,21 @@ func TestCopies(t *testing.T) {
 			s.snapshot("s", "a", "1")
 		}, "sync x; sync y; copy snapshot s p1>p3"},
 
+		{"a copy is yet to be freed there", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a", "1"); s.leaves("2") }, "copy snapshot s p1>p3"},
+		{"a copy of another is yet to be freed there", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.snapshot("t", "a", "1", "4")
+			s.leaves("2")
+		}, "copy snapshot s p1>p3"},
+		{"one of another volume is", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.deleted("b", 2)
+			s.snapshot("t", "b", "1", "4")
+			s.leaves("2")
+		}, "copy snapshot s p1>p2"},
+		{"what leaves is no copy", func(s *scene) { s.deleted("a", 2); s.snapshot("s", "a"); s.leaves("1") }, ""},
 		{"a later one is there", func(s *scene) {
 			s.deleted("a", 2)
 			s.snapshot("s", "a", "1")

@@ -172,10 +172,16 @@ func (p *planner) add(v volume.Volume, n int) bool {
 		r.Preferred = []volume.NodeID{a.Node}
 	}
 	for _, x := range p.st.Snapshots {
+		if x.Volume != v.ID {
+			continue
+		}
 		for _, h := range x.Holders {
-			if x.Volume == v.ID && h.Damaged {
+			if h.Damaged {
 				r.Refused[h.Pool] = "a snapshot of the volume that it holds is damaged"
 			}
+		}
+		for _, h := range x.Leaving {
+			r.Refused[h.Pool] = toBeFreed
 		}
 	}
 	if _, err := placement.Choose(p.st.View, r); err != nil {
@@ -193,6 +199,8 @@ func (p *planner) add(v volume.Volume, n int) bool {
 	}
 	return true
 }
+
+const toBeFreed = "it has yet to free a copy of a snapshot of the volume"
 
 // fewestSound is how many sound copies there must be for a damaged one to go before another has taken its place.
 const fewestSound = 2

@@ -51,6 +51,12 @@ func (s *scene) snapshot(id, of string, holders ...string) {
 	s.Snapshots = append(s.Snapshots, x)
 }
 
+// leaves adds a copy of the last snapshot that is none any more and that a node has yet to free.
+func (s *scene) leaves(node string) {
+	x := &s.Snapshots[len(s.Snapshots)-1]
+	x.Leaving = append(x.Leaving, volume.Replica{Node: volume.NodeID("n" + node), Pool: volume.PoolID("p" + node)})
+}
+
 // only leaves the first nodes.
 func (s *scene) only(n int) { s.View.Nodes = s.View.Nodes[:n] }
 
@@ -182,6 +188,23 @@ func TestRepairs(t *testing.T) {
 			s.volume("a", 3, "2:i", "3:i").Leaving = []volume.Replica{{ID: "a-1", Node: "n1", Pool: "p1"}}
 			s.snapshot("s", "a", "1!", "2", "3")
 			s.only(3)
+		}, ""},
+		{"while its pool is yet to free it the new one waits", func(s *scene) {
+			s.volume("a", 3, "2:i", "3:i")
+			s.snapshot("s", "a", "2", "3")
+			s.leaves("1")
+			s.only(3)
+		}, ""},
+		{"or goes elsewhere", func(s *scene) {
+			s.volume("a", 3, "2:i", "3:i")
+			s.snapshot("s", "a", "2", "3")
+			s.leaves("1")
+		}, "add replica a p4"},
+		{"what leaves is not counted", func(s *scene) {
+			s.volume("a", 2, "2:i", "3:i")
+			s.snapshot("s", "a", "1", "2")
+			s.leaves("4")
+			s.empty("1")
 		}, ""},
 		{"then the new one comes", func(s *scene) {
 			s.volume("a", 3, "2:i", "3:i")

@@ -226,13 +226,15 @@ type Snapshot struct {
 	CreatedAt    Timestamp    `json:"createdAt"`
 	// Holders are the pools that have every byte of it.
 	Holders []Replica `json:"holders"`
+	// Leaving are copies that are none any more, and that their pools have yet to free.
+	Leaving []Replica `json:"leaving,omitempty"`
 	// Differs is what the last comparison of their copies found; nil: they were alike, or not compared.
 	Differs *Difference `json:"differs,omitempty"`
 	// Cut is the barrier under which it is being cut, its Number 0 where no engine runs; nil once it is.
 	Cut *Barrier `json:"cut,omitempty"`
 	// Group is the group snapshot that it is a member of, or "".
 	Group GroupID `json:"group,omitempty"`
-	// PhysicalBytes is what its layers on all holders occupied when their nodes last reported, in bytes.
+	// PhysicalBytes is what its layers on all holders, and where copies leave, occupied when their nodes last reported, in bytes.
 	PhysicalBytes int64 `json:"physicalBytes"`
 }
 
