@@ -449,3 +449,24 @@ func TestChangesOfAClusterAreData(t *testing.T) {
 		}
 	}
 }
+
+// What a pool has yet to free of a snapshot is shown, counts for its node, and is no copy.
+func TestACopyThatLeavesIsShown(t *testing.T) {
+	c := admintest.Several(t)
+	at := func(n string) []volume.Replica {
+		return []volume.Replica{{Node: volume.NodeID("node-" + n), Pool: volume.PoolID("pool-" + n)}}
+	}
+	c.Snaps = []volume.Snapshot{{ID: "snap-1", Name: "monday", Volume: c.Vols[0].ID, State: volume.Ready, Holders: at("1"), Leaving: at("2")}}
+	socket := admintest.Serve(t, c)
+	for args, want := range map[string]string{
+		"snapshot get monday": "To be freed by: node-2", "snapshot get monday -o json": `"role": "leaving"`,
+		"snapshot list -o json": `"node": "node-1"`, "node get node-2": "1 snapshots",
+	} {
+		if r := ctl(socket, strings.Fields(args)...); r.code != exitOK || !strings.Contains(strings.Join(strings.Fields(r.out), " "), want) {
+			t.Errorf("%s: exit %d: %s%s; want %q", args, r.code, r.out, r.err, want)
+		}
+	}
+	if r := ctl(socket, "snapshot", "list"); !strings.Contains(strings.Join(strings.Fields(r.out), " "), "ready 1 ") {
+		t.Errorf("it is counted: %s", r.out)
+	}
+}

@@ -105,12 +105,18 @@ func snapshots(of *string) resource[snapshotView] {
 			for _, c := range s.Conditions {
 				fs = append(fs, field{"", plain(c.Message)})
 			}
-			for _, h := range s.Holders {
-				at := plain(h.Node + ", pool " + poolOf(h))
+			at := func(h replicaView) cell {
+				text := h.Node + ", pool " + poolOf(h)
 				if h.NodeSilent {
-					at.text += ", which does not report"
+					text += ", which does not report"
 				}
-				fs = append(fs, field{"Held by", at})
+				return plain(text)
+			}
+			for _, h := range s.Holders {
+				fs = append(fs, field{"Held by", at(h)})
+			}
+			for _, h := range s.Leaving {
+				fs = append(fs, field{"To be freed by", at(h)})
 			}
 			return fs
 		},

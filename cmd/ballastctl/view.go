@@ -109,6 +109,7 @@ type snapshotView struct {
 	CreatedAt     *time.Time      `json:"createdAt,omitempty"`
 	Filesystem    string          `json:"filesystem,omitempty"`
 	Holders       []replicaView   `json:"holders"`
+	Leaving       []replicaView   `json:"leaving,omitempty"`
 	Conditions    []conditionView `json:"conditions,omitempty"`
 }
 
@@ -267,6 +268,7 @@ func viewSnapshot(s *adminpb.Snapshot) snapshotView {
 		CreatedAt:     timeView(s.CreatedAt),
 		Filesystem:    s.FilesystemType,
 		Holders:       views(s.Holders, viewReplica),
+		Leaving:       views(s.Leaving, viewReplica),
 		Conditions:    views(s.Conditions, viewCondition),
 	}
 }

@@ -118,6 +118,7 @@ func snapshotToProto(s volume.Snapshot, volumeName string, at places) *adminpb.S
 		PhysicalBytes:  s.PhysicalBytes,
 		CreatedAt:      timeToProto(s.CreatedAt),
 		Holders:        replicasToProto(s.Holders, at),
+		Leaving:        leavingToProto(s.Leaving, at),
 		FilesystemType: s.Filesystem.Type,
 		Conditions:     conditionsToProto(control.SnapshotConditions(s)),
 	}

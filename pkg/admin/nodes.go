@@ -43,7 +43,7 @@ func (s *Service) nodes(ctx context.Context) ([]*adminpb.Node, error) {
 	})
 	if err == nil {
 		err = s.everySnapshot(ctx, control.SnapshotFilter{}, func(x volume.Snapshot) bool {
-			for _, r := range x.Holders {
+			for _, r := range slices.Concat(x.Holders, x.Leaving) {
 				count(r.Node, func(h *holdings) { h.snapshots++ })
 			}
 			return true

@@ -15,13 +15,18 @@ import (
 // leaving is the role of a replica that its node has yet to free.
 const leaving = "leaving"
 
+// leavingToProto is replicasToProto of those that leave.
+func leavingToProto(rs []volume.Replica, at places) []*adminpb.Replica {
+	out := replicasToProto(rs, at)
+	for _, r := range out {
+		r.Role = leaving
+	}
+	return out
+}
+
 // replicasOf lists the replicas of a volume, those that leave included.
 func replicasOf(v volume.Volume, e *volume.EngineReport, at places) []*adminpb.Replica {
-	out := replicasToProto(v.Replicas, at)
-	for _, r := range replicasToProto(v.Leaving, at) {
-		r.Role = leaving
-		out = append(out, r)
-	}
+	out := append(replicasToProto(v.Replicas, at), leavingToProto(v.Leaving, at)...)
 	for _, r := range out {
 		if e == nil {
 			continue

@@ -2332,8 +2332,10 @@ type Snapshot struct {
 	Holders        []*Replica             `protobuf:"bytes,9,rep,name=holders,proto3" json:"holders,omitempty"`
 	FilesystemType string                 `protobuf:"bytes,10,opt,name=filesystem_type,json=filesystemType,proto3" json:"filesystem_type,omitempty"`
 	// volume_name is empty where the volume was deleted.
-	VolumeName    string       `protobuf:"bytes,11,opt,name=volume_name,json=volumeName,proto3" json:"volume_name,omitempty"`
-	Conditions    []*Condition `protobuf:"bytes,12,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	VolumeName string       `protobuf:"bytes,11,opt,name=volume_name,json=volumeName,proto3" json:"volume_name,omitempty"`
+	Conditions []*Condition `protobuf:"bytes,12,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	// leaving are copies that are none any more, and that their pools have yet to free.
+	Leaving       []*Replica `protobuf:"bytes,13,rep,name=leaving,proto3" json:"leaving,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2448,6 +2450,13 @@ func (x *Snapshot) GetVolumeName() string {
 func (x *Snapshot) GetConditions() []*Condition {
 	if x != nil {
 		return x.Conditions
+	}
+	return nil
+}
+
+func (x *Snapshot) GetLeaving() []*Replica {
+	if x != nil {
+		return x.Leaving
 	}
 	return nil
 }
@@ -5289,7 +5298,7 @@ const file_admin_proto_rawDesc = "" +
 	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x12\n" +
 	"\x04name\x18\x04 \x01(\tR\x04name\x12\x0e\n" +
-	"\x02id\x18\x05 \x01(\tR\x02id\"\xb1\x03\n" +
+	"\x02id\x18\x05 \x01(\tR\x02id\"\xe6\x03\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -5308,7 +5317,8 @@ const file_admin_proto_rawDesc = "" +
 	"volumeName\x12;\n" +
 	"\n" +
 	"conditions\x18\f \x03(\v2\x1b.ballast.admin.v1.ConditionR\n" +
-	"conditions\"_\n" +
+	"conditions\x123\n" +
+	"\aleaving\x18\r \x03(\v2\x19.ballast.admin.v1.ReplicaR\aleaving\"_\n" +
 	"\x14ListSnapshotsRequest\x12\x10\n" +
 	"\x03max\x18\x01 \x01(\x05R\x03max\x12\x1d\n" +
 	"\n" +
@@ -5685,133 +5695,134 @@ var file_admin_proto_depIdxs = []int32{
 	73,  // 21: ballast.admin.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
 	15,  // 22: ballast.admin.v1.Snapshot.holders:type_name -> ballast.admin.v1.Replica
 	8,   // 23: ballast.admin.v1.Snapshot.conditions:type_name -> ballast.admin.v1.Condition
-	31,  // 24: ballast.admin.v1.ListSnapshotsReply.snapshots:type_name -> ballast.admin.v1.Snapshot
-	73,  // 25: ballast.admin.v1.Group.created_at:type_name -> google.protobuf.Timestamp
-	31,  // 26: ballast.admin.v1.Group.snapshots:type_name -> ballast.admin.v1.Snapshot
-	35,  // 27: ballast.admin.v1.ListGroupsReply.groups:type_name -> ballast.admin.v1.Group
-	73,  // 28: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
-	44,  // 29: ballast.admin.v1.Node.pools:type_name -> ballast.admin.v1.Pool
-	41,  // 30: ballast.admin.v1.ListDrainBlockersReply.blockers:type_name -> ballast.admin.v1.DrainBlocker
-	15,  // 31: ballast.admin.v1.DrainBlocker.resyncs:type_name -> ballast.admin.v1.Replica
-	39,  // 32: ballast.admin.v1.ListNodesReply.nodes:type_name -> ballast.admin.v1.Node
-	44,  // 33: ballast.admin.v1.ListPoolsReply.pools:type_name -> ballast.admin.v1.Pool
-	51,  // 34: ballast.admin.v1.ListStraysReply.strays:type_name -> ballast.admin.v1.Stray
-	52,  // 35: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
-	52,  // 36: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
-	53,  // 37: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
-	59,  // 38: ballast.admin.v1.ClusterReply.controllers:type_name -> ballast.admin.v1.Controller
-	39,  // 39: ballast.admin.v1.ClusterReply.nodes:type_name -> ballast.admin.v1.Node
-	73,  // 40: ballast.admin.v1.JoinToken.created_at:type_name -> google.protobuf.Timestamp
-	73,  // 41: ballast.admin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	60,  // 42: ballast.admin.v1.CreateJoinTokenReply.token:type_name -> ballast.admin.v1.JoinToken
-	4,   // 43: ballast.admin.v1.CreateJoinTokenReply.controllers:type_name -> ballast.admin.v1.Endpoint
-	60,  // 44: ballast.admin.v1.ListJoinTokensReply.tokens:type_name -> ballast.admin.v1.JoinToken
-	73,  // 45: ballast.admin.v1.IssueCertificateReply.expires_at:type_name -> google.protobuf.Timestamp
-	0,   // 46: ballast.admin.v1.WhyRequest.kind:type_name -> ballast.admin.v1.Kind
-	0,   // 47: ballast.admin.v1.WatchRequest.kind:type_name -> ballast.admin.v1.Kind
-	1,   // 48: ballast.admin.v1.Event.type:type_name -> ballast.admin.v1.Event.Type
-	12,  // 49: ballast.admin.v1.Event.volume:type_name -> ballast.admin.v1.Volume
-	31,  // 50: ballast.admin.v1.Event.snapshot:type_name -> ballast.admin.v1.Snapshot
-	44,  // 51: ballast.admin.v1.Event.pool:type_name -> ballast.admin.v1.Pool
-	39,  // 52: ballast.admin.v1.Event.node:type_name -> ballast.admin.v1.Node
-	53,  // 53: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
-	35,  // 54: ballast.admin.v1.Event.group:type_name -> ballast.admin.v1.Group
-	73,  // 55: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
-	2,   // 56: ballast.admin.v1.Admin.Version:input_type -> ballast.admin.v1.VersionRequest
-	5,   // 57: ballast.admin.v1.Admin.Health:input_type -> ballast.admin.v1.HealthRequest
-	23,  // 58: ballast.admin.v1.Admin.ListVolumes:input_type -> ballast.admin.v1.ListVolumesRequest
-	9,   // 59: ballast.admin.v1.Admin.GetVolume:input_type -> ballast.admin.v1.GetRequest
-	25,  // 60: ballast.admin.v1.Admin.CreateVolume:input_type -> ballast.admin.v1.CreateVolumeRequest
-	10,  // 61: ballast.admin.v1.Admin.DeleteVolume:input_type -> ballast.admin.v1.DeleteRequest
-	26,  // 62: ballast.admin.v1.Admin.ExpandVolume:input_type -> ballast.admin.v1.ExpandVolumeRequest
-	27,  // 63: ballast.admin.v1.Admin.SetVolume:input_type -> ballast.admin.v1.SetVolumeRequest
-	28,  // 64: ballast.admin.v1.Admin.DetachVolume:input_type -> ballast.admin.v1.DetachVolumeRequest
-	29,  // 65: ballast.admin.v1.Admin.Export:input_type -> ballast.admin.v1.ExportRequest
-	17,  // 66: ballast.admin.v1.Admin.ListReplicas:input_type -> ballast.admin.v1.ListReplicasRequest
-	9,   // 67: ballast.admin.v1.Admin.ListCandidates:input_type -> ballast.admin.v1.GetRequest
-	21,  // 68: ballast.admin.v1.Admin.SalvageVolume:input_type -> ballast.admin.v1.SalvageVolumeRequest
-	32,  // 69: ballast.admin.v1.Admin.ListSnapshots:input_type -> ballast.admin.v1.ListSnapshotsRequest
-	9,   // 70: ballast.admin.v1.Admin.GetSnapshot:input_type -> ballast.admin.v1.GetRequest
-	34,  // 71: ballast.admin.v1.Admin.CreateSnapshot:input_type -> ballast.admin.v1.CreateSnapshotRequest
-	10,  // 72: ballast.admin.v1.Admin.DeleteSnapshot:input_type -> ballast.admin.v1.DeleteRequest
-	36,  // 73: ballast.admin.v1.Admin.ListGroups:input_type -> ballast.admin.v1.ListGroupsRequest
-	9,   // 74: ballast.admin.v1.Admin.GetGroup:input_type -> ballast.admin.v1.GetRequest
-	38,  // 75: ballast.admin.v1.Admin.CreateGroup:input_type -> ballast.admin.v1.CreateGroupRequest
-	10,  // 76: ballast.admin.v1.Admin.DeleteGroup:input_type -> ballast.admin.v1.DeleteRequest
-	42,  // 77: ballast.admin.v1.Admin.ListNodes:input_type -> ballast.admin.v1.ListNodesRequest
-	9,   // 78: ballast.admin.v1.Admin.GetNode:input_type -> ballast.admin.v1.GetRequest
-	9,   // 79: ballast.admin.v1.Admin.DrainNode:input_type -> ballast.admin.v1.GetRequest
-	9,   // 80: ballast.admin.v1.Admin.ListDrainBlockers:input_type -> ballast.admin.v1.GetRequest
-	9,   // 81: ballast.admin.v1.Admin.EmptyNode:input_type -> ballast.admin.v1.GetRequest
-	9,   // 82: ballast.admin.v1.Admin.UndrainNode:input_type -> ballast.admin.v1.GetRequest
-	10,  // 83: ballast.admin.v1.Admin.RemoveNode:input_type -> ballast.admin.v1.DeleteRequest
-	45,  // 84: ballast.admin.v1.Admin.ListPools:input_type -> ballast.admin.v1.ListPoolsRequest
-	9,   // 85: ballast.admin.v1.Admin.GetPool:input_type -> ballast.admin.v1.GetRequest
-	47,  // 86: ballast.admin.v1.Admin.ForgetPool:input_type -> ballast.admin.v1.ForgetPoolRequest
-	49,  // 87: ballast.admin.v1.Admin.ListStrays:input_type -> ballast.admin.v1.ListStraysRequest
-	54,  // 88: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
-	9,   // 89: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
-	56,  // 90: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
-	10,  // 91: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
-	57,  // 92: ballast.admin.v1.Admin.Cluster:input_type -> ballast.admin.v1.ClusterRequest
-	10,  // 93: ballast.admin.v1.Admin.RemoveController:input_type -> ballast.admin.v1.DeleteRequest
-	61,  // 94: ballast.admin.v1.Admin.CreateJoinToken:input_type -> ballast.admin.v1.CreateJoinTokenRequest
-	63,  // 95: ballast.admin.v1.Admin.ListJoinTokens:input_type -> ballast.admin.v1.ListJoinTokensRequest
-	10,  // 96: ballast.admin.v1.Admin.RevokeJoinToken:input_type -> ballast.admin.v1.DeleteRequest
-	65,  // 97: ballast.admin.v1.Admin.IssueCertificate:input_type -> ballast.admin.v1.IssueCertificateRequest
-	67,  // 98: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
-	69,  // 99: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
-	71,  // 100: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
-	3,   // 101: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
-	6,   // 102: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
-	24,  // 103: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
-	12,  // 104: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
-	12,  // 105: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
-	11,  // 106: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
-	12,  // 107: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
-	12,  // 108: ballast.admin.v1.Admin.SetVolume:output_type -> ballast.admin.v1.Volume
-	12,  // 109: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
-	30,  // 110: ballast.admin.v1.Admin.Export:output_type -> ballast.admin.v1.ExportReply
-	18,  // 111: ballast.admin.v1.Admin.ListReplicas:output_type -> ballast.admin.v1.ListReplicasReply
-	19,  // 112: ballast.admin.v1.Admin.ListCandidates:output_type -> ballast.admin.v1.ListCandidatesReply
-	12,  // 113: ballast.admin.v1.Admin.SalvageVolume:output_type -> ballast.admin.v1.Volume
-	33,  // 114: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
-	31,  // 115: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
-	31,  // 116: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
-	11,  // 117: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
-	37,  // 118: ballast.admin.v1.Admin.ListGroups:output_type -> ballast.admin.v1.ListGroupsReply
-	35,  // 119: ballast.admin.v1.Admin.GetGroup:output_type -> ballast.admin.v1.Group
-	35,  // 120: ballast.admin.v1.Admin.CreateGroup:output_type -> ballast.admin.v1.Group
-	11,  // 121: ballast.admin.v1.Admin.DeleteGroup:output_type -> ballast.admin.v1.DeleteReply
-	43,  // 122: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
-	39,  // 123: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
-	39,  // 124: ballast.admin.v1.Admin.DrainNode:output_type -> ballast.admin.v1.Node
-	40,  // 125: ballast.admin.v1.Admin.ListDrainBlockers:output_type -> ballast.admin.v1.ListDrainBlockersReply
-	39,  // 126: ballast.admin.v1.Admin.EmptyNode:output_type -> ballast.admin.v1.Node
-	39,  // 127: ballast.admin.v1.Admin.UndrainNode:output_type -> ballast.admin.v1.Node
-	11,  // 128: ballast.admin.v1.Admin.RemoveNode:output_type -> ballast.admin.v1.DeleteReply
-	46,  // 129: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
-	44,  // 130: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
-	48,  // 131: ballast.admin.v1.Admin.ForgetPool:output_type -> ballast.admin.v1.ForgetPoolReply
-	50,  // 132: ballast.admin.v1.Admin.ListStrays:output_type -> ballast.admin.v1.ListStraysReply
-	55,  // 133: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
-	53,  // 134: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
-	53,  // 135: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
-	11,  // 136: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
-	58,  // 137: ballast.admin.v1.Admin.Cluster:output_type -> ballast.admin.v1.ClusterReply
-	11,  // 138: ballast.admin.v1.Admin.RemoveController:output_type -> ballast.admin.v1.DeleteReply
-	62,  // 139: ballast.admin.v1.Admin.CreateJoinToken:output_type -> ballast.admin.v1.CreateJoinTokenReply
-	64,  // 140: ballast.admin.v1.Admin.ListJoinTokens:output_type -> ballast.admin.v1.ListJoinTokensReply
-	11,  // 141: ballast.admin.v1.Admin.RevokeJoinToken:output_type -> ballast.admin.v1.DeleteReply
-	66,  // 142: ballast.admin.v1.Admin.IssueCertificate:output_type -> ballast.admin.v1.IssueCertificateReply
-	68,  // 143: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
-	70,  // 144: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
-	72,  // 145: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
-	101, // [101:146] is the sub-list for method output_type
-	56,  // [56:101] is the sub-list for method input_type
-	56,  // [56:56] is the sub-list for extension type_name
-	56,  // [56:56] is the sub-list for extension extendee
-	0,   // [0:56] is the sub-list for field type_name
+	15,  // 24: ballast.admin.v1.Snapshot.leaving:type_name -> ballast.admin.v1.Replica
+	31,  // 25: ballast.admin.v1.ListSnapshotsReply.snapshots:type_name -> ballast.admin.v1.Snapshot
+	73,  // 26: ballast.admin.v1.Group.created_at:type_name -> google.protobuf.Timestamp
+	31,  // 27: ballast.admin.v1.Group.snapshots:type_name -> ballast.admin.v1.Snapshot
+	35,  // 28: ballast.admin.v1.ListGroupsReply.groups:type_name -> ballast.admin.v1.Group
+	73,  // 29: ballast.admin.v1.Node.last_seen:type_name -> google.protobuf.Timestamp
+	44,  // 30: ballast.admin.v1.Node.pools:type_name -> ballast.admin.v1.Pool
+	41,  // 31: ballast.admin.v1.ListDrainBlockersReply.blockers:type_name -> ballast.admin.v1.DrainBlocker
+	15,  // 32: ballast.admin.v1.DrainBlocker.resyncs:type_name -> ballast.admin.v1.Replica
+	39,  // 33: ballast.admin.v1.ListNodesReply.nodes:type_name -> ballast.admin.v1.Node
+	44,  // 34: ballast.admin.v1.ListPoolsReply.pools:type_name -> ballast.admin.v1.Pool
+	51,  // 35: ballast.admin.v1.ListStraysReply.strays:type_name -> ballast.admin.v1.Stray
+	52,  // 36: ballast.admin.v1.Quota.limit:type_name -> ballast.admin.v1.Amounts
+	52,  // 37: ballast.admin.v1.Quota.used:type_name -> ballast.admin.v1.Amounts
+	53,  // 38: ballast.admin.v1.ListQuotasReply.quotas:type_name -> ballast.admin.v1.Quota
+	59,  // 39: ballast.admin.v1.ClusterReply.controllers:type_name -> ballast.admin.v1.Controller
+	39,  // 40: ballast.admin.v1.ClusterReply.nodes:type_name -> ballast.admin.v1.Node
+	73,  // 41: ballast.admin.v1.JoinToken.created_at:type_name -> google.protobuf.Timestamp
+	73,  // 42: ballast.admin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	60,  // 43: ballast.admin.v1.CreateJoinTokenReply.token:type_name -> ballast.admin.v1.JoinToken
+	4,   // 44: ballast.admin.v1.CreateJoinTokenReply.controllers:type_name -> ballast.admin.v1.Endpoint
+	60,  // 45: ballast.admin.v1.ListJoinTokensReply.tokens:type_name -> ballast.admin.v1.JoinToken
+	73,  // 46: ballast.admin.v1.IssueCertificateReply.expires_at:type_name -> google.protobuf.Timestamp
+	0,   // 47: ballast.admin.v1.WhyRequest.kind:type_name -> ballast.admin.v1.Kind
+	0,   // 48: ballast.admin.v1.WatchRequest.kind:type_name -> ballast.admin.v1.Kind
+	1,   // 49: ballast.admin.v1.Event.type:type_name -> ballast.admin.v1.Event.Type
+	12,  // 50: ballast.admin.v1.Event.volume:type_name -> ballast.admin.v1.Volume
+	31,  // 51: ballast.admin.v1.Event.snapshot:type_name -> ballast.admin.v1.Snapshot
+	44,  // 52: ballast.admin.v1.Event.pool:type_name -> ballast.admin.v1.Pool
+	39,  // 53: ballast.admin.v1.Event.node:type_name -> ballast.admin.v1.Node
+	53,  // 54: ballast.admin.v1.Event.quota:type_name -> ballast.admin.v1.Quota
+	35,  // 55: ballast.admin.v1.Event.group:type_name -> ballast.admin.v1.Group
+	73,  // 56: ballast.admin.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	2,   // 57: ballast.admin.v1.Admin.Version:input_type -> ballast.admin.v1.VersionRequest
+	5,   // 58: ballast.admin.v1.Admin.Health:input_type -> ballast.admin.v1.HealthRequest
+	23,  // 59: ballast.admin.v1.Admin.ListVolumes:input_type -> ballast.admin.v1.ListVolumesRequest
+	9,   // 60: ballast.admin.v1.Admin.GetVolume:input_type -> ballast.admin.v1.GetRequest
+	25,  // 61: ballast.admin.v1.Admin.CreateVolume:input_type -> ballast.admin.v1.CreateVolumeRequest
+	10,  // 62: ballast.admin.v1.Admin.DeleteVolume:input_type -> ballast.admin.v1.DeleteRequest
+	26,  // 63: ballast.admin.v1.Admin.ExpandVolume:input_type -> ballast.admin.v1.ExpandVolumeRequest
+	27,  // 64: ballast.admin.v1.Admin.SetVolume:input_type -> ballast.admin.v1.SetVolumeRequest
+	28,  // 65: ballast.admin.v1.Admin.DetachVolume:input_type -> ballast.admin.v1.DetachVolumeRequest
+	29,  // 66: ballast.admin.v1.Admin.Export:input_type -> ballast.admin.v1.ExportRequest
+	17,  // 67: ballast.admin.v1.Admin.ListReplicas:input_type -> ballast.admin.v1.ListReplicasRequest
+	9,   // 68: ballast.admin.v1.Admin.ListCandidates:input_type -> ballast.admin.v1.GetRequest
+	21,  // 69: ballast.admin.v1.Admin.SalvageVolume:input_type -> ballast.admin.v1.SalvageVolumeRequest
+	32,  // 70: ballast.admin.v1.Admin.ListSnapshots:input_type -> ballast.admin.v1.ListSnapshotsRequest
+	9,   // 71: ballast.admin.v1.Admin.GetSnapshot:input_type -> ballast.admin.v1.GetRequest
+	34,  // 72: ballast.admin.v1.Admin.CreateSnapshot:input_type -> ballast.admin.v1.CreateSnapshotRequest
+	10,  // 73: ballast.admin.v1.Admin.DeleteSnapshot:input_type -> ballast.admin.v1.DeleteRequest
+	36,  // 74: ballast.admin.v1.Admin.ListGroups:input_type -> ballast.admin.v1.ListGroupsRequest
+	9,   // 75: ballast.admin.v1.Admin.GetGroup:input_type -> ballast.admin.v1.GetRequest
+	38,  // 76: ballast.admin.v1.Admin.CreateGroup:input_type -> ballast.admin.v1.CreateGroupRequest
+	10,  // 77: ballast.admin.v1.Admin.DeleteGroup:input_type -> ballast.admin.v1.DeleteRequest
+	42,  // 78: ballast.admin.v1.Admin.ListNodes:input_type -> ballast.admin.v1.ListNodesRequest
+	9,   // 79: ballast.admin.v1.Admin.GetNode:input_type -> ballast.admin.v1.GetRequest
+	9,   // 80: ballast.admin.v1.Admin.DrainNode:input_type -> ballast.admin.v1.GetRequest
+	9,   // 81: ballast.admin.v1.Admin.ListDrainBlockers:input_type -> ballast.admin.v1.GetRequest
+	9,   // 82: ballast.admin.v1.Admin.EmptyNode:input_type -> ballast.admin.v1.GetRequest
+	9,   // 83: ballast.admin.v1.Admin.UndrainNode:input_type -> ballast.admin.v1.GetRequest
+	10,  // 84: ballast.admin.v1.Admin.RemoveNode:input_type -> ballast.admin.v1.DeleteRequest
+	45,  // 85: ballast.admin.v1.Admin.ListPools:input_type -> ballast.admin.v1.ListPoolsRequest
+	9,   // 86: ballast.admin.v1.Admin.GetPool:input_type -> ballast.admin.v1.GetRequest
+	47,  // 87: ballast.admin.v1.Admin.ForgetPool:input_type -> ballast.admin.v1.ForgetPoolRequest
+	49,  // 88: ballast.admin.v1.Admin.ListStrays:input_type -> ballast.admin.v1.ListStraysRequest
+	54,  // 89: ballast.admin.v1.Admin.ListQuotas:input_type -> ballast.admin.v1.ListQuotasRequest
+	9,   // 90: ballast.admin.v1.Admin.GetQuota:input_type -> ballast.admin.v1.GetRequest
+	56,  // 91: ballast.admin.v1.Admin.SetQuota:input_type -> ballast.admin.v1.SetQuotaRequest
+	10,  // 92: ballast.admin.v1.Admin.DeleteQuota:input_type -> ballast.admin.v1.DeleteRequest
+	57,  // 93: ballast.admin.v1.Admin.Cluster:input_type -> ballast.admin.v1.ClusterRequest
+	10,  // 94: ballast.admin.v1.Admin.RemoveController:input_type -> ballast.admin.v1.DeleteRequest
+	61,  // 95: ballast.admin.v1.Admin.CreateJoinToken:input_type -> ballast.admin.v1.CreateJoinTokenRequest
+	63,  // 96: ballast.admin.v1.Admin.ListJoinTokens:input_type -> ballast.admin.v1.ListJoinTokensRequest
+	10,  // 97: ballast.admin.v1.Admin.RevokeJoinToken:input_type -> ballast.admin.v1.DeleteRequest
+	65,  // 98: ballast.admin.v1.Admin.IssueCertificate:input_type -> ballast.admin.v1.IssueCertificateRequest
+	67,  // 99: ballast.admin.v1.Admin.Why:input_type -> ballast.admin.v1.WhyRequest
+	69,  // 100: ballast.admin.v1.Admin.Watch:input_type -> ballast.admin.v1.WatchRequest
+	71,  // 101: ballast.admin.v1.Admin.Audit:input_type -> ballast.admin.v1.AuditRequest
+	3,   // 102: ballast.admin.v1.Admin.Version:output_type -> ballast.admin.v1.VersionReply
+	6,   // 103: ballast.admin.v1.Admin.Health:output_type -> ballast.admin.v1.HealthReply
+	24,  // 104: ballast.admin.v1.Admin.ListVolumes:output_type -> ballast.admin.v1.ListVolumesReply
+	12,  // 105: ballast.admin.v1.Admin.GetVolume:output_type -> ballast.admin.v1.Volume
+	12,  // 106: ballast.admin.v1.Admin.CreateVolume:output_type -> ballast.admin.v1.Volume
+	11,  // 107: ballast.admin.v1.Admin.DeleteVolume:output_type -> ballast.admin.v1.DeleteReply
+	12,  // 108: ballast.admin.v1.Admin.ExpandVolume:output_type -> ballast.admin.v1.Volume
+	12,  // 109: ballast.admin.v1.Admin.SetVolume:output_type -> ballast.admin.v1.Volume
+	12,  // 110: ballast.admin.v1.Admin.DetachVolume:output_type -> ballast.admin.v1.Volume
+	30,  // 111: ballast.admin.v1.Admin.Export:output_type -> ballast.admin.v1.ExportReply
+	18,  // 112: ballast.admin.v1.Admin.ListReplicas:output_type -> ballast.admin.v1.ListReplicasReply
+	19,  // 113: ballast.admin.v1.Admin.ListCandidates:output_type -> ballast.admin.v1.ListCandidatesReply
+	12,  // 114: ballast.admin.v1.Admin.SalvageVolume:output_type -> ballast.admin.v1.Volume
+	33,  // 115: ballast.admin.v1.Admin.ListSnapshots:output_type -> ballast.admin.v1.ListSnapshotsReply
+	31,  // 116: ballast.admin.v1.Admin.GetSnapshot:output_type -> ballast.admin.v1.Snapshot
+	31,  // 117: ballast.admin.v1.Admin.CreateSnapshot:output_type -> ballast.admin.v1.Snapshot
+	11,  // 118: ballast.admin.v1.Admin.DeleteSnapshot:output_type -> ballast.admin.v1.DeleteReply
+	37,  // 119: ballast.admin.v1.Admin.ListGroups:output_type -> ballast.admin.v1.ListGroupsReply
+	35,  // 120: ballast.admin.v1.Admin.GetGroup:output_type -> ballast.admin.v1.Group
+	35,  // 121: ballast.admin.v1.Admin.CreateGroup:output_type -> ballast.admin.v1.Group
+	11,  // 122: ballast.admin.v1.Admin.DeleteGroup:output_type -> ballast.admin.v1.DeleteReply
+	43,  // 123: ballast.admin.v1.Admin.ListNodes:output_type -> ballast.admin.v1.ListNodesReply
+	39,  // 124: ballast.admin.v1.Admin.GetNode:output_type -> ballast.admin.v1.Node
+	39,  // 125: ballast.admin.v1.Admin.DrainNode:output_type -> ballast.admin.v1.Node
+	40,  // 126: ballast.admin.v1.Admin.ListDrainBlockers:output_type -> ballast.admin.v1.ListDrainBlockersReply
+	39,  // 127: ballast.admin.v1.Admin.EmptyNode:output_type -> ballast.admin.v1.Node
+	39,  // 128: ballast.admin.v1.Admin.UndrainNode:output_type -> ballast.admin.v1.Node
+	11,  // 129: ballast.admin.v1.Admin.RemoveNode:output_type -> ballast.admin.v1.DeleteReply
+	46,  // 130: ballast.admin.v1.Admin.ListPools:output_type -> ballast.admin.v1.ListPoolsReply
+	44,  // 131: ballast.admin.v1.Admin.GetPool:output_type -> ballast.admin.v1.Pool
+	48,  // 132: ballast.admin.v1.Admin.ForgetPool:output_type -> ballast.admin.v1.ForgetPoolReply
+	50,  // 133: ballast.admin.v1.Admin.ListStrays:output_type -> ballast.admin.v1.ListStraysReply
+	55,  // 134: ballast.admin.v1.Admin.ListQuotas:output_type -> ballast.admin.v1.ListQuotasReply
+	53,  // 135: ballast.admin.v1.Admin.GetQuota:output_type -> ballast.admin.v1.Quota
+	53,  // 136: ballast.admin.v1.Admin.SetQuota:output_type -> ballast.admin.v1.Quota
+	11,  // 137: ballast.admin.v1.Admin.DeleteQuota:output_type -> ballast.admin.v1.DeleteReply
+	58,  // 138: ballast.admin.v1.Admin.Cluster:output_type -> ballast.admin.v1.ClusterReply
+	11,  // 139: ballast.admin.v1.Admin.RemoveController:output_type -> ballast.admin.v1.DeleteReply
+	62,  // 140: ballast.admin.v1.Admin.CreateJoinToken:output_type -> ballast.admin.v1.CreateJoinTokenReply
+	64,  // 141: ballast.admin.v1.Admin.ListJoinTokens:output_type -> ballast.admin.v1.ListJoinTokensReply
+	11,  // 142: ballast.admin.v1.Admin.RevokeJoinToken:output_type -> ballast.admin.v1.DeleteReply
+	66,  // 143: ballast.admin.v1.Admin.IssueCertificate:output_type -> ballast.admin.v1.IssueCertificateReply
+	68,  // 144: ballast.admin.v1.Admin.Why:output_type -> ballast.admin.v1.WhyReply
+	70,  // 145: ballast.admin.v1.Admin.Watch:output_type -> ballast.admin.v1.Event
+	72,  // 146: ballast.admin.v1.Admin.Audit:output_type -> ballast.admin.v1.AuditEntry
+	102, // [102:147] is the sub-list for method output_type
+	57,  // [57:102] is the sub-list for method input_type
+	57,  // [57:57] is the sub-list for extension type_name
+	57,  // [57:57] is the sub-list for extension extendee
+	0,   // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
