@@ -155,9 +155,6 @@ func (n *Node) newInstance(ctx context.Context, c Cluster, v *vol, cv volume.Vol
 		Node: n.cfg.ID, Controllers: c, Peers: n, Logger: n.log, Geometry: replication.DefaultGeometry(), Timing: n.cfg.Timing,
 		Meter: &n.meter,
 	}, m)
-	if err == nil {
-		i.e.SetResyncPace(replication.MinWindow, replication.StartRate) // until pace has looked
-	}
 	return i, err
 }
 

@@ -273,6 +273,7 @@ func (w *world) begin(node volume.NodeID, force bool) *Engine {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	e.SetResyncPace(replication.MaxWindow, 0)
 	w.engines = append(w.engines, e)
 	w.t.Cleanup(func() {
 		if err := e.Close(); err != nil {

@@ -109,7 +109,7 @@ func NewEngine(cfg EngineConfig, m Membership, now Now) (*Engine, error) {
 		return nil, fmt.Errorf("engine of volume %s: geometry: %w", m.Volume, volume.ErrInvalid)
 	}
 	e := &Engine{cfg: cfg, g: cfg.Geometry, now: now, m: m, size: m.Size, recon: map[uint32]*reconcile{}, confGen: 1,
-		window: 8 << 20, firstFence: Never, retryAt: Never}
+		window: MinWindow, rate: StartRate, firstFence: Never, retryAt: Never}
 	e.active.init()
 	e.flush.last = now
 	e.placeMembers()

@@ -106,6 +106,26 @@ func TestPacerWithoutForeground(t *testing.T) {
 	}
 }
 
+// An engine that nobody has given a pace yet copies as slowly as one whose foreground is not known.
+func TestAnEngineBeginsSlowly(t *testing.T) {
+	w := newWorld(3, 512)
+	e, err := NewEngine(EngineConfig{Node: "n1", FenceOnly: true, Geometry: w.g, Timing: w.t}, w.m, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := MinWindow / 4
+	if !e.mayCopy(n) {
+		t.Fatal("nothing may be copied")
+	}
+	e.copies(n)
+	if wait := Now(n * int64(Second) / StartRate); e.mayCopy(n) || e.copyAt != wait {
+		t.Errorf("the second copy may begin at %v, want %v", e.copyAt, wait)
+	}
+	if e.now = e.copyAt; !e.mayCopy(MinWindow-n) || e.mayCopy(MinWindow-n+1) {
+		t.Error("the window is another")
+	}
+}
+
 // Replicas that return are copied to no faster than the rate, all of them together, and not much slower; the engine asks to be woken
 // for what it does then.
 func TestResyncsKeepToTheirRate(t *testing.T) {

@@ -458,6 +458,7 @@ func (w *world) attach(node volume.NodeID, cfg EngineConfig) error {
 	if err != nil {
 		return err
 	}
+	e.window, e.rate = MaxWindow, 0 // tests of the pace set one
 	w.e = e
 	for _, h := range w.hosts {
 		w.queue = append(w.queue, func() { w.connect(e, h) })
