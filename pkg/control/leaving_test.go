@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/command"
 	"github.com/ballast-csi/ballast/pkg/control"
 	"github.com/ballast-csi/ballast/pkg/reconcile"
 	"github.com/ballast-csi/ballast/pkg/volume"
@@ -239,4 +240,33 @@ func leaveCase(grow func(w *world)) useCase {
 			}
 		},
 	}
+}
+
+// A replica that its node cannot free keeps an expand from nothing, and is freed while a detach cannot end.
+func TestAReplicaThatLeavesKeepsNothingWaiting(t *testing.T) {
+	ctx := context.Background()
+	w := newCluster(t)
+	v := w.mustCreate(replicated("v", 2))
+	gone := v.Replicas[1]
+	w.propose(command.DropReplica{Volume: v.ID, Replica: gone.ID})
+	w.silence(gone.Node, 3*time.Minute)
+	w.register(gone.Node) // its disk is not there
+	w.propose(command.BeginExpand{Volume: v.ID, Target: 2 * gib})
+	wantErr(t, w.ResumeVolume(ctx, v.ID), volume.ErrUnavailable)
+	if got := w.get(v.ID); got.Size != 2*gib || got.Target != 0 || len(got.Leaving) != 1 {
+		t.Errorf("%+v", got)
+	}
+	v = w.mustAttach(v.ID, "n4")
+	w.propose(command.BeginDetach{Volume: v.ID, Epoch: v.Epoch})
+	w.comesBack(gone.Node)
+	w.agents.setDown("n1", true)
+	w.agents.setDown("n4", true)
+	wantErr(t, w.ResumeVolume(ctx, v.ID), volume.ErrUnavailable)
+	if got := w.get(v.ID); got.Attachment == nil || len(got.Leaving) != 0 {
+		t.Errorf("%+v", got)
+	}
+	w.comesBack("n1")
+	w.comesBack("n4")
+	w.reconcile()
+	w.check()
 }

@@ -78,7 +78,7 @@ func (s *Service) noteLimits(vs []volume.Volume) {
 	s.limits = now
 }
 
-// ResumeVolume goes on with whatever is unfinished on a volume: creating, deleting, expanding, detaching. It returns
+// ResumeVolume goes on with whatever is unfinished on a volume: creating, deleting, expanding, detaching, freeing replicas. It returns
 // ErrUnderWay, and does nothing, while a call works on it.
 func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 	unlock, ok := s.flights.tryLock(volumeKey(string(id)))
@@ -90,6 +90,16 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 	if err != nil {
 		return ignoreNotFound(err)
 	}
+	err = s.goOn(ctx, v)
+	if v.State == volume.Ready && len(v.Leaving) > 0 { // last: a node that hangs, or is away, keeps nothing else waiting
+		err = errors.Join(err, s.resumed(ctx, "replica.free", string(id), s.freeReplicas(ctx, v, v.Leaving)))
+	}
+	return err
+}
+
+// goOn is ResumeVolume but for replicas that leave. The caller has v's lock.
+func (s *Service) goOn(ctx context.Context, v volume.Volume) error {
+	id := v.ID
 	c, err := s.cluster(ctx)
 	if err != nil {
 		return err
@@ -108,8 +118,6 @@ func (s *Service) ResumeVolume(ctx context.Context, id volume.ID) error {
 		return s.resumed(ctx, "volume.detach", string(id), s.completeDetach(ctx, v))
 	case v.Attachment == nil && v.Owner != "" && v.Kept == "" && !c.wanting(v): // the end of a copy is the end of its engine
 		return s.resumed(ctx, "volume.close", string(id), s.closeEngine(ctx, v))
-	case len(v.Leaving) > 0:
-		return s.resumed(ctx, "replica.free", string(id), s.freeReplicas(ctx, v, v.Leaving))
 	case v.Target != 0:
 		x, err := s.completeExpand(ctx, v)
 		if err != nil && x.Target == 0 && x.Size < v.Target { // taken back

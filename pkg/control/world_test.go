@@ -125,7 +125,7 @@ func (w *world) check() {
 	provisioned := map[volume.PoolID]int64{}
 	used := map[string]volume.Amounts{}
 	for _, v := range vs {
-		if v.State != volume.Ready || v.Target != 0 || (v.Attachment != nil && v.Attachment.Detaching) {
+		if v.State != volume.Ready || v.Target != 0 || len(v.Leaving) > 0 || (v.Attachment != nil && v.Attachment.Detaching) {
 			w.t.Errorf("volume %s is unfinished: %+v", v.ID, v)
 		}
 		for _, r := range v.Replicas {

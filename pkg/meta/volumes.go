@@ -317,8 +317,11 @@ func beginExpand(v *view, c command.BeginExpand) (command.Result, error) {
 		if err := reserve(v, rec.Tenant, volume.Amounts{LogicalBytes: more}); err != nil {
 			return nil, err
 		}
-		if err := provision(v, slices.Concat(rec.Replicas, rec.Leaving), more); err != nil {
+		if err := provision(v, rec.Replicas, more); err != nil {
 			return nil, err
+		}
+		for _, r := range rec.Leaving { // what is placed there until it is freed; nothing grows there
+			occupy(v, r.Pool, more)
 		}
 		fresh := rec.Target == 0
 		rec, err = command.Change(rec, replication.Change{ExpandIntent: &replication.ExpandIntent{Target: c.Target}})
