@@ -33,8 +33,10 @@ type directory struct {
 	members members
 	// learned is told the addresses of the other controllers when they change.
 	learned func(addresses []string)
-	// drop ends the connections of nodes that have been removed; nil before there is anything to end.
-	drop func(removed func(volume.NodeID) bool)
+	// drops end the connections of peers that are not to be spoken to any more.
+	drops []func(gone func(pki.Peer) bool)
+	// replacing has room for one: somebody showed that a node was replaced, of which the controllers have not told yet.
+	replacing chan struct{}
 
 	asking singleflight.Group // who asks while another does gets that one's answer
 
@@ -48,7 +50,8 @@ type directory struct {
 	expelled map[volume.NodeID]uint64
 	told     uint64
 	conns    map[connTo]*grpc.ClientConn
-	others   []string // addresses of other controllers
+	open     clusterapi.Connections // of conns, and those that others made
+	others   []string               // addresses of other controllers
 	closing  bool
 }
 
@@ -65,17 +68,19 @@ type members interface {
 }
 
 func newDirectory(self volume.Node, c *pki.Credentials, log *slog.Logger) *directory {
-	return &directory{
+	d := &directory{
 		self: self, credentials: c, log: log, nodes: map[volume.NodeID]volume.Node{}, gone: map[volume.NodeID]bool{},
-		expelled: map[volume.NodeID]uint64{}, conns: map[connTo]*grpc.ClientConn{},
+		expelled: map[volume.NodeID]uint64{}, conns: map[connTo]*grpc.ClientConn{}, replacing: make(chan struct{}, 1),
 	}
+	d.dropBy(d.open.Drop)
+	return d
 }
 
-// dropBy says what ends the connections of nodes that were removed.
-func (d *directory) dropBy(drop func(removed func(volume.NodeID) bool)) {
+// dropBy adds what ends connections of peers that are not to be spoken to any more: nodes that were removed, or replaced.
+func (d *directory) dropBy(drop func(gone func(pki.Peer) bool)) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.drop = drop
+	d.drops = append(d.drops, drop)
 }
 
 // run keeps the directory up to date until ctx ends.
@@ -90,6 +95,7 @@ func (d *directory) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-time.After(refreshEvery):
+		case <-d.replacing:
 		}
 	}
 }
@@ -163,13 +169,21 @@ func (d *directory) look(ctx context.Context) error {
 			delete(d.conns, to)
 		}
 	}
-	drop, gone := d.drop, maps.Clone(d.gone)
+	drops, gone := d.drops, maps.Clone(d.gone)
 	d.mu.Unlock()
 	if changed {
 		d.learned(others)
 	}
-	if drop != nil {
-		drop(func(id volume.NodeID) bool { return gone[id] || replaced[id] })
+	// Again with each look: a handshake that was admitted before may have ended just now.
+	for _, drop := range drops {
+		drop(func(p pki.Peer) bool {
+			id := volume.NodeID(p.Name)
+			outdated := p.Generation < newest[id]
+			if p.Cluster == "" { // nothing is certified where there is no TLS
+				outdated = replaced[id]
+			}
+			return p.Kind == pki.KindNode && (gone[id] || outdated)
+		})
 	}
 	return nil
 }
@@ -190,10 +204,10 @@ func (d *directory) expel(id volume.NodeID) {
 			delete(d.conns, to)
 		}
 	}
-	drop := d.drop
+	drops := d.drops
 	d.mu.Unlock()
-	if drop != nil {
-		drop(func(o volume.NodeID) bool { return o == id })
+	for _, drop := range drops {
+		drop(func(p pki.Peer) bool { return p.Kind == pki.KindNode && p.Name == string(id) })
 	}
 }
 
@@ -233,9 +247,18 @@ func (d *directory) admits(p pki.Peer) error {
 // current is pki.Verify: it refuses a node whose place another machine has taken by joining under its name, as far as is known.
 func (d *directory) current(p pki.Peer) error {
 	d.mu.Lock()
-	newest := d.newest[volume.NodeID(p.Name)]
+	newest, known := d.newest[volume.NodeID(p.Name)], d.newest != nil
 	d.mu.Unlock()
-	if p.Kind == pki.KindNode && p.Generation < newest {
+	if p.Kind != pki.KindNode {
+		return nil
+	}
+	if known && p.Generation > newest {
+		select {
+		case d.replacing <- struct{}{}: // whoever had the name before is to be let go of
+		default:
+		}
+	}
+	if p.Generation < newest {
 		return fmt.Errorf("%s has the certificate of an earlier machine of that name: %w", p, pki.ErrRefused)
 	}
 	return nil
@@ -322,7 +345,7 @@ func (d *directory) connect(to connTo, verify pki.Verify) (grpc.ClientConnInterf
 	if c := d.conns[to]; c != nil {
 		return c, nil
 	}
-	c, err := clusterapi.Connect(to.address, d.credentials.Client(pki.All(verify, d.current)))
+	c, err := clusterapi.Connect(to.address, d.credentials.Client(pki.All(verify, d.current)), &d.open)
 	if err != nil {
 		return nil, fmt.Errorf("address %q: %w: %w", to.address, err, volume.ErrUnavailable)
 	}

@@ -40,13 +40,24 @@ func TestWhoseNameItIs(t *testing.T) {
 	l := &listed{nodes: []volume.Node{{ID: "n1"}, {ID: "n2"}}, newest: map[volume.NodeID]uint64{"n2": 1}}
 	d := newDirectory(volume.Node{ID: "n1"}, nil, slog.New(slog.DiscardHandler))
 	d.members = l
-	var dropped []volume.NodeID
-	d.dropBy(func(gone func(volume.NodeID) bool) {
-		for _, id := range []volume.NodeID{"n1", "n2"} {
-			if gone(id) {
-				dropped = append(dropped, id)
+	peer := func(id volume.NodeID, generation uint64, cluster string) pki.Peer {
+		p := pki.Peer{Identity: pki.Node(id, pki.RoleStorage), Cluster: cluster}
+		p.Generation = generation
+		return p
+	}
+	conns := map[string]pki.Peer{ // as they were when they were made; "" is no certificate
+		"n1": peer("n1", 0, "c"), "old n2": peer("n2", 1, "c"), "new n2": peer("n2", 2, "c"), "plain n2": peer("n2", 0, ""), "n3": peer("n3", 0, "c"),
+		"admin n2": {Identity: pki.Admin("n2", pki.RoleAdmin), Cluster: "c"},
+	}
+	var dropped []string
+	d.dropBy(func(gone func(pki.Peer) bool) {
+		dropped = nil
+		for name, p := range conns {
+			if gone(p) {
+				dropped = append(dropped, name)
 			}
 		}
+		slices.Sort(dropped)
 	})
 	look := func(generations map[volume.NodeID]uint64) {
 		t.Helper()
@@ -67,7 +78,13 @@ func TestWhoseNameItIs(t *testing.T) {
 	}
 	look(map[volume.NodeID]uint64{"n2": 1})
 	admitted("n2", 1, true)
+	if len(d.replacing) > 0 {
+		t.Error("it is looked who was replaced")
+	}
 	admitted("n2", 2, true) // not listed yet
+	if len(d.replacing) == 0 {
+		t.Error("a later machine was met, and it is not looked who was replaced")
+	}
 	admitted("n2", 0, false)
 	admitted("n1", 0, true) // the founder
 	if len(dropped) > 0 {
@@ -77,8 +94,12 @@ func TestWhoseNameItIs(t *testing.T) {
 	admitted("n2", 1, false)
 	admitted("n2", 2, true)
 	admitted("n1", 0, false) // this one itself
-	if !slices.Equal(dropped, []volume.NodeID{"n1", "n2"}) {
+	if !slices.Equal(dropped, []string{"n1", "old n2", "plain n2"}) {
 		t.Errorf("dropped %v", dropped)
+	}
+	look(map[volume.NodeID]uint64{"n1": 1, "n2": 2})
+	if !slices.Equal(dropped, []string{"n1", "old n2"}) { // their handshakes ended since
+		t.Errorf("then dropped %v", dropped)
 	}
 	if err := d.current(pki.Peer{Identity: pki.Admin("n2", pki.RoleAdmin)}); err != nil {
 		t.Errorf("an admin of that name: %v", err)
@@ -92,9 +113,9 @@ func TestWhoIsAdmitted(t *testing.T) {
 	d := newDirectory(volume.Node{ID: "n1"}, nil, slog.New(slog.DiscardHandler))
 	d.members = l
 	var dropped []volume.NodeID
-	d.dropBy(func(gone func(volume.NodeID) bool) {
+	d.dropBy(func(gone func(pki.Peer) bool) {
 		for _, id := range []volume.NodeID{"n0", "n2", "n3"} {
-			if gone(id) {
+			if gone(pki.Peer{Identity: pki.Node(id), Cluster: "c"}) {
 				dropped = append(dropped, id)
 			}
 		}

@@ -149,7 +149,7 @@ func (i *identity) join(ctx context.Context, cfg config, log *slog.Logger) error
 		return err
 	}
 	conns, closeAll, err := connectAll(cfg.cluster.controllers, func(address string) (*grpc.ClientConn, error) {
-		return clusterapi.Connect(address, pki.JoinClient(token.CA, nil))
+		return clusterapi.Connect(address, pki.JoinClient(token.CA, nil), new(clusterapi.Connections))
 	})
 	if err != nil {
 		return err

@@ -52,6 +52,7 @@ func (d *daemon) openMember(ctx context.Context, parts *closers) error {
 		return err
 	}
 	parts.add(func() error { client.Close(); return nil })
+	dir.dropBy(client.Drop)
 
 	roles := []volume.NodeRole{volume.RoleStorage}
 	if id.controller() {
@@ -146,6 +147,12 @@ func (d *daemon) openController(id *identity, dir *directory, known []string, pa
 	}
 	parts.add(store.Close)
 	d.member.store = store
+	dir.dropBy(func(gone func(pki.Peer) bool) {
+		store.Drop(func(s tls.ConnectionState) bool {
+			p, err := pki.PeerIn(s)
+			return err == nil && gone(p)
+		})
+	})
 	if err := d.metrics.WatchRaft(func() metrics.Raft { return metrics.Raft(store.Stats()) }); err != nil {
 		return nil, err
 	}
@@ -202,7 +209,7 @@ func (d *daemon) listenForMembers(s clusterapi.Services, c *pki.Credentials, clu
 	if s.Controller != nil {
 		tlsConfig = c.ServerWithJoin(members)
 	}
-	api := clusterapi.NewServer(s, tlsConfig)
+	api := clusterapi.NewServer(s, tlsConfig, &d.member.directory.open)
 	if err := serve("the cluster API", d.cfg.cluster.listen.api, api.Serve, api.Stop); err != nil {
 		return err
 	}

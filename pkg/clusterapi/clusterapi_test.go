@@ -36,6 +36,12 @@ func (r *recorder) note(args ...any) error {
 // pair is a client with the identity of one node and a server with that of another.
 func pair(t *testing.T, s Services, callerRoles ...pki.Role) (*grpc.ClientConn, *pki.CA) {
 	t.Helper()
+	return pairNoted(t, s, new(Connections), new(Connections), callerRoles...)
+}
+
+// pairNoted is pair with connections that are noted on either side.
+func pairNoted(t *testing.T, s Services, atServer, atClient *Connections, callerRoles ...pki.Role) (*grpc.ClientConn, *pki.CA) {
+	t.Helper()
 	ca, err := pki.NewCA(pki.NewClusterID(), time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -59,7 +65,7 @@ func pair(t *testing.T, s Services, callerRoles ...pki.Role) (*grpc.ClientConn, 
 		}
 		return c
 	}
-	server := NewServer(s, issue("n1", pki.RoleController, pki.RoleStorage).ServerWithJoin(nil))
+	server := NewServer(s, issue("n1", pki.RoleController, pki.RoleStorage).ServerWithJoin(nil), atServer)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +76,7 @@ func pair(t *testing.T, s Services, callerRoles ...pki.Role) (*grpc.ClientConn, 
 	if len(callerRoles) > 0 {
 		tls = issue("n2", callerRoles...).Client(pki.IsNode("n1"))
 	}
-	cc, err := Connect(l.Addr().String(), tls)
+	cc, err := Connect(l.Addr().String(), tls, atClient)
 	if err != nil {
 		t.Fatal(err)
 	}

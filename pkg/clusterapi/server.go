@@ -35,10 +35,10 @@ type Services struct {
 }
 
 // NewServer serves a member of the cluster to the others. tls is from pki.Credentials: ServerWithJoin where a Controller is
-// served, for nodes that have no certificate yet may ask to join.
-func NewServer(s Services, tls *tls.Config) *grpc.Server {
+// served, for nodes that have no certificate yet may ask to join. Its connections are among conns.
+func NewServer(s Services, tls *tls.Config, conns *Connections) *grpc.Server {
 	server := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(tls)), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(1024),
+		grpc.Creds(conns.over(tls)), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(1024),
 		grpc.UnaryInterceptor(s.admit), grpc.StreamInterceptor(s.admitStream),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
@@ -52,10 +52,10 @@ func NewServer(s Services, tls *tls.Config) *grpc.Server {
 	return server
 }
 
-// Connect returns a connection to a member at an address, made when it is first used.
-func Connect(address string, tls *tls.Config) (*grpc.ClientConn, error) {
+// Connect returns a connection to a member at an address, made when it is first used. It is among conns then.
+func Connect(address string, tls *tls.Config, conns *Connections) (*grpc.ClientConn, error) {
 	return grpc.NewClient("passthrough:///"+address,
-		grpc.WithTransportCredentials(credentials.NewTLS(tls)),
+		grpc.WithTransportCredentials(conns.over(tls)),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingAfter, Timeout: pingTimeout}),
 		grpc.WithConnectParams(grpc.ConnectParams{

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
 
@@ -78,6 +79,27 @@ func (c *Client) Close() {
 	c.mu.Unlock()
 	c.cancel()
 	c.wg.Wait()
+}
+
+// Drop ends the connections to nodes that are not to be called any more, as Server.Drop does.
+func (c *Client) Drop(gone func(pki.Peer) bool) {
+	c.mu.Lock()
+	var end []*conn
+	for _, lanes := range c.lanes {
+		for _, n := range lanes {
+			select {
+			case <-n.ready:
+				if n.conn != nil && gone(n.conn.proved) {
+					end = append(end, n.conn)
+				}
+			default:
+			}
+		}
+	}
+	c.mu.Unlock()
+	for _, conn := range end {
+		conn.abort(errGone)
+	}
 }
 
 // Target is a replica on another node.

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -59,11 +60,12 @@ type control interface {
 
 // conn is one connection with a peer that has proved itself.
 type conn struct {
-	peer volume.NodeID
-	sums bool // the data has checksums
-	out  output
-	in   *bufio.Reader
-	sink *sink // what in reads from through TLS; nil without
+	peer   volume.NodeID
+	proved pki.Peer // the same, by its certificate; without TLS it has no Cluster
+	sums   bool     // the data has checksums
+	out    output
+	in     *bufio.Reader
+	sink   *sink // what in reads from through TLS; nil without
 	// budget bounds held; 0 is no bound.
 	budget int
 
@@ -95,7 +97,7 @@ type conn struct {
 // newConn takes over a connection after its handshake; it must be run.
 func newConn(t *transport, budget int) *conn {
 	c := &conn{
-		peer: t.peer, sums: t.sink == nil, out: t.out, in: t.in, sink: t.sink, budget: budget,
+		peer: volume.NodeID(t.peer.Name), proved: t.peer, sums: t.sink == nil, out: t.out, in: t.in, sink: t.sink, budget: budget,
 		links: map[uint32]*Link{}, handoff: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	c.changed = sync.NewCond(&c.mu)

@@ -36,7 +36,7 @@ const (
 
 // transport is a connection after its handshake.
 type transport struct {
-	peer volume.NodeID
+	peer pki.Peer // without TLS it is what the node says of itself: it has no Cluster
 	out  output
 	in   *bufio.Reader
 	sink *sink // nil without TLS
@@ -164,15 +164,12 @@ func tune(tcp *net.TCPConn) error {
 }
 
 // identity is the node that the TLS peer proved to be.
-func identity(t *sealed) (volume.NodeID, error) {
+func identity(t *sealed) (pki.Peer, error) {
 	p, err := pki.PeerIn(t.tls.ConnectionState())
-	if err != nil {
-		return "", err
+	if err == nil && p.Kind != pki.KindNode {
+		err = fmt.Errorf("%s is no node: %w", p, pki.ErrRefused)
 	}
-	if p.Kind != pki.KindNode {
-		return "", fmt.Errorf("%s is no node: %w", p, pki.ErrRefused)
-	}
-	return volume.NodeID(p.Name), nil
+	return p, err
 }
 
 // greet is the client's side of the handshake. It takes over tcp, which it closes when it fails.
@@ -206,17 +203,16 @@ func greet(ctx context.Context, tcp *net.TCPConn, cfg *tls.Config, cluster strin
 	case h.Min != h.Max || h.Max < minVersion || h.Max > maxVersion:
 		return nil, fmt.Errorf("node %s chose version %d of the protocol, known are %d to %d: %w", want, h.Max, minVersion, maxVersion, errWire)
 	}
+	t.peer.Identity = pki.Node(want)
 	if sealed != nil {
-		id, err := identity(sealed)
-		if err != nil {
+		if t.peer, err = identity(sealed); err != nil {
 			return nil, err
 		}
-		if id != want {
-			return nil, fmt.Errorf("this is node %q, not %q: %w", id, want, pki.ErrRefused)
+		if t.peer.Name != string(want) {
+			return nil, fmt.Errorf("this is node %q, not %q: %w", t.peer.Name, want, pki.ErrRefused)
 		}
 	}
 	sealed.begin()
-	t.peer = want
 	return t, nil
 }
 
@@ -244,10 +240,10 @@ func welcome(ctx context.Context, tcp *net.TCPConn, cfg *tls.Config, cluster str
 	answer := hello{Cluster: cluster, From: self, To: h.From, Min: min(h.Max, maxVersion)}
 	answer.Max = answer.Min
 	err = refusal(h, cluster, self)
+	t.peer.Identity = pki.Node(h.From)
 	if err == nil && sealed != nil {
-		var id volume.NodeID
-		if id, err = identity(sealed); err == nil && id != h.From {
-			err = fmt.Errorf("the certificate is of node %q, not %q: %w", id, h.From, pki.ErrRefused)
+		if t.peer, err = identity(sealed); err == nil && t.peer.Name != string(h.From) {
+			err = fmt.Errorf("the certificate is of node %q, not %q: %w", t.peer.Name, h.From, pki.ErrRefused)
 		}
 	}
 	if err != nil {
@@ -257,7 +253,6 @@ func welcome(ctx context.Context, tcp *net.TCPConn, cfg *tls.Config, cluster str
 		return nil, errors.Join(err, werr)
 	}
 	sealed.begin()
-	t.peer = h.From
 	return t, nil
 }
 

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/replication"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -137,17 +138,25 @@ func TestClose(t *testing.T) {
 		}
 
 		// The connection breaks: that is said, and the next link is on another.
-		s.Drop(func(n volume.NodeID) bool { return n == "client" })
-		if err := within(t, "end", e.closed); err == nil {
-			t.Error("no reason")
+		named := func(name string) func(pki.Peer) bool {
+			return func(p pki.Peer) bool { return p.Name == name && (p.Cluster != "") == secure }
 		}
-		within(t, "end at the server", rep.closed)
-		l.Close()
-		l = open(t, c, target(addr, 1), e)
-		l.Send(&replication.Message{Kind: replication.KindPing, Seq: 6})
-		l.Flush()
-		if m := within(t, "message", rep.got); m.Seq != 6 {
-			t.Fatalf("%+v", m)
+		for seq, drop := range map[uint64]func(){6: func() { s.Drop(named("client")) }, 7: func() { c.Drop(named("server")) }} {
+			s.Drop(named("server"))
+			c.Drop(named("client"))
+			drop()
+			if err := within(t, "end", e.closed); err == nil {
+				t.Error("no reason")
+			}
+			within(t, "end at the server", rep.closed)
+			l.Close()
+			l = open(t, c, target(addr, 1), e)
+			l.Send(&replication.Message{Kind: replication.KindPing, Seq: seq})
+			l.Flush()
+			if m := within(t, "message", rep.got); m.Seq != seq {
+				t.Fatalf("%+v", m)
+			}
+			within(t, "answer", e.answers)
 		}
 		c.Close()
 		if err := within(t, "end", e.closed); !errors.Is(err, errClosed) {
@@ -698,7 +707,7 @@ func chaos(t *testing.T, secure bool) {
 			case <-stop:
 				return
 			case <-time.After(time.Duration(r.IntN(60)) * time.Millisecond):
-				s.Drop(func(volume.NodeID) bool { return r.IntN(2) == 0 })
+				s.Drop(func(pki.Peer) bool { return r.IntN(2) == 0 })
 			}
 		}
 	})

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/repeat"
 	"github.com/ballast-csi/ballast/pkg/volume"
 )
@@ -160,18 +161,20 @@ func (s *Server) serve(tcp *net.TCPConn) {
 	s.cfg.Log.Debug("replica protocol: connection ended", "node", c.peer, "from", from, "err", err)
 }
 
-// Drop ends the connections of the nodes that gone names: those that are not to be served any more.
-func (s *Server) Drop(gone func(volume.NodeID) bool) {
+var errGone = errors.New("the node is not spoken to any more")
+
+// Drop ends the connections of nodes that are not to be served any more. Peers without TLS have no Cluster.
+func (s *Server) Drop(gone func(pki.Peer) bool) {
 	s.mu.Lock()
 	var end []*conn
 	for c := range s.conns {
-		if gone(c.peer) {
+		if gone(c.proved) {
 			end = append(end, c)
 		}
 	}
 	s.mu.Unlock()
 	for _, c := range end {
-		c.abort(errors.New("the node is not served any more"))
+		c.abort(errGone)
 	}
 }
 

@@ -43,13 +43,13 @@ type mux struct {
 	raft   chan net.Conn
 
 	mu    sync.Mutex
-	conns map[net.Conn]struct{} // all that are open, dialled ones too
+	conns map[*tracked]struct{} // all that are open, dialled ones too
 }
 
 func (m *mux) start() {
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.raft = make(chan net.Conn)
-	m.conns = map[net.Conn]struct{}{}
+	m.conns = map[*tracked]struct{}{}
 	m.wg.Go(m.accept)
 }
 
@@ -62,10 +62,21 @@ func (m *mux) shut() error {
 	}
 	m.mu.Lock()
 	for c := range m.conns {
-		_ = c.Close()
+		_ = c.Conn.Close()
 	}
 	m.mu.Unlock()
 	return err
+}
+
+// drop ends the connections of peers that gone finds by what they proved in the handshake.
+func (m *mux) drop(gone func(tls.ConnectionState) bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for c := range m.conns {
+		if c.proved != nil && gone(*c.proved) {
+			_ = c.Conn.Close() // whoever uses it notices
+		}
+	}
 }
 
 func (m *mux) wait() { m.wg.Wait() }
@@ -79,18 +90,27 @@ func (m *mux) track(c net.Conn) (*tracked, bool) {
 		return nil, false
 	}
 	t := &tracked{Conn: c, m: m}
-	m.conns[t.Conn] = struct{}{}
+	m.conns[t] = struct{}{}
 	return t, true
 }
 
 type tracked struct {
 	net.Conn
 	m *mux
+	// proved is what the handshake ended with; nil before that, and without TLS. Guarded by m.mu.
+	proved *tls.ConnectionState
+}
+
+// secured notes who is at the other end.
+func (t *tracked) secured(s tls.ConnectionState) {
+	t.m.mu.Lock()
+	defer t.m.mu.Unlock()
+	t.proved = &s
 }
 
 func (t *tracked) Close() error {
 	t.m.mu.Lock()
-	delete(t.m.conns, t.Conn)
+	delete(t.m.conns, t)
 	t.m.mu.Unlock()
 	return t.Conn.Close()
 }
@@ -146,6 +166,7 @@ func (m *mux) serve(raw net.Conn) {
 			_ = c.Close()
 			return
 		}
+		conn.secured(t.ConnectionState())
 		c = t
 	}
 	var head [len(preface) + 1]byte
@@ -243,6 +264,7 @@ func (m *mux) dial(ctx context.Context, address string, purpose byte) (net.Conn,
 		if err := t.HandshakeContext(ctx); err != nil {
 			return nil, errors.Join(err, c.Close())
 		}
+		conn.secured(t.ConnectionState())
 		c = t
 	}
 	if _, err := c.Write(append([]byte(preface), purpose)); err != nil {

@@ -185,6 +185,9 @@ func (s *Store) open() (err error) {
 	return s.prepare()
 }
 
+// Drop ends the connections, in both directions, of peers that gone finds by what they proved in the handshake.
+func (s *Store) Drop(gone func(tls.ConnectionState) bool) { s.mux.drop(gone) }
+
 // closeFiles closes what Open opened, as far as it came.
 func (s *Store) closeFiles() error {
 	var errs []error

@@ -2,8 +2,11 @@ package metaraft
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -310,6 +313,51 @@ func TestStrangersAreRefused(t *testing.T) {
 			t.Errorf("call %d of a stranger: %v", call, err)
 		}
 	}
+}
+
+// The connections of a peer that has been replaced end, in both directions and at once; those that are made later are others.
+func TestConnectionsAreDropped(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	leader := c.settled(3)
+	leader.mustSet("t", 1)
+	i := slices.IndexFunc(c.nodes, func(x *node) bool { return x != leader })
+	gone, m := c.nodes[i].id, leader.store.mux
+	if _, err := leader.store.peers.call(within(t), c.nodes[i].address, callTerm, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.nodes[i].store.peers.call(within(t), leader.address, callTerm, nil); err != nil {
+		t.Fatal(err)
+	}
+	conns := map[*tracked]volume.NodeID{}
+	m.mu.Lock()
+	for x := range m.conns {
+		if x.proved != nil {
+			conns[x], _ = commonName(*x.proved)
+		}
+	}
+	m.mu.Unlock()
+	dialled, others := 0, 0
+	leader.store.Drop(func(s tls.ConnectionState) bool {
+		id, err := commonName(s)
+		return err == nil && id == gone
+	})
+	for x, id := range conns {
+		closed := errors.Is(x.SetReadDeadline(time.Now().Add(time.Hour)), net.ErrClosed)
+		switch {
+		case id == gone && !closed:
+			t.Errorf("a connection with %s from %s to %s is open still", id, x.LocalAddr(), x.RemoteAddr())
+		case id != gone && !closed:
+			others++
+		}
+		if x.LocalAddr().String() != leader.address && id == gone {
+			dialled++
+		}
+	}
+	if dialled == 0 || dialled == len(conns) || others == 0 {
+		t.Errorf("%d connections were dialled, %d of others stayed, of %d", dialled, others, len(conns))
+	}
+	c.settled(3).mustSet("t", 2)
 }
 
 // While the leader's disk hangs another controller leads; when it is back, so is the controller.
