@@ -124,6 +124,7 @@ type poolView struct {
 	ProvisionedBytes int64   `json:"provisionedBytes"`
 	FreeBytes        int64   `json:"freeBytes"`
 	OverProvision    float64 `json:"overProvision"`
+	Failed           bool    `json:"failed,omitempty"`
 }
 
 type nodeView struct {
@@ -285,6 +286,7 @@ func viewPool(p *adminpb.Pool) poolView {
 		ProvisionedBytes: p.ProvisionedBytes,
 		FreeBytes:        p.FreeBytes,
 		OverProvision:    p.OverProvision,
+		Failed:           p.Failed,
 	}
 }
 

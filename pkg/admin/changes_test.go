@@ -70,10 +70,10 @@ func TestAttention(t *testing.T) {
 		{"nodes", func(a *attention) {
 			full := &adminpb.Pool{Name: "p", CapacityBytes: 10, UsedBytes: 10}
 			a.nodes([]*adminpb.Node{
-				{Id: "a", State: nodeUp, Pools: []*adminpb.Pool{full, {Name: "gone"}}}, {Id: "b", State: nodeSilent, Pools: []*adminpb.Pool{full}},
+				{Id: "a", State: nodeUp, Pools: []*adminpb.Pool{full, {Name: "gone"}, {Name: "bad", CapacityBytes: 10, Failed: true}}}, {Id: "b", State: nodeSilent, Pools: []*adminpb.Pool{full}},
 				{Id: "c", State: "emptying", Replicas: 2}, {Id: "d", State: "emptying"}, {Id: "e", State: "drained"},
 			})
-		}, []string{"1 node not reporting: b", "1 pool without its disk: a/gone", "1 pool full or nearly so: a/p (100 %)", "node c is being emptied: 2 replicas", "node d is empty", "node e is drained"}},
+		}, []string{"1 node not reporting: b", "1 pool without its disk: a/gone", "1 pool stopped after an error of its disk: a/bad", "1 pool full or nearly so: a/p (100 %)", "node c is being emptied: 2 replicas", "node d is empty", "node e is drained"}},
 		{"the worst first", func(a *attention) {
 			a.degraded, a.lost, a.inaccessible, a.strays = []string{"x"}, []string{"y"}, []string{"z", "zz"}, 3
 		}, []string{"1 volume lost data: ballastctl volume why y", "2 volumes cannot be used, I/O waits: ballastctl volume why z", "1 volume degraded", "3 replicas or snapshots"}},

@@ -143,7 +143,8 @@ func worstOf(cs []volume.Condition) volume.Severity {
 type attention struct {
 	quorum                       []string
 	lost, inaccessible, degraded []string // volumes
-	away, disks, space, moving   []string
+	away, disks, failed          []string
+	space, moving                []string
 	advice                       []string
 	strays                       int
 }
@@ -208,6 +209,8 @@ func (a *attention) nodes(ns []*adminpb.Node) {
 			case n.State == nodeSilent:
 			case p.CapacityBytes == 0:
 				a.disks = append(a.disks, n.Id+"/"+p.Name)
+			case p.Failed:
+				a.failed = append(a.failed, n.Id+"/"+p.Name)
 			case float64(p.UsedBytes) >= 0.9*float64(p.CapacityBytes):
 				a.space = append(a.space, fmt.Sprintf("%s/%s (%d %%)", n.Id, p.Name, p.UsedBytes*100/p.CapacityBytes))
 			}
@@ -232,6 +235,7 @@ func (a *attention) lines() []string {
 	out = append(out, a.quorum...)
 	add(a.away, "node", "not reporting")
 	add(a.disks, "pool", "without its disk")
+	add(a.failed, "pool", "stopped after an error of its disk")
 	add(a.space, "pool", "full or nearly so")
 	if len(a.degraded) > 0 {
 		out = append(out, fmt.Sprintf("%s degraded: ballastctl volume why %s", countOf("volume", a.degraded), a.degraded[0]))

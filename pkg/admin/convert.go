@@ -136,6 +136,7 @@ func poolToProto(p volume.Pool) *adminpb.Pool {
 		ProvisionedBytes: p.Provisioned,
 		OverProvision:    p.OverProvision,
 		FreeBytes:        p.Free(),
+		Failed:           p.Failed,
 	}
 }
 

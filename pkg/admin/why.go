@@ -227,17 +227,22 @@ func whyNode(n volume.Node, now time.Time) string {
 	if len(n.Pools) == 0 {
 		return fmt.Sprintf("Node %s is there but has no pool, so no volume can be placed on it. Give it one with ballastd's --pool.", n.ID)
 	}
-	var full, offline []string
+	var full, offline, failed []string
 	for _, p := range n.Pools {
 		switch {
 		case p.Capacity == 0:
 			offline = append(offline, p.Name)
+		case p.Failed:
+			failed = append(failed, p.Name)
 		case p.Full():
 			full = append(full, p.Name)
 		}
 	}
 	if len(offline) > 0 {
 		return fmt.Sprintf("Node %s is there, but the disk of %s is not. For the way out: `ballastctl pool why %s/%s`.", n.ID, poolsText(offline), n.ID, offline[0])
+	}
+	if len(failed) > 0 {
+		return fmt.Sprintf("Node %s is there, but an error of its disk has stopped %s. For the way out: `ballastctl pool why %s/%s`.", n.ID, poolsText(failed), n.ID, failed[0])
 	}
 	if len(full) > 0 {
 		return fmt.Sprintf("Node %s is there, but writes wait for room in %s. For the way out: `ballastctl pool why %s/%s`.", n.ID, poolsText(full), n.ID, full[0])
@@ -265,6 +270,8 @@ func whyPool(p volume.Pool, n volume.Node, now time.Time) string {
 	switch {
 	case p.Capacity == 0:
 		return fmt.Sprintf("Pool %s is offline: its disk was not there when ballastd started on node %s, and what is on it cannot be used. Connect the disk again and restart ballastd there; what was flushed is kept. Only where the disk is gone for good: `ballastctl pool forget %s`.", p.Name, p.Node, p.ID)
+	case p.Failed:
+		return fmt.Sprintf("Pool %s has stopped writing after an error of its disk. Volumes with copies elsewhere go on, and get others in its stead if it stays so. See to the disk (`dmesg`) and restart ballastd on node %s; what was flushed is kept.", p.Name, p.Node)
 	case p.Full():
 		return fmt.Sprintf("Pool %s is full (%s): writes to its volumes wait, none is lost. Free space by deleting snapshots or volumes (both still work), or discard within filesystems (fstrim), or give the pool more capacity and restart ballastd; the writes then go on by themselves.", p.Name, room)
 	case p.Free() < volume.MinSize:

@@ -26,6 +26,7 @@ func TestWhy(t *testing.T) {
 		return p
 	}
 	full, offline := with(func(p *volume.Pool) { p.Used = p.Capacity }), with(func(p *volume.Pool) { p.Capacity = 0 })
+	stopped := with(func(p *volume.Pool) { p.Failed = true })
 	node := func(state volume.NodeState, pools ...volume.Pool) volume.Node {
 		return volume.Node{ID: "n", LastSeen: volume.Timestamp(now.UnixNano()), State: state, Pools: pools}
 	}
@@ -44,11 +45,13 @@ func TestWhy(t *testing.T) {
 		{"pool, full", whyPool(full, up, now)},
 		{"pool, all provisioned", whyPool(with(func(p *volume.Pool) { p.Provisioned = 2 * p.Capacity }), up, now)},
 		{"pool, its disk away", whyPool(offline, up, now)},
+		{"pool, stopped", whyPool(stopped, up, now)},
 		{"pool, its node silent", whyPool(pool, up, now.Add(time.Hour))},
 		{"node, usable", whyNode(up, now)},
 		{"node, two pools", whyNode(node(volume.NodeActive, pool, second), now)},
 		{"node, no pool", whyNode(node(volume.NodeActive), now)},
 		{"node, a disk away", whyNode(node(volume.NodeActive, second, offline), now)},
+		{"node, a pool stopped", whyNode(node(volume.NodeActive, second, stopped), now)},
 		{"node, pools full", whyNode(node(volume.NodeActive, full, full), now)},
 		{"node, drained", whyNode(node(volume.NodeDrained, pool), now)},
 		{"node, being emptied", whyNode(node(volume.NodeEmptying, pool), now)},

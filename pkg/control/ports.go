@@ -52,7 +52,7 @@ type ReplicaReport struct {
 
 // Usage is what a node measures of its pools.
 type Usage struct {
-	Pools []volume.Pool // Capacity, Used and OverProvision are read
+	Pools []volume.Pool // Capacity, Used, OverProvision and Failed are read
 	// Replicas and Snapshots map to the physical bytes of their own layers.
 	Replicas  map[volume.ReplicaID]int64
 	Snapshots map[volume.SnapshotID]int64

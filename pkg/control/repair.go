@@ -27,7 +27,7 @@ type State struct {
 	Remains map[volume.ID]volume.Remains
 	// Unfit are pools that a snapshot can be copied neither to nor from, as this process has found out lately.
 	Unfit map[Unfit]bool
-	// Away is for how long a pool cannot be reached: its node is silent, or its disk is not there. It is no longer than this
+	// Away is for how long a pool cannot be used: its node is silent, its disk is not there, or it has stopped. It is no longer than this
 	// process has been looking: after a time without controllers all nodes seem to have been silent. Pools that can be reached
 	// are not in it.
 	Away map[volume.PoolID]time.Duration
@@ -87,7 +87,7 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	offline := map[volume.PoolID]time.Time{}
 	for _, n := range c.nodes {
 		for _, p := range n.Pools {
-			if p.Capacity == 0 { // nobody records since when
+			if p.Capacity == 0 || p.Failed { // nobody records since when
 				offline[p.ID] = now
 				if since, ok := s.offline[p.ID]; ok {
 					offline[p.ID] = since

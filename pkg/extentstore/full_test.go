@@ -196,7 +196,7 @@ func failedSync(broken rules) error {
 			return errors.New("a flush after a failed sync returns nil")
 		}
 	}
-	if d.WriteAt(ctx, two, 0) == nil || p.Cut(ctx, "r", "s") == nil || !slices.Contains(reasons(p), "PoolFailed") {
+	if d.WriteAt(ctx, two, 0) == nil || p.Cut(ctx, "r", "s") == nil || !slices.Contains(reasons(p), "PoolFailed") || !p.Info().Failed {
 		return errors.New("a pool goes on after a failed sync")
 	}
 	got := make([]byte, layer.BlockSize)
@@ -214,6 +214,9 @@ func failedSync(broken rules) error {
 	}
 	if err := d.ReadAt(ctx, got, 0); err != nil || !bytes.Equal(got, one) {
 		return errors.Join(err, errors.New("the last flushed bytes are lost"))
+	}
+	if p.Info().Failed {
+		return errors.New("a pool that was opened again has failed")
 	}
 	return p.Close()
 }

@@ -185,7 +185,7 @@ func (p *Pool) Info() volume.Pool {
 	return volume.Pool{
 		ID: p.id, Name: p.opts.Name, Kind: p.kind, Path: p.dir,
 		Capacity: int64(p.alloc.limit) * layer.ExtentSize, Used: int64(p.alloc.used) * layer.ExtentSize,
-		OverProvision: p.opts.OverProvision,
+		OverProvision: p.opts.OverProvision, Failed: p.failure() != nil,
 	}
 }
 

@@ -104,7 +104,7 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 			continue
 		}
 		now := old
-		now.Capacity, now.Used, now.OverProvision = p.Capacity, p.Used, p.OverProvision
+		now.Capacity, now.Used, now.OverProvision, now.Failed = p.Capacity, p.Used, p.OverProvision, p.Failed
 		if now != old {
 			save(v, pools+string(p.ID), now)
 		}

@@ -191,6 +191,8 @@ func objection(v View, r Request, p volume.Pool) string {
 		return r.Refused[p.ID]
 	case p.Capacity == 0:
 		return "it is offline"
+	case p.Failed:
+		return "it has stopped after an error of its disk; restart its node's daemon once that is sound"
 	case p.Full():
 		return fmt.Sprintf("it is full, %d of %d bytes are used", p.Used, p.Capacity)
 	case p.Free() < r.Size:

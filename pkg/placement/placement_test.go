@@ -30,6 +30,8 @@ func TestChoose(t *testing.T) {
 	over.Nodes[0].Pools[0].OverProvision = 2.5
 	full := cluster(100)
 	full.Nodes[0].Pools[0].Used = 100
+	stopped := cluster(100, 50)
+	stopped.Nodes[0].Pools[0].Failed = true
 	down := cluster(100, 50)
 	down.Down = map[volume.NodeID]string{"n1": "it is silent"}
 	zones := cluster(100, 90, 80, 10, 70)
@@ -58,6 +60,8 @@ func TestChoose(t *testing.T) {
 		{"one byte more", cluster(10), Request{Size: 11, Replicas: 1}, "10 bytes may still be placed, 11 are asked for", false},
 		{"over-provisioned", over, Request{Size: 250, Replicas: 1}, "p1", true},
 		{"over-provisioned and more", over, Request{Size: 251, Replicas: 1}, "250 bytes", false},
+		{"one that has stopped", stopped, Request{Size: 1, Replicas: 1}, "p2", true},
+		{"nowhere but where it has stopped", stopped, Request{Size: 1, Replicas: 2}, "error of its disk", false},
 		{"full of data", full, Request{Size: 1, Replicas: 1}, "full", false},
 		{"a node that is down", down, Request{Size: 1, Replicas: 1}, "p2", true},
 		{"too few nodes", down, Request{Size: 1, Replicas: 2}, "2 replicas need as many nodes, 1 can hold one (pool p1 on node n1: it is silent)", false},

@@ -309,6 +309,8 @@ type Pool struct {
 	Used int64 `json:"used"`
 	// OverProvision bounds the sum of logical sizes to Capacity times it; at least 1.
 	OverProvision float64 `json:"overProvision"`
+	// Failed: it has stopped writing after an error of its disk, until its node's daemon is restarted, as that last reported.
+	Failed bool `json:"failed,omitempty"`
 	// Provisioned is the sum of the logical sizes placed here. The state machine keeps it.
 	Provisioned int64 `json:"provisioned"`
 }

@@ -3202,7 +3202,9 @@ type Pool struct {
 	ProvisionedBytes int64                  `protobuf:"varint,8,opt,name=provisioned_bytes,json=provisionedBytes,proto3" json:"provisioned_bytes,omitempty"`
 	OverProvision    float64                `protobuf:"fixed64,9,opt,name=over_provision,json=overProvision,proto3" json:"over_provision,omitempty"`
 	// free_bytes is how much may still be provisioned.
-	FreeBytes     int64 `protobuf:"varint,10,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	FreeBytes int64 `protobuf:"varint,10,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	// failed: it has stopped writing after an error of its disk, until its node's daemon is restarted.
+	Failed        bool `protobuf:"varint,11,opt,name=failed,proto3" json:"failed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3305,6 +3307,13 @@ func (x *Pool) GetFreeBytes() int64 {
 		return x.FreeBytes
 	}
 	return 0
+}
+
+func (x *Pool) GetFailed() bool {
+	if x != nil {
+		return x.Failed
+	}
+	return false
 }
 
 type ListPoolsRequest struct {
@@ -5370,7 +5379,7 @@ const file_admin_proto_rawDesc = "" +
 	"\rsnapshot_name\x18\x06 \x01(\tR\fsnapshotName\"\x12\n" +
 	"\x10ListNodesRequest\">\n" +
 	"\x0eListNodesReply\x12,\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x16.ballast.admin.v1.NodeR\x05nodes\"\x9f\x02\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x16.ballast.admin.v1.NodeR\x05nodes\"\xb7\x02\n" +
 	"\x04Pool\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -5384,7 +5393,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x0eover_provision\x18\t \x01(\x01R\roverProvision\x12\x1d\n" +
 	"\n" +
 	"free_bytes\x18\n" +
-	" \x01(\x03R\tfreeBytes\"&\n" +
+	" \x01(\x03R\tfreeBytes\x12\x16\n" +
+	"\x06failed\x18\v \x01(\bR\x06failed\"&\n" +
 	"\x10ListPoolsRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\">\n" +
 	"\x0eListPoolsReply\x12,\n" +

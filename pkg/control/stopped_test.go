@@ -1,0 +1,71 @@
+package control_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/ballast-csi/ballast/pkg/control"
+	"github.com/ballast-csi/ballast/pkg/reconcile"
+	"github.com/ballast-csi/ballast/pkg/volume"
+)
+
+// stops has a pool report that it has stopped, or not, for so long.
+func (w *world) stops(node volume.NodeID, id volume.PoolID, failed bool, d time.Duration) {
+	w.t.Helper()
+	p := pool(id, node, 100*gib)
+	p.Failed = failed
+	for ; d >= 0; d -= time.Minute {
+		for _, n := range []volume.NodeID{"n1", "n2", "n3", "n4"} {
+			u := control.Usage{}
+			if n == node {
+				u.Pools = []volume.Pool{p}
+			}
+			wantErr(w.t, w.ReportUsage(context.Background(), n, u), nil)
+		}
+		if _, err := w.State(context.Background()); err != nil {
+			w.t.Fatal(err)
+		}
+		w.now = w.now.Add(time.Minute)
+	}
+}
+
+// A pool that has stopped is neither source nor target, and what it has is replaced when it stays so.
+func TestAPoolThatHasStopped(t *testing.T) {
+	w := newCluster(t)
+	x := w.orphan("v", "precious")
+	w.stops("n2", "p2", true, 2*time.Minute)
+	if plan := w.planned(); len(plan) != 0 {
+		t.Errorf("planned %+v after a short time", plan)
+	}
+	w.stops("n2", "p2", false, 0)
+	w.stops("n2", "p2", true, 5*time.Minute) // since then
+	if plan := w.planned(); len(plan) != 0 {
+		t.Errorf("planned %+v after a short time", plan)
+	}
+	w.stops("n2", "p2", true, replicaTimeout)
+	plan := w.planned()
+	if len(plan) != 1 || plan[0].Kind != reconcile.Copy || plan[0].From != "p1" || plan[0].Pool != "p3" {
+		t.Fatalf("planned %+v", plan)
+	}
+	w.stops("n3", "p3", true, 0)
+	if plan = w.planned(); len(plan) != 1 || plan[0].Pool != "p4" {
+		t.Errorf("planned %+v", plan)
+	}
+	w.stops("n1", "p1", true, 0)
+	if plan = w.planned(); len(plan) != 0 {
+		t.Errorf("planned %+v", plan)
+	}
+	for _, n := range []volume.NodeID{"n1", "n2", "n3"} { // its daemon is restarted
+		w.comesBack(n)
+	}
+	if plan = w.planned(); len(plan) != 0 {
+		t.Errorf("planned %+v", plan)
+	}
+	r := replicated("restored", 1)
+	r.Source = &volume.Source{Snapshot: x.ID}
+	w.stops("n1", "p1", true, 0)
+	if v := w.mustCreate(r); v.Replicas[0].Pool != "p2" {
+		t.Errorf("restored on %s", on(v.Replicas))
+	}
+}
