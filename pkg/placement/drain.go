@@ -15,12 +15,14 @@ type Blocker struct {
 }
 
 // Blockers lists the volumes that a node cannot be stopped for: those with a replica in sync there, and not enough of them
-// on nodes that stay to be read and written; then the snapshots of which the only sound copy that can be reached is there.
-// Nodes that are down, drained or being emptied do not stay.
+// in pools that stay to be read and written; then the snapshots of which the only sound copy that can be reached is there.
+// Pools of nodes that are down, drained or being emptied do not stay, nor those that are offline or have stopped.
 func Blockers(v View, volumes []volume.Volume, snapshots []volume.Snapshot, node volume.NodeID) []Blocker {
-	stays := map[volume.NodeID]bool{}
+	stays := map[volume.PoolID]bool{}
 	for _, n := range v.Nodes {
-		stays[n.ID] = n.ID != node && n.State == volume.NodeActive && v.Down[n.ID] == ""
+		for _, p := range n.Pools {
+			stays[p.ID] = n.ID != node && n.State == volume.NodeActive && v.Down[n.ID] == "" && p.Capacity > 0 && !p.Failed
+		}
 	}
 	var out []Blocker
 	for _, x := range volumes {
@@ -32,7 +34,7 @@ func Blockers(v View, volumes []volume.Volume, snapshots []volume.Snapshot, node
 			switch {
 			case r.Node == node:
 				affected = affected || r.Role == volume.InSync
-			case !stays[r.Node]:
+			case !stays[r.Pool]:
 				away++
 			case r.Role == volume.InSync:
 				left++
@@ -51,7 +53,7 @@ func Blockers(v View, volumes []volume.Volume, snapshots []volume.Snapshot, node
 		case behind > 0:
 			why += fmt.Sprintf("; %d elsewhere still to be brought up", behind)
 		case away > 0:
-			why += fmt.Sprintf("; %d on nodes that are down or drained", away)
+			why += fmt.Sprintf("; %d on nodes that are down or drained, or disks that are away", away)
 		case len(x.Replicas) == 1:
 			why += "; it has no other"
 		}
@@ -67,7 +69,7 @@ func Blockers(v View, volumes []volume.Volume, snapshots []volume.Snapshot, node
 			case h.Damaged:
 			case h.Node == node:
 				affected = true
-			case stays[h.Node]:
+			case stays[h.Pool]:
 				left++
 			}
 		}
