@@ -291,13 +291,28 @@ func (p *parts) same(node volume.NodeID, x volume.Snapshot, want []byte) {
 	}
 }
 
-// TestSnapshotsLeaveAnEmptiedNode: they were cut while the volume had one replica and no engine, on a node that is emptied then.
+// TestSnapshotsLeaveAnEmptiedNode: they were cut while the volume had one replica and no engine, on a node that is emptied then,
+// where one of them is being read.
 func TestSnapshotsLeaveAnEmptiedNode(t *testing.T) {
 	p := newParts(t)
 	xs := p.orphans(1)
 	was := xs[0].Holders[0].Node
+	read, err := p.nodes[was].cfg.Pools[0].OpenSnapshot(t.Context(), xs[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := p.service.EmptyNode(t.Context(), was); err != nil {
 		t.Fatal(err)
+	}
+	p.until("one is yet to be freed", func() bool {
+		x, err := p.service.Snapshot(t.Context(), xs[0].ID)
+		return err == nil && len(x.Leaving) == 1 && x.Leaving[0].Node == was && len(x.Holders) == 1
+	})
+	if _, there := p.nodes[was].usage().Snapshots[xs[0].ID]; !there {
+		t.Error("it is gone while it is being read")
+	}
+	if err := read.Close(); err != nil {
+		t.Error(err)
 	}
 	p.until("the node is empty", func() bool {
 		u := p.nodes[was].usage()
