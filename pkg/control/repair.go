@@ -27,9 +27,9 @@ type State struct {
 	Remains map[volume.ID]volume.Remains
 	// Unfit are pools that a snapshot can be copied neither to nor from, as this process has found out lately.
 	Unfit map[Unfit]bool
-	// Away is for how long a pool cannot be used: its node is silent, its disk is not there, or it has stopped. It is no longer than this
-	// process has been looking: after a time without controllers all nodes seem to have been silent. Pools that can be reached
-	// are not in it.
+	// Away is for how long a pool cannot be used: its node is silent, its disk is not there, or it has stopped. It is no longer
+	// than this process has been looking: after a time without controllers all nodes seem to have been silent. Pools that can be
+	// used are not in it.
 	Away map[volume.PoolID]time.Duration
 }
 
