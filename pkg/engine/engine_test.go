@@ -110,6 +110,38 @@ func TestHungDisk(t *testing.T) {
 	w.equal("r1", "r2", "r3")
 }
 
+// TestHungRead: a read is answered though the disk of this node hangs, and what that disk says at last is in nobody's way.
+func TestHungRead(t *testing.T) {
+	w := newWorld(t, 2, 8*mib)
+	e := w.attach("n1", false)
+	p := bytes.Repeat([]byte{1}, minBuffer)
+	if err := e.WriteAt(t.Context(), p, 0); err != nil {
+		t.Fatal(err)
+	}
+	hung := w.hosts["r1"].disk.Faulty
+	hung.Set(blocktest.Read, blocktest.Fault{Hang: true})
+	got := make([]byte, len(p))
+	if err := e.ReadAt(t.Context(), got, 0); err != nil || !bytes.Equal(got, p) {
+		t.Fatalf("%v, or another content", err)
+	}
+	// Whatever is there for others to use now.
+	var taken []*buffer
+	for range 16 {
+		b := getBuffer(minBuffer)
+		clear(b.b)
+		taken = append(taken, b)
+	}
+	hung.Set(blocktest.Read, blocktest.Fault{})
+	w.waitISR("r1", "r2")
+	w.detach(e)
+	w.stop("r1") // its operations have ended then
+	for _, b := range taken {
+		if len(bytes.Trim(b.b, "\x00")) > 0 {
+			t.Error("a buffer that somebody else uses was read to")
+		}
+	}
+}
+
 // TestBrokenStore: a member whose store keeps nothing is not asked again and again without a pause, nor is each failure logged;
 // it is taken back when it is sound.
 func TestBrokenStore(t *testing.T) {

@@ -23,11 +23,11 @@ type peer struct {
 	stop      context.CancelFunc
 	transport Transport // nil while there is none
 	broken    chan struct{}
-	// lent are the buffers of requests that were sent on transport and not answered, by their Seq.
+	// lent are the buffers of writes that were sent on transport and not answered, by their Seq.
 	lent map[uint64]*buffer
 }
 
-// sending notes that a request's buffer is in use until it is answered.
+// sending notes that a write's buffer is in use until it is answered.
 func (p *peer) sending(m *replication.Message, b *buffer) {
 	if b == nil {
 		return

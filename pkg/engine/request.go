@@ -29,7 +29,8 @@ type result struct {
 
 var requestPool = sync.Pool{New: func() any { return &request{ended: make(chan result, 1)} }}
 
-// requests finds those under way by their tags, the low half of which is an index, and buffers by where they lie.
+// requests finds those under way by their tags, the low half of which is an index, and the buffers of writes by where they lie.
+// That of a read is lent once, and kept from then on where more than an answer may come of that.
 type requests struct {
 	list    []*request
 	free    []uint32
@@ -52,7 +53,7 @@ func (r *requests) add(q *request, buf *buffer, reads bool) {
 	r.gen++
 	q.tag, q.buf, q.reads = r.gen<<32|uint64(i), buf, reads
 	r.list[i] = q
-	if buf != nil {
+	if buf != nil && !reads {
 		r.buffers[&buf.b[0]] = buf
 	}
 }
@@ -65,9 +66,9 @@ func (r *requests) get(tag uint64) *request {
 	return nil
 }
 
-// buffer of a message to be sent; nil where its data is not a request's.
+// buffer of a message to be sent; nil where its data is not a write's.
 func (r *requests) buffer(m *replication.Message) *buffer {
-	if len(m.Data) == 0 {
+	if len(m.Data) == 0 || m.Kind == replication.KindRead {
 		return nil
 	}
 	return r.buffers[&m.Data[0]]
@@ -79,7 +80,7 @@ func (r *requests) remove(q *request, late bool) {
 	r.list[i] = nil
 	r.free = append(r.free, i)
 	switch {
-	case q.buf == nil:
+	case q.buf == nil || q.reads:
 	case late:
 		q.buf.retain()
 		r.late[q.tag] = q.buf
