@@ -28,13 +28,14 @@ func (c *Connections) Drop(gone func(pki.Peer) bool) {
 	}
 	c.mu.Unlock()
 	for _, p := range end {
-		_ = p.Conn.Close() // gRPC notices, and closes it again
+		_ = p.raw.Close() // without a word, which might have to wait; gRPC notices, and closes it as well
 	}
 }
 
 // proved is a connection after its handshake.
 type proved struct {
 	net.Conn
+	raw  net.Conn // below TLS
 	peer pki.Peer
 	of   *Connections
 }
@@ -63,7 +64,7 @@ func (n noting) ClientHandshake(ctx context.Context, authority string, raw net.C
 	if err != nil {
 		return nil, nil, err
 	}
-	return n.in.note(conn, info), info, nil
+	return n.in.note(raw, conn, info), info, nil
 }
 
 // ServerHandshake implements credentials.TransportCredentials.
@@ -72,7 +73,7 @@ func (n noting) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, e
 	if err != nil {
 		return nil, nil, err
 	}
-	return n.in.note(conn, info), info, nil
+	return n.in.note(raw, conn, info), info, nil
 }
 
 // Clone implements credentials.TransportCredentials.
@@ -81,7 +82,7 @@ func (n noting) Clone() credentials.TransportCredentials {
 }
 
 // note adds a connection. One that wants to join has no certificate, and is nobody yet.
-func (c *Connections) note(conn net.Conn, info credentials.AuthInfo) net.Conn {
+func (c *Connections) note(raw, conn net.Conn, info credentials.AuthInfo) net.Conn {
 	t, ok := info.(credentials.TLSInfo)
 	if !ok {
 		return conn
@@ -90,7 +91,7 @@ func (c *Connections) note(conn net.Conn, info credentials.AuthInfo) net.Conn {
 	if err != nil {
 		return conn
 	}
-	p := &proved{conn, peer, c}
+	p := &proved{conn, raw, peer, c}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open == nil {

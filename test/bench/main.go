@@ -1,5 +1,5 @@
 // Command bench measures Ballast against the alternatives on the same machine in the same run: only the ratios mean
-// anything. It needs root, fio and qemu-storage-daemon.
+// anything. It needs root, fio, nbdkit and qemu-storage-daemon.
 package main
 
 import (
