@@ -17,7 +17,6 @@ import (
 
 	"github.com/ballast-csi/ballast/pkg/engine"
 	"github.com/ballast-csi/ballast/pkg/extentstore"
-	"github.com/ballast-csi/ballast/pkg/nbd"
 	"github.com/ballast-csi/ballast/pkg/pki"
 	"github.com/ballast-csi/ballast/pkg/replicanet"
 	"github.com/ballast-csi/ballast/pkg/replication"
@@ -165,6 +164,15 @@ func startReplica(dir string, i int, cluster string, ca *pki.CA) (address string
 		}
 		args = append(args, file)
 	}
+	if address, pid, down, err = startSelf(args...); err != nil {
+		return "", 0, nil, fmt.Errorf("replica %d: %w", i, err)
+	}
+	return address, pid, down, nil
+}
+
+// startSelf starts this program again with other arguments, and returns the address that it prints. It is to end when its
+// standard input does.
+func startSelf(args ...string) (address string, pid int, down func() error, err error) {
 	self, err := os.Executable()
 	if err != nil {
 		return "", 0, nil, err
@@ -184,7 +192,7 @@ func startReplica(dir string, i int, cluster string, ca *pki.CA) (address string
 	}
 	down = func() error { return errors.Join(stdin.Close(), cmd.Wait()) }
 	if _, err := fmt.Fscan(stdout, &address); err != nil {
-		return "", 0, nil, errors.Join(fmt.Errorf("replica %d does not start: %w", i, err), down())
+		return "", 0, nil, errors.Join(fmt.Errorf("%s does not start: %w", args[0], err), down())
 	}
 	return address, cmd.Process.Pid, down, nil
 }
@@ -279,16 +287,10 @@ func engineUp(ctx context.Context, dir string, n int, secure bool) (_ *service, 
 		return nil, err
 	}
 	socket := filepath.Join(dir, "nbd.sock")
-	l, err := net.Listen("unix", socket)
+	stop, err := serveNBD(ctx, socket, e)
 	if err != nil {
 		return nil, err
 	}
-	serving, stop := context.WithCancel(ctx)
-	done := make(chan error, 1)
-	go func() { done <- nbd.Serve(serving, l, []nbd.Export{{Device: e}}, nbd.Options{}) }()
-	downs = append(downs, func() error {
-		stop()
-		return <-done
-	})
+	downs = append(downs, stop)
 	return &service{nbdURI(socket), pids, down}, nil
 }

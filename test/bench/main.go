@@ -61,6 +61,9 @@ func run(ctx context.Context, args []string, w io.Writer) (err error) {
 	if len(args) > 2 && args[0] == replicaCommand {
 		return replicaProcess(ctx, args[1:])
 	}
+	if len(args) == 2 && args[0] == bareCommand {
+		return bareCopy(args[1])
+	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	profile := flags.String("cpuprofile", "", "write a CPU profile of this process to the `file`")
 	flags.Func("workload", "measure only workloads whose names match the `expression`", func(s string) (err error) {

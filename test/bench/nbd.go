@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ballast-csi/ballast/pkg/block"
 	"github.com/ballast-csi/ballast/pkg/nbd"
 )
 
@@ -62,19 +63,26 @@ func nbdUp(ctx context.Context, dir string) (*service, error) {
 		return nil, err
 	}
 	socket := filepath.Join(dir, "ballast.sock")
-	l, err := net.Listen("unix", socket)
+	stop, err := serveNBD(ctx, socket, fileDevice{int(file.Fd())})
 	if err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	return &service{nbdURI(socket), []int{os.Getpid()}, func() error { return errors.Join(stop(), file.Close()) }}, nil
+}
+
+// serveNBD serves a device on a socket until it is stopped.
+func serveNBD(ctx context.Context, socket string, d block.Device) (stop func() error, err error) {
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	serving, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
-	go func() {
-		done <- nbd.Serve(ctx, l, []nbd.Export{{Device: fileDevice{int(file.Fd())}}}, nbd.Options{})
-	}()
-	return &service{nbdURI(socket), []int{os.Getpid()}, func() error {
+	go func() { done <- nbd.Serve(serving, l, []nbd.Export{{Device: d}}, nbd.Options{}) }()
+	return func() error {
 		cancel()
-		return errors.Join(<-done, file.Close())
-	}}, nil
+		return <-done
+	}, nil
 }
 
 // nbdkitUp serves a file with nbdkit's file plugin, which is given options.

@@ -14,8 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// quorumUp serves QEMU's quorum of three nbdkit over NBD.
-func quorumUp(ctx context.Context, dir string) (*service, error) {
+// quorumUp serves QEMU's quorum over NBD: of three nbdkit, which cannot do direct I/O, or of three of QEMU's own servers,
+// which do.
+func quorumUp(ctx context.Context, dir string, direct bool) (*service, error) {
 	var procs []*exec.Cmd
 	down := func() error {
 		var errs []error
@@ -51,8 +52,12 @@ func quorumUp(ctx context.Context, dir string) (*service, error) {
 			return nil, errors.Join(err, down())
 		}
 		pid := filepath.Join(dir, fmt.Sprintf("copy%d.pid", i))
-		if err := start(func() bool { _, err := os.Stat(pid); return err == nil }, "nbdkit", "--foreground", "--ipaddr", "127.0.0.1",
-			"--port", fmt.Sprint(port), "--pidfile", pid, "file", path, "cache=none"); err != nil {
+		server := []string{"nbdkit", "--foreground", "--ipaddr", "127.0.0.1", "--port", fmt.Sprint(port), "--pidfile", pid, "file", path, "cache=none"}
+		if direct {
+			server = []string{"qemu-storage-daemon", "--pidfile", pid, "--blockdev", "driver=file,node-name=f,cache.direct=on,aio=io_uring,filename=" + path,
+				"--nbd-server", fmt.Sprintf("addr.type=inet,addr.host=127.0.0.1,addr.port=%d", port), "--export", "type=nbd,id=e,node-name=f,name=,writable=on"}
+		}
+		if err := start(func() bool { _, err := os.Stat(pid); return err == nil }, server[0], server[1:]...); err != nil {
 			return nil, errors.Join(err, down())
 		}
 		args = append(args, "--blockdev", fmt.Sprintf("driver=nbd,node-name=c%d,server.type=inet,server.host=127.0.0.1,server.port=%d", i, port))

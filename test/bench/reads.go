@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"time"
 )
 
 var readLoads = []workload{
@@ -58,9 +57,9 @@ func readRows(ctx context.Context, w io.Writer, where, parent string, options ..
 	for _, load := range chosen(readLoads) {
 		cost := make([]samples, len(systems))
 		m, err := inTurns(load, len(systems), func(i int) (float64, error) {
-			v, cpu, err := services[i].measure(ctx, load)
-			cost[i] = append(cost[i], cpu)
-			return v, err
+			m, err := services[i].measure(ctx, load)
+			cost[i] = append(cost[i], m.cpu)
+			return m.perSecond, err
 		})
 		if err != nil {
 			return err
@@ -89,17 +88,4 @@ func filledService(ctx context.Context, dir string, s replicated) (*service, err
 		return nil, errors.Join(fmt.Errorf("fill %s: %w", s.name, err), up.down())
 	}
 	return up, nil
-}
-
-// measure returns requests per second, and the processor time of the service for one.
-func (s *service) measure(ctx context.Context, load workload) (perSecond float64, cpu time.Duration, err error) {
-	before, err := s.cpu()
-	if err != nil {
-		return 0, 0, err
-	}
-	if perSecond, err = runFio(ctx, load, "--ioengine=nbd", "--uri="+s.uri); err != nil {
-		return 0, 0, err
-	}
-	after, err := s.cpu()
-	return perSecond, time.Duration(float64(after-before) / (perSecond * frontendFor.Seconds())), err
 }
