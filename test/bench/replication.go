@@ -105,7 +105,7 @@ var replicationLoads = []workload{
 func benchReplication(ctx context.Context, w io.Writer) (err error) {
 	fmt.Fprintf(w, "## Replication\n\nfio's nbd engine, one connection over a Unix socket, for %v, all in turns; medians of %d. Every copy is a file of %d MiB, "+
 		"filled before, on the same filesystem, with a process of its own, and opened with O_DIRECT but for nbdkit's, which goes through the page cache and drops it (cache=none). "+
-		"The first replica is on the engine's node, the others over loopback TCP. Quorum is QEMU's, over loopback TCP too, of three nbdkit and of three qemu-storage-daemon. "+
+		"The first replica is on the engine's node, the others over loopback TCP. Quorum is QEMU's, of three nbdkit over loopback TCP and of three qemu-storage-daemon over Unix sockets (O_DIRECT). "+
 		"Bare is this NBD server on three copies by the least that it takes: two sends, a pwrite and two receives, one process per copy, no protocol. "+
 		"The limit is fio with io_uring on three plain files at once: what each of them gets.\n\n", frontendFor, frontendRounds, frontendSize>>20)
 	dir, err := os.MkdirTemp("", "ballast-bench-")
