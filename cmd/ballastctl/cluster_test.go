@@ -231,6 +231,11 @@ func TestDrainWaits(t *testing.T) {
 	c.Vols[0].Replicas[1].Role = volume.Stale
 	socket := admintest.Serve(t, c)
 	d := startCtl(t, socket, "node", "drain", "node-1", "--wait")
+	for end := time.Now().Add(30 * time.Second); !strings.Contains(ctl(socket, "audit").out, "node.drain"); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not ask")
+		}
+	}
 	select {
 	case code := <-d.code:
 		t.Fatalf("it does not wait: exit %d", code)

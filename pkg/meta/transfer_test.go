@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -194,7 +195,12 @@ func TestARestoreCutOffAnywhere(t *testing.T) {
 	dir := filepath.Join(root, "meta")
 	keep := func(step string) {
 		to := filepath.Join(t.TempDir(), step)
-		if err := os.CopyFS(to, os.DirFS(root)); err != nil {
+		err := os.CopyFS(to, os.DirFS(root))
+		for tries := 0; errors.Is(err, fs.ErrNotExist) && tries < 10; tries++ { // a file was renamed meanwhile
+			to = filepath.Join(t.TempDir(), step)
+			err = os.CopyFS(to, os.DirFS(root))
+		}
+		if err != nil {
 			t.Error(err)
 		}
 		left = append(left, to)
