@@ -172,6 +172,11 @@ func (r *faultRun) spare(nodes ...int) error {
 	})
 }
 
+// elsewhere waits until every volume has a replica in sync that is not on node i: without that one I/O goes on.
+func (r *faultRun) elsewhere(i int) error {
+	return r.each(r.served, func(s *served) error { return s.spared(i) })
+}
+
 // other picks a node that is not i.
 func (r *faultRun) other(i int) int { return (i + 1 + r.rnd.IntN(2)) % 3 }
 

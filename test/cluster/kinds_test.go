@@ -72,12 +72,19 @@ func (r *faultRun) join(i int) error {
 }
 
 func (r *faultRun) cutOneWay(i int) error {
-	to := r.other(i)
+	to, used := r.other(i), r.once(3)
+	if used {
+		for end, other := range map[int]int{i: to, to: i} {
+			if err := r.each(r.owned(end), func(s *served) error { return s.spared(other) }); err != nil {
+				return err
+			}
+		}
+	}
 	if err := r.lab.Cut(i, to); err != nil {
 		return err
 	}
 	r.sleep(100*time.Millisecond, 9*time.Second)
-	if r.once(3) {
+	if used {
 		if err := r.working("while a link was cut"); err != nil {
 			return err
 		}
@@ -116,6 +123,9 @@ func (r *faultRun) delay(i int) error {
 }
 
 func (r *faultRun) fillDisk(i int) error {
+	if err := r.elsewhere(i); err != nil {
+		return err
+	}
 	if err := r.disks[i].Fill(); err != nil {
 		return err
 	}
@@ -149,10 +159,16 @@ func (r *faultRun) slowDisk(i int) error {
 }
 
 func (r *faultRun) hangDisk(i int) error {
+	used := r.once(2)
+	if used {
+		if err := r.elsewhere(i); err != nil {
+			return err
+		}
+	}
 	r.disks[i].Hang()
 	r.sleep(500*time.Millisecond, 8*time.Second)
 	var err error
-	if r.once(2) {
+	if used {
 		err = r.working("while a disk hung")
 	}
 	return errors.Join(err, r.disks[i].Heal())
