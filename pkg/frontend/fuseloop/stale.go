@@ -119,22 +119,22 @@ func (f *Frontend) Clean(ctx context.Context) error {
 	}
 	for {
 		left, err := f.cleanAll()
-		if err != nil || !left {
+		if !left {
 			return err
 		}
-		stale, err := f.Stale(ctx)
-		if err != nil {
-			return err
-		}
-		if len(stale) == 0 { // let go of since: its mount is still there
+		stale, staleErr := f.Stale(ctx)
+		if err = errors.Join(err, staleErr); err == nil && len(stale) == 0 { // let go of since: its mount is still there
 			continue
 		}
 		f.setLeft()
+		if len(stale) == 0 {
+			return err
+		}
 		var busy []string
 		for _, s := range stale {
 			busy = append(busy, fmt.Sprintf("%s on %s (mounted at %q)", s.Name, s.LoopPath, s.Mounts))
 		}
-		return fmt.Errorf("dead devices are still in use, unmount them: %s: %w", strings.Join(busy, "; "), frontend.ErrBusy)
+		return errors.Join(err, fmt.Errorf("dead devices are still in use, unmount them: %s: %w", strings.Join(busy, "; "), frontend.ErrBusy))
 	}
 }
 

@@ -222,6 +222,40 @@ func TestAbortedFromOutside(t *testing.T) {
 	}
 }
 
+// TestForeignFile has something in the run directory that is not Ballast's, beside a dead device that is in use.
+func TestForeignFile(t *testing.T) {
+	f := newFrontend(t, t.TempDir())
+	path, err := f.Attach(t.Context(), "vol", blocktest.NewMem(16<<20), frontend.Options{BlockSize: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	user, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer user.Close()
+	if err := f.Abort(t.Context(), "vol"); err != nil {
+		t.Fatal(err)
+	}
+	foreign := filepath.Join(f.dir, "a file")
+	if err := os.WriteFile(foreign, []byte("of somebody"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Clean(t.Context()); !errors.Is(err, frontend.ErrBusy) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), foreign) {
+		t.Errorf("Clean() = %v, want both to be named", err)
+	}
+	if err := os.Remove(foreign); err != nil {
+		t.Fatal(err)
+	}
+	if err := user.Close(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool {
+		files, err := os.ReadDir(f.dir)
+		return err == nil && len(files) == 0
+	})
+}
+
 // TestLetGoOfMeanwhile has the last user of a dead device leave while it is looked whether there is one.
 func TestLetGoOfMeanwhile(t *testing.T) {
 	f := newFrontend(t, t.TempDir())
