@@ -16,7 +16,7 @@ import (
 
 // CopySnapshot begins to copy a snapshot whose volume is deleted from a pool that holds it to another. It is nil where the copy is
 // under way, or not needed any more. volume.ErrNoSpace: the pool has no room. ErrExists: it has something that no record knows.
-// ErrBusy: another snapshot of the volume is being copied, or the pool has yet to free a copy of one.
+// ErrBusy: another snapshot of the volume is being copied, or one of the nodes has yet to free a copy of one.
 func (s *Service) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, to volume.PoolID) error {
 	x, err := s.Snapshot(ctx, id)
 	if err != nil {
@@ -45,7 +45,7 @@ func (s *Service) CopySnapshot(ctx context.Context, id volume.SnapshotID, from, 
 	return s.bringUp(ctx, v.Volume)
 }
 
-// meetsNone returns volume.ErrBusy where a pool has yet to free a copy of a snapshot of the volume, and ErrExists where it has what a
+// meetsNone returns volume.ErrBusy where a pool's node has yet to free a copy of a snapshot of the volume, and ErrExists where it has what a
 // copy would bring there, and no record knows that it does: it is quarantined, a fill would be refused for ever. Of that State says so
 // from now on, also of one that cannot tell.
 func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.PoolID) error {
@@ -60,8 +60,8 @@ func (s *Service) meetsNone(ctx context.Context, x volume.Snapshot, pool volume.
 	there, _ := c.pool(pool)
 	at := volume.Replica{Pool: pool, Node: there.Node}
 	for _, o := range xs {
-		if slices.ContainsFunc(o.Leaving, func(h volume.Replica) bool { return h.Pool == pool }) {
-			return fmt.Errorf("pool %s on node %s has yet to free a copy of snapshot %s: %w", pool, at.Node, o.ID, volume.ErrBusy)
+		if slices.ContainsFunc(o.Leaving, func(h volume.Replica) bool { p, _ := c.pool(h.Pool); return p.ID != "" && p.Node == at.Node }) {
+			return fmt.Errorf("node %s has yet to free a copy of snapshot %s: %w", at.Node, o.ID, volume.ErrBusy)
 		}
 		if o.CreatedAt > x.CreatedAt || slices.ContainsFunc(o.Holders, func(h volume.Replica) bool { return h.Pool == pool }) {
 			continue

@@ -26,11 +26,14 @@ func someSnapshot(v *view, prefix string, is func(volume.Snapshot) bool) (found 
 	return found
 }
 
-// freed returns volume.ErrBusy where a pool has yet to free a copy of one of a volume's snapshots: a replica that came there would
-// meet it, or what it fills in be freed instead. No copy leaves a pool with a replica either, so AddHolder finds none that leaves.
-func freed(v *view, id volume.ID, pool volume.PoolID) error {
-	if someSnapshot(v, snapshotsOf+string(id)+"/", func(x volume.Snapshot) bool { return slices.ContainsFunc(x.Leaving, inPool(pool)) }) {
-		return fmt.Errorf("pool %s has yet to free a copy of a snapshot of volume %s: %w", pool, id, volume.ErrBusy)
+// freed returns volume.ErrBusy where a replica's node has yet to free a copy of one of a volume's snapshots: a replica that came to
+// that pool would meet it, or what it fills in be freed instead, and of another pool the node's reports would be taken for it. No copy
+// leaves a pool with a replica either, so AddHolder finds none that leaves.
+func freed(v *view, id volume.ID, r volume.Replica) error {
+	node := place(v, r).Node
+	here := func(h volume.Replica) bool { return place(v, h).Node == node }
+	if someSnapshot(v, snapshotsOf+string(id)+"/", func(x volume.Snapshot) bool { return slices.ContainsFunc(x.Leaving, here) }) {
+		return fmt.Errorf("node %s has yet to free a copy of a snapshot of volume %s: %w", node, id, volume.ErrBusy)
 	}
 	return nil
 }

@@ -114,7 +114,7 @@ func TestAPoolStaysWhileACopyLeaves(t *testing.T) {
 	}
 }
 
-// Nothing new of the volume goes to a pool that has yet to free a copy of one of its snapshots, and no copy leaves where a replica is.
+// Nothing new of the volume goes to a node that has yet to free a copy of one of its snapshots, and no copy leaves where a replica is.
 func TestNothingMeetsWhatLeaves(t *testing.T) {
 	add := func(id volume.ID, pool volume.PoolID) command.AddReplica {
 		return command.AddReplica{Volume: id, Replica: volume.Replica{ID: replica(1, 2), Pool: pool, Role: volume.Filling}}
@@ -161,4 +161,58 @@ func TestNothingMeetsWhatLeaves(t *testing.T) {
 		propose(t, s, copyOf(1, "t", 1, "p1", "p3"))
 		verify(t, s)
 	})
+	t.Run("a copy from where one leaves", func(t *testing.T) {
+		s, id := heldWorld(t, false)
+		propose(t, s, command.BeginSnapshot{Now: 5, ID: "t", Name: "t", Volume: id})
+		x, err := s.Snapshot(context.Background(), "t")
+		if err != nil {
+			t.Fatal(err)
+		}
+		propose(t, s, command.FinishSnapshot{Cut: command.Cut{Snapshot: "t", ConfigVersion: x.Cut.ConfigVersion, Holders: []volume.ReplicaID{replica(1, 0)}}})
+		propose(t, s, command.BeginDelete{Volume: id})
+		propose(t, s, command.FinishDelete{Volume: id})
+		propose(t, s, command.DropHolder{Snapshot: "s", Pool: "p1"})
+		wantErr(t, s, copyOf(1, "t", 1, "p1", "p3"), volume.ErrBusy)
+		propose(t, s, command.FreeHolder{Snapshot: "s", Pool: "p1"})
+		propose(t, s, copyOf(1, "t", 1, "p1", "p3"))
+		verify(t, s)
+	})
+	// A node says once what it has of a snapshot, for all its pools.
+	t.Run("another pool of the node", func(t *testing.T) {
+		for _, deleted := range []bool{false, true} {
+			s, id := heldWorld(t, deleted)
+			two := node("n2", "p2")
+			two.Node.Pools = append(two.Node.Pools, node("n2", "p2b").Node.Pools...)
+			propose(t, s, two)
+			propose(t, s, command.DropHolder{Snapshot: "s", Pool: "p2"})
+			var c command.Command = add(id, "p2b")
+			if deleted {
+				c = copyOf(1, "s", 1, "p1", "p2b")
+			}
+			wantErr(t, s, c, volume.ErrBusy)
+			propose(t, s, command.FreeHolder{Snapshot: "s", Pool: "p2"})
+			propose(t, s, c)
+			verify(t, s)
+		}
+	})
+}
+
+// A pool that is not there has not stopped: it is offline.
+func TestAPoolThatGoesOfflineHasNotStopped(t *testing.T) {
+	s, _ := heldWorld(t, true)
+	failed := node("n2", "p2")
+	failed.Node.Pools[0].Failed = true
+	propose(t, s, failed)
+	propose(t, s, node("n2"))
+	ns, err := s.Nodes(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range ns {
+		for _, p := range n.Pools {
+			if p.ID == "p2" && (p.Failed || p.Capacity != 0) {
+				t.Errorf("%+v", p)
+			}
+		}
+	}
 }

@@ -70,8 +70,10 @@ func copySnapshot(v *view, c command.CopySnapshot) (command.Result, error) {
 	case slices.ContainsFunc(x.Holders, func(h volume.Replica) bool { return place(v, h).Node == to.Node }):
 		return nil, fmt.Errorf("node %s holds snapshot %s already: %w", to.Node, x.ID, volume.ErrInvalid)
 	}
-	if err := freed(v, x.Volume, to.Pool); err != nil {
-		return nil, err
+	for _, r := range []volume.Replica{from, to} {
+		if err := freed(v, x.Volume, r); err != nil {
+			return nil, err
+		}
 	}
 	left := slices.Concat(old.Replicas, old.Leaving)
 	if len(left) > replication.MaxMembers {

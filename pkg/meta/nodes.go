@@ -47,7 +47,7 @@ func registerNode(v *view, c command.RegisterNode) (command.Result, error) {
 				v.del(pools + string(id))
 				continue
 			}
-			p.Capacity, p.Used = 0, 0 // offline: it keeps what is placed on it and gets no more
+			p.Capacity, p.Used, p.Failed = 0, 0, false // offline: it keeps what is placed on it and gets no more
 			save(v, pools+string(id), p)
 			present[id] = true
 		}

@@ -90,7 +90,7 @@ func addReplica(v *view, c command.AddReplica) (command.Result, error) {
 			return nil, fmt.Errorf("volume %s has replica %s on node %s already: %w", rec.ID, r.ID, r.Node, volume.ErrBusy)
 		}
 	}
-	if err := freed(v, rec.ID, c.Replica.Pool); err != nil {
+	if err := freed(v, rec.ID, c.Replica); err != nil {
 		return nil, err
 	}
 	if err := provision(v, []volume.Replica{c.Replica}, reserved(rec)); err != nil {

@@ -30,6 +30,7 @@ func (p *planner) copies(kept []volume.Volume) {
 		taken[v.ID] = v.State != volume.Deleting
 	}
 	held := map[volume.ID]map[volume.PoolID]chain{}
+	leaving := map[volume.ID][]volume.Replica{} // copies that are none any more, and yet to be freed
 	var xs []volume.Snapshot
 	for _, x := range p.st.Snapshots {
 		if _, deleted := p.st.Remains[x.Volume]; !deleted {
@@ -45,11 +46,7 @@ func (p *planner) copies(kept []volume.Volume) {
 			}
 			held[x.Volume][h.Pool] = c
 		}
-		for _, h := range x.Leaving {
-			c := held[x.Volume][h.Pool]
-			c.leaving = true
-			held[x.Volume][h.Pool] = c
-		}
+		leaving[x.Volume] = append(leaving[x.Volume], x.Leaving...)
 		if p.short(x) {
 			xs = append(xs, x)
 		}
@@ -59,7 +56,7 @@ func (p *planner) copies(kept []volume.Volume) {
 	})
 	for _, x := range xs {
 		if !taken[x.Volume] && len(left[x.Volume]) <= replication.MaxMembers {
-			taken[x.Volume] = p.copy(x, held[x.Volume], left[x.Volume])
+			taken[x.Volume] = p.copy(x, held[x.Volume], slices.Concat(left[x.Volume], leaving[x.Volume]))
 		}
 	}
 }
@@ -68,7 +65,6 @@ func (p *planner) copies(kept []volume.Volume) {
 type chain struct {
 	newest  volume.Snapshot
 	damaged bool // one of them is
-	leaving bool // a copy of one of them is none any more, and yet to be freed
 }
 
 // short tells whether a snapshot of a deleted volume has too few copies.
@@ -117,7 +113,7 @@ func (p *planner) pointless(v volume.Volume) bool {
 }
 
 // copy plans a copy of a snapshot, of whose volume pools have what is in held, from a node that looks after few others to one that has none, and
-// tells whether it did. Left is what has still to be freed of the volume: its nodes are left alone.
+// tells whether it did. Left is what has still to be freed of the volume and its snapshots: its nodes are left alone.
 func (p *planner) copy(x volume.Snapshot, held map[volume.PoolID]chain, left []volume.Replica) bool {
 	var from *volume.Replica
 	for _, h := range x.Holders {
@@ -138,8 +134,6 @@ func (p *planner) copy(x volume.Snapshot, held map[volume.PoolID]chain, left []v
 		// are older, and must not meet one that has gone on without it.
 		if c.damaged || later(c.newest, x) {
 			r.Refused[pool] = "it holds a later snapshot of the volume, or a damaged one"
-		} else if c.leaving {
-			r.Refused[pool] = toBeFreed
 		}
 	}
 	for u := range p.st.Unfit {

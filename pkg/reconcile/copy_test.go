@@ -126,6 +126,18 @@ func TestCopies(t *testing.T) {
 			s.snapshot("t", "a", "1", "4")
 			s.leaves("2")
 		}, "copy snapshot s p1>p3"},
+		{"a copy is yet to be freed in another pool of a node", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.leaves("2")
+			s.Snapshots[0].Leaving[0].Pool = "p2b"
+		}, "copy snapshot s p1>p3"},
+		{"a copy of another is yet to be freed at the source", func(s *scene) {
+			s.deleted("a", 2)
+			s.snapshot("s", "a", "1")
+			s.snapshot("t", "a", "3", "4")
+			s.leaves("1")
+		}, ""},
 		{"one of another volume is", func(s *scene) {
 			s.deleted("a", 2)
 			s.snapshot("s", "a", "1")

@@ -180,9 +180,7 @@ func (p *planner) add(v volume.Volume, n int) bool {
 				r.Refused[h.Pool] = "a snapshot of the volume that it holds is damaged"
 			}
 		}
-		for _, h := range x.Leaving {
-			r.Refused[h.Pool] = toBeFreed
-		}
+		r.Beside = append(r.Beside, x.Leaving...) // it has yet to be freed: what its node reports would be taken for the new one's
 	}
 	if _, err := placement.Choose(p.st.View, r); err != nil {
 		return false // health says why; there may be room later
@@ -199,8 +197,6 @@ func (p *planner) add(v volume.Volume, n int) bool {
 	}
 	return true
 }
-
-const toBeFreed = "it has yet to free a copy of a snapshot of the volume"
 
 // fewestSound is how many sound copies there must be for a damaged one to go before another has taken its place.
 const fewestSound = 2

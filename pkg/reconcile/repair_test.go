@@ -200,6 +200,12 @@ func TestRepairs(t *testing.T) {
 			s.snapshot("s", "a", "2", "3")
 			s.leaves("1")
 		}, "add replica a p4"},
+		{"also one that its node has in another pool", func(s *scene) {
+			s.volume("a", 3, "2:i", "3:i")
+			s.snapshot("s", "a", "2", "3")
+			s.leaves("1")
+			s.Snapshots[0].Leaving[0].Pool = "p1b"
+		}, "add replica a p4"},
 		{"what leaves is not counted", func(s *scene) {
 			s.volume("a", 2, "2:i", "3:i")
 			s.snapshot("s", "a", "1", "2")
