@@ -44,6 +44,9 @@ func (s *Service) forgetPool(ctx context.Context, id volume.PoolID, accept bool)
 				continue
 			}
 			if known = true; p.Capacity > 0 && c.silent[n.ID] == "" {
+				if p.Failed {
+					return lost, fmt.Errorf("pool %s on node %s has stopped, and its daemon still has it open; restart the daemon of that node: with the disk the pool may go on, without it it can be forgotten: %w", id, n.ID, volume.ErrInUse)
+				}
 				silent := s.silence(n)
 				return lost, fmt.Errorf("pool %s is open on node %s, which reported %s ago; empty that node instead, or restart it without the disk. "+
 					"Where the node itself is gone: it counts as gone after %s without a report, try again in %s: %w",

@@ -105,7 +105,10 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 
 // wanting tells whether a volume has replicas that an engine can bring up now.
 func (c cluster) wanting(v volume.Volume) bool {
-	return slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool { return r.Role != volume.InSync && c.silent[r.Node] == "" })
+	return slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool {
+		p, known := c.pool(r.Pool)
+		return r.Role != volume.InSync && c.silent[r.Node] == "" && known && p.Capacity > 0 && !p.Failed
+	})
 }
 
 // AddReplica gives a volume one more replica, in a pool, and has it filled. volume.ErrNoSpace: the pool has no room. It is

@@ -69,3 +69,26 @@ func TestAPoolThatHasStopped(t *testing.T) {
 		t.Errorf("restored on %s", on(v.Replicas))
 	}
 }
+
+// An engine that nobody needs ends while what it brings up is in a pool that has stopped: others are brought up from its node.
+func TestAnEngineEndsWhenAPoolHasStopped(t *testing.T) {
+	ctx := context.Background()
+	for _, stopped := range []bool{false, true} {
+		w := newCluster(t)
+		v := w.mustCreate(replicated("v", 1))
+		to := volume.PoolID("p2")
+		if v.Replicas[0].Pool == to {
+			to = "p1"
+		}
+		wantErr(t, w.AddReplica(ctx, v.ID, to), nil)
+		if err := w.Sync(ctx, v.ID); w.get(v.ID).Owner == "" {
+			t.Fatalf("no engine: %v", err)
+		}
+		r := w.get(v.ID).Replicas[1]
+		w.stops(r.Node, r.Pool, stopped, 0)
+		wantErr(t, w.ResumeVolume(ctx, v.ID), nil)
+		if open := w.get(v.ID).Owner != ""; open == stopped {
+			t.Errorf("stopped %t: its engine is open: %t", stopped, open)
+		}
+	}
+}

@@ -282,7 +282,7 @@ func (p *planner) moveSnapshots() {
 			used := slices.ContainsFunc(slices.Concat(v.Replicas, v.Leaving), func(r volume.Replica) bool { return r.Pool == h.Pool })
 			emptied := p.pools[h.Pool].State == volume.NodeEmptying && sound >= want
 			damaged := h.Damaged && sound >= min(want, fewestSound)
-			if p.reachable(h) && !used && (emptied || damaged) {
+			if !used && (emptied || damaged && p.reachable(h)) { // one that cannot be asked frees it later, or is forgotten
 				p.out = append(p.out, Action{Kind: Move, ID: string(x.ID), Pool: h.Pool})
 			}
 		}

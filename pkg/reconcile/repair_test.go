@@ -256,6 +256,12 @@ func TestRepairs(t *testing.T) {
 			s.Snapshots = []volume.Snapshot{{ID: "s", Volume: "a", State: volume.Ready, Holders: []volume.Replica{{Node: "n1", Pool: "p1"}, {Node: "n2", Pool: "p2"}, {Node: "n3", Pool: "p3"}}}}
 			s.empty("1")
 		}, "move snapshot s p1"},
+		{"also one that is in a pool that has stopped", func(s *scene) {
+			s.volume("a", 2, "2:i", "3:i")
+			s.snapshot("s", "a", "1", "2", "3")
+			s.empty("1")
+			s.Away["p1"] = long
+		}, "move snapshot s p1"},
 		{"a snapshot stays with its volume's replica on a node that is emptied", func(s *scene) {
 			s.volume("a", 2, "2:i", "3:i").Leaving = []volume.Replica{{ID: "a-1", Node: "n1", Pool: "p1"}}
 			s.snapshot("s", "a", "1", "2", "3")
