@@ -100,7 +100,7 @@ func (n *Node) ResizeReplica(ctx context.Context, node volume.NodeID, pool volum
 }
 
 // DeleteSnapshot implements control.Agents.
-func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, upTo uint64) error {
+func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
 	p, err := n.pool(node, pool)
 	if err != nil {
 		return err
@@ -108,10 +108,10 @@ func (n *Node) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volu
 	if err := n.notExported(string(id)); err != nil {
 		return err
 	}
-	if err := n.digests.without(ctx, pool, id, func() error { return p.DeleteSnapshot(ctx, id, upTo) }); err != nil {
+	if err := n.digests.without(ctx, pool, id, func() error { return p.DeleteSnapshot(ctx, id, of, upTo) }); err != nil {
 		return err
 	}
-	return n.host.forget(ctx, p, id, upTo)
+	return n.host.forget(ctx, p, id, of, upTo)
 }
 
 // Detach implements control.Agents.

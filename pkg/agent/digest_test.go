@@ -104,7 +104,7 @@ func TestDigestIsOfTheBytes(t *testing.T) {
 		t.Fatalf("%d regions have bytes: %+v", len(want), want)
 	}
 	for i := range 10 {
-		a.must(n.DeleteSnapshot(ctx, nodeID, "pool-a", volume.SnapshotID("old-"+string(rune('a'+i))), 0))
+		a.must(n.DeleteSnapshot(ctx, nodeID, "pool-a", volume.SnapshotID("old-"+string(rune('a'+i))), "", 0))
 		if got := a.digest(n, "snap-1", size, 1+i); !reflect.DeepEqual(got, want) {
 			t.Fatalf("after %d merges were begun: %+v, want %+v", i+1, got, want)
 		}
@@ -219,7 +219,7 @@ func TestADeleteEndsADigest(t *testing.T) {
 	<-p.seen
 	_, err := n.Digest(t.Context(), o.at, "snap-1", 0, 1)
 	wantErr(t, "two at once", err, volume.ErrBusy)
-	o.must(n.DeleteSnapshot(t.Context(), nodeID, "pool-a", "snap-1", 0))
+	o.must(n.DeleteSnapshot(t.Context(), nodeID, "pool-a", "snap-1", "", 0))
 	wantErr(t, "the digest of what is deleted", <-ended, volume.ErrUnavailable)
 	if _, there := o.pool.Usage(); len(there) != 0 {
 		t.Errorf("it is still there: %v", there)
@@ -233,7 +233,7 @@ func TestADigestHangs(t *testing.T) {
 	wantErr(t, "a digest on a disk that hangs", err, volume.ErrUnavailable)
 	_, err = n.Digest(t.Context(), o.at, "snap-1", 0, 1)
 	wantErr(t, "another", err, volume.ErrBusy)
-	wantErr(t, "a delete", n.DeleteSnapshot(soon(t), nodeID, "pool-a", "snap-1", 0), volume.ErrUnavailable)
+	wantErr(t, "a delete", n.DeleteSnapshot(soon(t), nodeID, "pool-a", "snap-1", "", 0), volume.ErrUnavailable)
 	resume()
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		_, err := n.Digest(t.Context(), o.at, "snap-1", 0, 1)
@@ -244,7 +244,7 @@ func TestADigestHangs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	o.must(n.DeleteSnapshot(t.Context(), nodeID, "pool-a", "snap-1", 0))
+	o.must(n.DeleteSnapshot(t.Context(), nodeID, "pool-a", "snap-1", "", 0))
 }
 
 // compare compares all copies of a snapshot, and returns what is recorded then.
@@ -334,7 +334,7 @@ func TestSilentDifference(t *testing.T) {
 		t.Errorf("found %+v, want %+v", d, want)
 	}
 	// One holder merges, the others do not yet.
-	must(p.nodes[v.Replicas[2].Node].DeleteSnapshot(ctx, v.Replicas[2].Node, v.Replicas[2].Pool, before.ID, 0))
+	must(p.nodes[v.Replicas[2].Node].DeleteSnapshot(ctx, v.Replicas[2].Node, v.Replicas[2].Pool, before.ID, "", 0))
 	for range 5 {
 		if d := p.compare(x.ID); !reflect.DeepEqual(d, &want) {
 			t.Errorf("while one merges: found %+v, want %+v", d, want)

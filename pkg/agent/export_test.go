@@ -111,13 +111,13 @@ func TestExportSnapshot(t *testing.T) {
 	if out, err := exec.Command("qemu-io", "-f", "raw", "-c", "write 0 4k", s.uri).CombinedOutput(); err == nil {
 		t.Errorf("a snapshot was written:\n%s", out)
 	}
-	err := h.node.DeleteSnapshot(t.Context(), nodeID, poolID, "snap-1", 0)
+	err := h.node.DeleteSnapshot(t.Context(), nodeID, poolID, "snap-1", "", 0)
 	wantErr(t, "delete while exported", err, volume.ErrInUse)
 	if err == nil || !strings.Contains(err.Error(), "snap-1.sock") {
 		t.Errorf("delete = %v, want it to name the export", err)
 	}
 	s.end()
-	if err := h.node.DeleteSnapshot(t.Context(), nodeID, poolID, "snap-1", 0); err != nil {
+	if err := h.node.DeleteSnapshot(t.Context(), nodeID, poolID, "snap-1", "", 0); err != nil {
 		t.Error(err)
 	}
 	err = h.node.ExportSnapshot(t.Context(), volume.Snapshot{ID: "snap-1", Holders: []volume.Replica{h.replica("vol-1")}}, nil)

@@ -317,7 +317,7 @@ func (p *filePool) Cut(_ context.Context, id volume.ReplicaID, s volume.Snapshot
 	return copyFile(p.path(string(id)), p.path(string(s)))
 }
 
-func (p *filePool) DeleteSnapshot(_ context.Context, id volume.SnapshotID, _ uint64) error {
+func (p *filePool) DeleteSnapshot(_ context.Context, id volume.SnapshotID, _ volume.ReplicaID, _ uint64) error {
 	return os.RemoveAll(p.path(string(id)))
 }
 

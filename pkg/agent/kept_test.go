@@ -430,8 +430,8 @@ func (p *parts) Release(ctx context.Context, node volume.NodeID, s control.Snaps
 	return do(p, node, func(n *Node) error { return n.Release(ctx, node, s) })
 }
 
-func (p *parts) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, upTo uint64) error {
-	return do(p, node, func(n *Node) error { return n.DeleteSnapshot(ctx, node, pool, id, upTo) })
+func (p *parts) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
+	return do(p, node, func(n *Node) error { return n.DeleteSnapshot(ctx, node, pool, id, of, upTo) })
 }
 
 func (p *parts) Detach(ctx context.Context, node volume.NodeID, id volume.ID, epoch volume.Epoch) (bool, error) {
@@ -483,7 +483,7 @@ func TestTheOlderSnapshotIsDeleted(t *testing.T) {
 	must(n.OpenEngine(ctx, "n1", vol1, c.cluster.epoch(vol1)))
 	must(c.nodes["n3"].DeleteReplica(ctx, "n3", c.pool("n3"), c.replica(3).ID))
 	cut("snap-2", "second..")
-	must(n.cfg.Pools[0].DeleteSnapshot(ctx, "snap-1", 0)) // the engine does not know
+	must(n.cfg.Pools[0].DeleteSnapshot(ctx, "snap-1", "", 0)) // the engine does not know
 
 	r := volume.Replica{ID: "rep-new", Node: "n3", Pool: c.pool("n3")}
 	must(c.nodes["n3"].CreateReplica(ctx, "n3", control.ReplicaSpec{ID: r.ID, Volume: vol1, Pool: r.Pool, Size: 16 * mib, Parent: "snap-1"}))

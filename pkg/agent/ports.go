@@ -55,7 +55,7 @@ type Pool interface {
 	Cut(ctx context.Context, id volume.ReplicaID, s volume.SnapshotID) error
 	// DeleteSnapshot lets go of a snapshot; what of it is being sealed by a barrier up to that number, or comes to be later, is
 	// given up.
-	DeleteSnapshot(ctx context.Context, id volume.SnapshotID, upTo uint64) error
+	DeleteSnapshot(ctx context.Context, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error
 	// OpenSnapshot opens a snapshot, which refuses writes, and cannot be deleted before it is closed.
 	OpenSnapshot(ctx context.Context, id volume.SnapshotID) (Snapshot, error)
 	Extents(ctx context.Context, s, base volume.SnapshotID, offset int64, fn func(offset, length int64) error) error

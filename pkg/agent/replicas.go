@@ -318,15 +318,17 @@ func (h *replicaHost) all() []*hosted {
 	return out
 }
 
-// forget tells the open replicas of a pool that a snapshot is deleted, as Pool.DeleteSnapshot does it. After an error it is to be
+// forget tells the open replicas of a pool that a snapshot is deleted, as Pool.DeleteSnapshot does it: with of some may have it
+// still, of another replica. After an error it is to be
 // called again.
-func (h *replicaHost) forget(ctx context.Context, p Pool, s volume.SnapshotID, upTo uint64) error {
+func (h *replicaHost) forget(ctx context.Context, p Pool, s volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
 	for _, x := range h.all() {
 		if x.pool != p {
 			continue
 		}
 		err := x.locked(ctx, func() error {
-			if x.r != nil {
+			is := func(o replication.SealedSnapshot) bool { return o.ID == s }
+			if x.r != nil && (of == "" || !slices.ContainsFunc(x.store.Snapshots(), is)) {
 				x.r.Forget(s, upTo)
 			}
 			return nil

@@ -130,8 +130,8 @@ func (r *recorder) Drain(_ context.Context, n volume.NodeID, s control.SnapshotS
 func (r *recorder) Release(_ context.Context, n volume.NodeID, s control.SnapshotSpec) error {
 	return r.note(n, s)
 }
-func (r *recorder) DeleteSnapshot(_ context.Context, n volume.NodeID, p volume.PoolID, id volume.SnapshotID, upTo uint64) error {
-	return r.note(n, p, id, upTo)
+func (r *recorder) DeleteSnapshot(_ context.Context, n volume.NodeID, p volume.PoolID, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
+	return r.note(n, p, id, of, upTo)
 }
 func (r *recorder) Detach(_ context.Context, n volume.NodeID, id volume.ID, e volume.Epoch) (bool, error) {
 	return true, r.note(n, id, e)

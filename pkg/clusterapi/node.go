@@ -58,7 +58,8 @@ type (
 		Node volume.NodeID
 		Pool volume.PoolID
 		ID   volume.SnapshotID
-		UpTo uint64 `json:",omitempty"`
+		Of   volume.ReplicaID `json:",omitempty"`
+		UpTo uint64           `json:",omitempty"`
 	}
 	setQoS struct {
 		Node   volume.NodeID
@@ -129,7 +130,7 @@ var nodeMethods = []grpc.MethodDesc{
 		return none{}, a.Release(ctx, r.Node, r.Spec)
 	}),
 	unary(nodeService, "DeleteSnapshot", func(a control.Agents, ctx context.Context, r *atSnapshot) (none, error) {
-		return none{}, a.DeleteSnapshot(ctx, r.Node, r.Pool, r.ID, r.UpTo)
+		return none{}, a.DeleteSnapshot(ctx, r.Node, r.Pool, r.ID, r.Of, r.UpTo)
 	}),
 	unary(nodeService, "Detach", func(a control.Agents, ctx context.Context, r *onVolume) (bool, error) {
 		return a.Detach(ctx, r.Node, r.Volume, r.Epoch)
@@ -259,8 +260,8 @@ func (a *Agents) Release(ctx context.Context, n volume.NodeID, s control.Snapsho
 	return do(ctx, a, n, "Release", &snapshotSpec{n, s})
 }
 
-func (a *Agents) DeleteSnapshot(ctx context.Context, n volume.NodeID, pool volume.PoolID, id volume.SnapshotID, upTo uint64) error {
-	return do(ctx, a, n, "DeleteSnapshot", &atSnapshot{n, pool, id, upTo})
+func (a *Agents) DeleteSnapshot(ctx context.Context, n volume.NodeID, pool volume.PoolID, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
+	return do(ctx, a, n, "DeleteSnapshot", &atSnapshot{n, pool, id, of, upTo})
 }
 
 func (a *Agents) Detach(ctx context.Context, n volume.NodeID, id volume.ID, epoch volume.Epoch) (clean bool, err error) {

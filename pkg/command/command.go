@@ -286,7 +286,8 @@ type CopySnapshot struct {
 
 // DropHolder has a pool hold a snapshot no more: its copy is Leaving until FreeHolder, or gone at once where the holder is Lost: its
 // disk is gone for good. One that is not Lost is refused with volume.ErrInUse where no other pool has a sound copy of a snapshot that
-// is not being deleted, or where the copies differ, and with ErrBusy where a replica of the volume is in that pool. It answers Snapshot.
+// is not being deleted, or where the copies differ, and with ErrBusy where a replica of the volume is in that pool, unless the snapshot
+// is being deleted: nobody fills it in again. It answers Snapshot.
 type DropHolder struct {
 	Snapshot volume.SnapshotID `json:"snapshot"`
 	Pool     volume.PoolID     `json:"pool"`

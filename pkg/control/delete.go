@@ -130,7 +130,7 @@ func (s *Service) freeFilledIn(ctx context.Context, v volume.Volume, xs []volume
 		if !slices.ContainsFunc(slices.Concat(now.Replicas, now.Leaving), func(o volume.Replica) bool { return o.ID == r.ID }) {
 			return nil
 		}
-		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, id, 0); err != nil {
+		if err := s.agents.DeleteSnapshot(ctx, r.Node, r.Pool, id, r.ID, 0); err != nil {
 			return fmt.Errorf("free snapshot %s, filled in on node %s: %w", id, r.Node, err)
 		}
 	}

@@ -162,11 +162,14 @@ type fakeAgents struct {
 	onFreed func(volume.ReplicaID)
 	// read are snapshots, with their pools, that are being read: they are not let go of.
 	read map[volume.SnapshotID]bool
+	// onDeleteSnapshot happens on the way to a pool.
+	onDeleteSnapshot func(volume.PoolID)
 	// digest answers Digest.
 	digest func(ctx context.Context, h volume.Replica, offset int64, regions int) (control.Digest, error)
 }
 
 type fakeReplica struct {
+	id    volume.ReplicaID // "" is any
 	node  volume.NodeID
 	pool  volume.PoolID
 	size  int64
@@ -218,7 +221,7 @@ func (a *fakeAgents) CreateReplica(ctx context.Context, node volume.NodeID, r co
 		if _, ok := a.replicas[r.ID]; ok {
 			return nil
 		}
-		x := fakeReplica{node: node, pool: r.Pool, size: r.Size}
+		x := fakeReplica{id: r.ID, node: node, pool: r.Pool, size: r.Size}
 		if r.Parent != "" {
 			p, ok := a.snapshots[volume.SnapshotID(fmt.Sprintf("%s@%s", r.Parent, r.Pool))]
 			if !ok {
@@ -399,9 +402,18 @@ func (a *fakeAgents) CutSnapshot(ctx context.Context, node volume.NodeID, s cont
 	return holders, err
 }
 
-func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, _ uint64) error {
+func (a *fakeAgents) DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, of volume.ReplicaID, _ uint64) error {
+	a.mu.Lock()
+	on := a.onDeleteSnapshot
+	a.mu.Unlock()
+	if on != nil {
+		on(pool)
+	}
 	return a.do(ctx, "DeleteSnapshot", node, func() error {
 		key := volume.SnapshotID(fmt.Sprintf("%s@%s", id, pool))
+		if x := a.snapshots[key]; x.id != "" && of != "" && x.id != of {
+			return nil
+		}
 		if a.read[key] {
 			return fmt.Errorf("snapshot %s is being read: %w", id, volume.ErrBusy)
 		}

@@ -258,7 +258,7 @@ func (s *Service) freeGivenUp(ctx context.Context, node volume.NodeID, u Usage, 
 		}
 		var errs []error
 		for _, p := range u.Pools {
-			errs = append(errs, s.agents.DeleteSnapshot(ctx, node, p.ID, x.Snapshot, number))
+			errs = append(errs, s.agents.DeleteSnapshot(ctx, node, p.ID, x.Snapshot, "", number))
 		}
 		if err := errors.Join(errs...); err != nil {
 			failed = append(failed, fmt.Errorf("snapshot %s: %w", x.Snapshot, err))

@@ -101,8 +101,9 @@ type Agents interface {
 	// Release lets writes go on. Where they do already it is nil.
 	Release(ctx context.Context, node volume.NodeID, s SnapshotSpec) error
 	// DeleteSnapshot unpins a snapshot; its space is freed in the background. With upTo it is deleted for good: a cut by a
-	// barrier up to that number that is under way, or comes later, leaves nothing, and what a later barrier has cut stays.
-	DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, upTo uint64) error
+	// barrier up to that number that is under way, or comes later, leaves nothing, and what a later barrier has cut stays. With
+	// of only that replica's copy is meant: nil where the pool has another's, which stays.
+	DeleteSnapshot(ctx context.Context, node volume.NodeID, pool volume.PoolID, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error
 	// Detach stops the volume's engine of an epoch, or of one before it, and its device where it has one. When it returns nil,
 	// nothing that the node's workloads write in these epochs reaches the volume any more; clean tells that all of it was
 	// written out first, and that nobody can be served by that engine any more. A device that is staged but not published is

@@ -274,7 +274,8 @@ func (s *Service) DropHolder(ctx context.Context, id volume.SnapshotID, pool vol
 }
 
 // freeHolders has pools free copies of a snapshot that leave, and forgets those that are free, and those in pools that are not known
-// any more: forgotten, or removed with their nodes. The caller has its lock.
+// any more: forgotten, or removed with their nodes. A call may come late, when the pool has a copy again: it names the replica that
+// sealed what is to go. The caller has its lock.
 func (s *Service) freeHolders(ctx context.Context, x volume.Snapshot) error {
 	c, err := s.cluster(ctx)
 	if err != nil {
@@ -284,7 +285,7 @@ func (s *Service) freeHolders(ctx context.Context, x volume.Snapshot) error {
 	var wg sync.WaitGroup
 	for i, h := range x.Leaving {
 		wg.Go(func() {
-			if errs[i] = s.freeHolder(ctx, c, h, x.ID, 0); errs[i] == nil {
+			if errs[i] = s.freeHolder(ctx, c, h, x.ID, h.ID, 0); errs[i] == nil {
 				errs[i] = s.propose(ctx, command.FreeHolder{Snapshot: x.ID, Pool: h.Pool})
 			}
 		})
@@ -294,14 +295,14 @@ func (s *Service) freeHolders(ctx context.Context, x volume.Snapshot) error {
 }
 
 // freeHolder has a pool let go of a snapshot, if the pool is known.
-func (s *Service) freeHolder(ctx context.Context, c cluster, h volume.Replica, id volume.SnapshotID, upTo uint64) error {
+func (s *Service) freeHolder(ctx context.Context, c cluster, h volume.Replica, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
 	if _, known := c.pool(h.Pool); !known {
 		return nil
 	}
 	if why := c.silent[h.Node]; why != "" {
 		return fmt.Errorf("snapshot %s on node %s: %s: %w", id, h.Node, why, volume.ErrUnavailable)
 	}
-	if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, id, upTo); err != nil {
+	if err := s.agents.DeleteSnapshot(ctx, h.Node, h.Pool, id, of, upTo); err != nil {
 		return fmt.Errorf("free snapshot %s on node %s: %w", id, h.Node, err)
 	}
 	return nil

@@ -223,7 +223,7 @@ func (s *Service) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 		return err
 	}
 	defer unlock()
-	err = s.propose(ctx, command.BeginDeleteSnapshot{Snapshot: id})
+	now, err := s.proposeSnapshot(ctx, command.BeginDeleteSnapshot{Snapshot: id}) // the holders may be others since x was read
 	if errors.Is(err, volume.ErrNotFound) {
 		return nil
 	}
@@ -233,7 +233,7 @@ func (s *Service) DeleteSnapshot(ctx context.Context, id volume.SnapshotID) erro
 	}
 	ctx, cancel := s.undoing(ctx)
 	defer cancel()
-	if err := s.completeDeleteSnapshot(ctx, x); err != nil {
+	if err := s.completeDeleteSnapshot(ctx, now.Snapshot); err != nil {
 		s.o.Logger.Warn("snapshot is deleted, its space will be freed later", "snapshot", id, "error", err)
 	}
 	return nil
@@ -263,7 +263,7 @@ func (s *Service) completeDeleteSnapshot(ctx context.Context, x volume.Snapshot)
 	errs := make([]error, len(holders))
 	var wg sync.WaitGroup
 	for i, h := range holders {
-		wg.Go(func() { errs[i] = s.freeHolder(ctx, c, h, x.ID, v.Barriers) })
+		wg.Go(func() { errs[i] = s.freeHolder(ctx, c, h, x.ID, "", v.Barriers) })
 	}
 	wg.Wait()
 	if err := errors.Join(errs...); err != nil {

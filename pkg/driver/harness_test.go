@@ -305,7 +305,7 @@ func (a *fakeAgents) CutSnapshot(ctx context.Context, _ volume.NodeID, s control
 	return holders, err
 }
 
-func (a *fakeAgents) DeleteSnapshot(_ context.Context, _ volume.NodeID, _ volume.PoolID, id volume.SnapshotID, _ uint64) error {
+func (a *fakeAgents) DeleteSnapshot(_ context.Context, _ volume.NodeID, _ volume.PoolID, id volume.SnapshotID, _ volume.ReplicaID, _ uint64) error {
 	return a.locked(func() { delete(a.snapshots, id) })
 }
 

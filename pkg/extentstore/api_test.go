@@ -33,7 +33,7 @@ func TestCallsAreIdempotentAndChecked(t *testing.T) {
 	must(t, p.CreateReplica(ctx, spec))
 	must(t, p.CreateReplica(ctx, ReplicaSpec{ID: "c", Volume: "w", Size: mib, Parent: "s"}))
 	must(t, p.DeleteReplica(ctx, "none"))
-	must(t, p.DeleteSnapshot(ctx, "none", 0))
+	must(t, p.DeleteSnapshot(ctx, "none", "", 0))
 	open, err := p.OpenReplica(ctx, "r")
 	must(t, err)
 	snap, err := p.OpenSnapshot(ctx, "s")
@@ -68,7 +68,7 @@ func TestCallsAreIdempotentAndChecked(t *testing.T) {
 		"open twice":                {opened(p.OpenReplica(ctx, "r")), volume.ErrInUse},
 		"open snapshot of nothing":  {opened(p.OpenSnapshot(ctx, "x")), volume.ErrNotFound},
 		"delete open":               {p.DeleteReplica(ctx, "r"), volume.ErrInUse},
-		"delete read":               {p.DeleteSnapshot(ctx, "s", 0), volume.ErrBusy},
+		"delete read":               {p.DeleteSnapshot(ctx, "s", "", 0), volume.ErrBusy},
 		"write snapshot":            {snap.WriteAt(ctx, make([]byte, 512), 0), volume.ErrInvalid},
 		"extents of nothing":        {p.Extents(ctx, "x", "", 0, none), volume.ErrNotFound},
 		"extents since nothing":     {p.Extents(ctx, "s", "x", 0, none), volume.ErrNotFound},
@@ -81,7 +81,7 @@ func TestCallsAreIdempotentAndChecked(t *testing.T) {
 	}
 	must(t, snap.Close())
 	must(t, snap.Close())
-	must(t, p.DeleteSnapshot(ctx, "s", 0))
+	must(t, p.DeleteSnapshot(ctx, "s", "", 0))
 	must(t, open.Close())
 	must(t, open.Close())
 	must(t, p.Cut(ctx, "r", "a"))
@@ -113,13 +113,13 @@ func TestUsage(t *testing.T) {
 		}
 	}
 	expect(0, 3, 1, 0, 0)
-	must(t, p.DeleteSnapshot(ctx, "s1", 0))
+	must(t, p.DeleteSnapshot(ctx, "s1", "", 0))
 	expect(0, 0, 4, 0, 0)
 	settle(t, p)
 	expect(0, 0, 3, 0, 0)
 	// What a clone and its source share is the source's, as long as there is one.
 	c := newReplica(t, p, "c", 16*mib, "s2")
-	must(t, p.DeleteSnapshot(ctx, "s2", 0))
+	must(t, p.DeleteSnapshot(ctx, "s2", "", 0))
 	settle(t, p)
 	expect(3, 0, 0, 0, 0)
 	must(t, c.WriteAt(ctx, make([]byte, layer.BlockSize), 0))
@@ -160,7 +160,7 @@ func TestWritten(t *testing.T) {
 	c := newReplica(t, p, "c", 32*mib, "s")
 	expect("r", true)
 	expect("c", true)
-	must(t, p.DeleteSnapshot(ctx, "s", 0))
+	must(t, p.DeleteSnapshot(ctx, "s", "", 0))
 	settle(t, p)
 	expect("c", true)
 	expect("of-blank", false)

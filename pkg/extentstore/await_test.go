@@ -93,7 +93,7 @@ func calls(p *Pool) map[string]func(context.Context) error {
 		"delete":          func(ctx context.Context) error { return p.DeleteReplica(ctx, "none") },
 		"resize":          func(ctx context.Context) error { return p.Resize(ctx, "r", 64*mib) },
 		"cut":             func(ctx context.Context) error { return p.Cut(ctx, "r", "s2") },
-		"delete snapshot": func(ctx context.Context) error { return p.DeleteSnapshot(ctx, "s0", 0) },
+		"delete snapshot": func(ctx context.Context) error { return p.DeleteSnapshot(ctx, "s0", "", 0) },
 		"open snapshot": func(ctx context.Context) error {
 			d, err := p.OpenSnapshot(ctx, "s")
 			if err == nil {
@@ -144,7 +144,7 @@ func TestHungDisk(t *testing.T) { // alone: it counts goroutines
 	if !p.HasReplica("first") || p.HasReplica("new") || p.HasReplica("c") || hasSnapshot(p, "s2") || !hasSnapshot(p, "s0") {
 		t.Errorf("what was begun is not done, or what was given up before is: %+v", p.Replicas())
 	}
-	must(t, p.DeleteSnapshot(t.Context(), "s", 0))
+	must(t, p.DeleteSnapshot(t.Context(), "s", "", 0))
 	must(t, p.Close())
 	for name, call := range calls(p) {
 		if err := call(t.Context()); !errors.Is(err, volume.ErrUnavailable) {
@@ -165,7 +165,7 @@ func TestHungDiskWhileRead(t *testing.T) {
 			kv.giveUp(t, call)
 			kv.disk.Unlock()
 			idle(t, p)
-			must(t, p.DeleteSnapshot(t.Context(), "s", 0)) // it is not pinned
+			must(t, p.DeleteSnapshot(t.Context(), "s", "", 0)) // it is not pinned
 			must(t, p.Close())
 		})
 	}

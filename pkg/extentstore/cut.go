@@ -85,14 +85,14 @@ type cuts struct {
 // maxOver bounds what is remembered of seals that were given up.
 const maxOver = 4096
 
-// giveUp sees to it that what was not sealed yet is not.
-func (c *cuts) giveUp(id volume.SnapshotID, upTo uint64) {
+// giveUp sees to it that what was not sealed yet is not; of a replica that is named only what is under way.
+func (c *cuts) giveUp(id volume.SnapshotID, of volume.ReplicaID, upTo uint64) {
 	for _, r := range c.running {
-		if r.snap == id && (upTo == 0 || r.number <= upTo) {
+		if r.snap == id && (of == "" || r.replica == of) && (upTo == 0 || r.number <= upTo) {
 			r.over = true
 		}
 	}
-	if upTo == 0 {
+	if upTo == 0 || of != "" {
 		return
 	}
 	if _, known := c.over[id]; !known {

@@ -33,7 +33,7 @@ func TestGivenUpWhileItIsSealed(t *testing.T) {
 				defer p.mu.Unlock()
 				return len(p.cuts.running) == 1
 			})
-			must(t, p.DeleteSnapshot(ctx, "s", 3))
+			must(t, p.DeleteSnapshot(ctx, "s", "", 3))
 			st.Unlock()
 			if err := <-sealed; !errors.Is(err, volume.ErrBusy) {
 				t.Errorf("the seal ended with %v", err)
@@ -61,7 +61,7 @@ func TestSealAfterItWasGivenUp(t *testing.T) {
 	defer p.Close()
 	ctx := t.Context()
 	d := newReplica(t, p, "r", 64*mib, "")
-	must(t, p.DeleteSnapshot(ctx, "s", 3))
+	must(t, p.DeleteSnapshot(ctx, "s", "", 3))
 	for number := uint64(2); number <= 3; number++ {
 		if err := d.Seal(ctx, "s", number); !errors.Is(err, volume.ErrBusy) {
 			t.Errorf("seal by barrier %d: %v", number, err)
@@ -69,15 +69,15 @@ func TestSealAfterItWasGivenUp(t *testing.T) {
 	}
 	must(t, d.Seal(ctx, "other", 3))
 	must(t, d.Seal(ctx, "s", 4))
-	must(t, p.DeleteSnapshot(ctx, "s", 3)) // once more, and late
+	must(t, p.DeleteSnapshot(ctx, "s", "", 3)) // once more, and late
 	if !hasSnapshot(p, "s") {
 		t.Error("what a later barrier cut is gone")
 	}
 	// What a pool only lets go of may come back to it.
-	must(t, p.DeleteSnapshot(ctx, "other", 0))
+	must(t, p.DeleteSnapshot(ctx, "other", "", 0))
 	must(t, d.Seal(ctx, "other", 3))
 	for i := range 2 * maxOver {
-		must(t, p.DeleteSnapshot(ctx, volume.SnapshotID(rune(i)), 1))
+		must(t, p.DeleteSnapshot(ctx, volume.SnapshotID(rune(i)), "", 1))
 	}
 	if len(p.cuts.over) > maxOver || len(p.cuts.order) > maxOver {
 		t.Errorf("%d snapshots that were given up are remembered", len(p.cuts.over))
@@ -99,7 +99,7 @@ func TestGivenUpAfterARestart(t *testing.T) {
 	if !hasSnapshot(p, "s") {
 		t.Fatal("the crash took the seal")
 	}
-	must(t, p.DeleteSnapshot(ctx, "s", 3))
+	must(t, p.DeleteSnapshot(ctx, "s", "", 3))
 	settle(t, p)
 	if u := p.Usage(); len(p.layers) != 1 || u.Replicas["r"] != layer.ExtentSize {
 		t.Errorf("%d layers, %+v", len(p.layers), u)
@@ -111,5 +111,29 @@ func TestGivenUpAfterARestart(t *testing.T) {
 	defer p.Close()
 	if hasSnapshot(p, "s") || len(p.layers) != 1 {
 		t.Errorf("%d layers after another crash", len(p.layers))
+	}
+}
+
+// A delete that names a replica leaves alone what another has sealed or is sealing.
+func TestDeleteOfAReplicasSnapshot(t *testing.T) {
+	p := openMem(t, newMachine(), Options{Capacity: 64 * mib, manual: true})
+	defer p.Close()
+	ctx := t.Context()
+	d := newReplica(t, p, "r", 64*mib, "")
+	running := &cutting{replica: "r", snap: "s"}
+	p.cuts.running = append(p.cuts.running, running)
+	must(t, p.DeleteSnapshot(ctx, "s", "old", 0))
+	if running.over {
+		t.Error("another replica's seal was given up")
+	}
+	p.endCut(running)
+	must(t, d.Seal(ctx, "s", 1))
+	must(t, p.DeleteSnapshot(ctx, "s", "old", 0))
+	if !hasSnapshot(p, "s") {
+		t.Error("another replica's snapshot is gone")
+	}
+	must(t, p.DeleteSnapshot(ctx, "s", "r", 0))
+	if hasSnapshot(p, "s") {
+		t.Error("the snapshot is still there")
 	}
 }

@@ -285,7 +285,7 @@ func TestRealFullFilesystem(t *testing.T) {
 	for i := range 50 {
 		id := volume.SnapshotID(string(rune('A' + i)))
 		must(t, p.Cut(t.Context(), "r", id))
-		must(t, p.DeleteSnapshot(t.Context(), id, 0))
+		must(t, p.DeleteSnapshot(t.Context(), id, "", 0))
 	}
 	must(t, os.Remove(hog.Name()))
 	must(t, <-c)

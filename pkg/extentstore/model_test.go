@@ -331,7 +331,7 @@ func (w *world) deleteVolume(v *modelVolume) error {
 func (w *world) deleteSnapshot(s *modelSnapshot) error {
 	delete(w.snaps, s.id)
 	w.maybeSnap[s.id] = s
-	err := w.p.DeleteSnapshot(context.Background(), s.id, 0)
+	err := w.p.DeleteSnapshot(context.Background(), s.id, "", 0)
 	w.note("delete %s: %v", s.id, err)
 	if err == nil {
 		delete(w.maybeSnap, s.id)

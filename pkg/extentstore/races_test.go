@@ -59,7 +59,7 @@ func TestMergeBeginsDuringFlush(t *testing.T) {
 	one := bytes.Repeat([]byte{1}, layer.ExtentSize)
 	must(t, d.WriteAt(ctx, one, layer.PageSpan))
 	must(t, p.Cut(ctx, "r", "s"))
-	must(t, p.DeleteSnapshot(ctx, "s", 0))
+	must(t, p.DeleteSnapshot(ctx, "s", "", 0))
 	must(t, d.WriteAt(ctx, one, 0))
 	must(t, d.WriteAt(ctx, one, layer.PageSpan+layer.ExtentSize))
 	head := p.replicas["r"].head.Load()
@@ -169,7 +169,7 @@ func TestFailedMerge(t *testing.T) {
 	must(t, d.WriteAt(ctx, one[:layer.BlockSize], layer.ExtentSize)) // the second extent is copied, and fails
 	must(t, p.Cut(ctx, "r", "b"))
 	must(t, d.WriteAt(ctx, one[:layer.BlockSize], 2*layer.ExtentSize))
-	must(t, p.DeleteSnapshot(ctx, "a", 0))
+	must(t, p.DeleteSnapshot(ctx, "a", "", 0))
 	f.write = func(int64) error { return disk.ErrInjected }
 	for more := true; more; {
 		var err error
@@ -179,7 +179,7 @@ func TestFailedMerge(t *testing.T) {
 	}
 	f.write = nil
 	sound(t, m)
-	must(t, p.DeleteSnapshot(ctx, "b", 0))
+	must(t, p.DeleteSnapshot(ctx, "b", "", 0))
 	settle(t, p)
 	sound(t, m)
 	got := make([]byte, 2*layer.ExtentSize)

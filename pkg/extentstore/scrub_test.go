@@ -66,7 +66,7 @@ func TestScrubFindsDamage(t *testing.T) {
 		t.Errorf("damaged: %s", got)
 	}
 	must(t, p.DeleteReplica(ctx, "r"))
-	must(t, p.DeleteSnapshot(ctx, "s", 0))
+	must(t, p.DeleteSnapshot(ctx, "s", "", 0))
 	settle(t, p)
 	if r := reasons(p); len(r) > 0 || p.alloc.used != 0 || damagedText(p) != "" || p.distrusted.Load() != 0 {
 		t.Fatalf("%v, %d slots, damaged %s", r, p.alloc.used, damagedText(p))
@@ -158,7 +158,7 @@ func TestMergeCarriesChecksums(t *testing.T) {
 	settle(t, p)
 	rot(t, m, 2)
 	f.n.Store(0)
-	must(t, p.DeleteSnapshot(ctx, "a", 0))
+	must(t, p.DeleteSnapshot(ctx, "a", "", 0))
 	settle(t, p)
 	// An extent to verify and copy 15 blocks of, and the page they are in to sum.
 	if n := f.n.Load(); n > layer.PageSpan+2*layer.ExtentSize {
@@ -194,7 +194,7 @@ func TestMergeDoesNotHideDamage(t *testing.T) {
 				settle(t, p)
 			}
 			rot(t, m, p.layers[1].slotAt(t, p, 1))
-			must(t, p.DeleteSnapshot(ctx, "a", 0))
+			must(t, p.DeleteSnapshot(ctx, "a", "", 0))
 			for {
 				if more, err := p.step(); !more {
 					break

@@ -200,7 +200,7 @@ func stressSnapshots(ctx context.Context, p *Pool, rng *rand.Rand) error {
 		}
 		for len(ids) > 3 {
 			k := rng.IntN(len(ids))
-			if err := p.DeleteSnapshot(context.Background(), ids[k], 0); errors.Is(err, volume.ErrBusy) {
+			if err := p.DeleteSnapshot(context.Background(), ids[k], "", 0); errors.Is(err, volume.ErrBusy) {
 				continue
 			} else if err != nil {
 				return err
@@ -304,7 +304,7 @@ func mergeRace(broken rules) error {
 		return err
 	}
 	old, now := bytes.Repeat([]byte{1}, layer.BlockSize), bytes.Repeat([]byte{2}, layer.BlockSize)
-	if err := errors.Join(dev.WriteAt(ctx, old, layer.BlockSize), p.Cut(ctx, "r", "s"), dev.WriteAt(ctx, old, 0), p.DeleteSnapshot(ctx, "s", 0)); err != nil {
+	if err := errors.Join(dev.WriteAt(ctx, old, layer.BlockSize), p.Cut(ctx, "r", "s"), dev.WriteAt(ctx, old, 0), p.DeleteSnapshot(ctx, "s", "", 0)); err != nil {
 		return err
 	}
 	written := make(chan error, 1)

@@ -173,20 +173,20 @@ func (p *Pool) deleteReplica(ctx context.Context, id volume.ReplicaID) error {
 // DeleteSnapshot forgets a snapshot; what only it held is freed or merged in the background. One that is not there is
 // nil; one that is being read is volume.ErrBusy. A cut of it that is under way comes to nothing, and so does one of a barrier
 // up to that number which is asked for later: an order that was given up may still be on its way. With a number, what
-// a later barrier has cut under the name stays.
-func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID, upTo uint64) error {
-	return p.await(ctx, func() error { return p.deleteSnapshot(ctx, id, upTo) }, nil)
+// a later barrier has cut under the name stays. With a replica, so does what another has sealed: the copy that is meant is gone.
+func (p *Pool) DeleteSnapshot(ctx context.Context, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
+	return p.await(ctx, func() error { return p.deleteSnapshot(ctx, id, of, upTo) }, nil)
 }
 
-func (p *Pool) deleteSnapshot(ctx context.Context, id volume.SnapshotID, upTo uint64) error {
+func (p *Pool) deleteSnapshot(ctx context.Context, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.ready(ctx); err != nil {
 		return err
 	}
-	p.cuts.giveUp(id, upTo)
+	p.cuts.giveUp(id, of, upTo)
 	s := p.snapshots[id]
-	if s == nil || upTo > 0 && s.number > upTo {
+	if s == nil || of != "" && s.replica != of || upTo > 0 && s.number > upTo {
 		return nil
 	}
 	if s.readers.Load() > 0 {
