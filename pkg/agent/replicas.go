@@ -319,8 +319,7 @@ func (h *replicaHost) all() []*hosted {
 }
 
 // forget tells the open replicas of a pool that a snapshot is deleted, as Pool.DeleteSnapshot does it: with of some may have it
-// still, of another replica. After an error it is to be
-// called again.
+// still, of another replica. After an error it is to be called again.
 func (h *replicaHost) forget(ctx context.Context, p Pool, s volume.SnapshotID, of volume.ReplicaID, upTo uint64) error {
 	for _, x := range h.all() {
 		if x.pool != p {

@@ -24,6 +24,7 @@ func (c *Connections) Drop(gone func(pki.Peer) bool) {
 	for p := range c.open {
 		if gone(p.peer) {
 			end = append(end, p)
+			delete(c.open, p) // what gRPC has not taken over yet it closes below this
 		}
 	}
 	c.mu.Unlock()

@@ -51,6 +51,9 @@ func TestConnectionsAreDropped(t *testing.T) {
 			within(t, "the call", h.called)
 			server.Drop(named("n1"))
 			client.Drop(named("n2"))
+			if err := agents.Release(t.Context(), "n1", control.SnapshotSpec{}); err != nil { // on the same connection
+				t.Error(err)
+			}
 			if len(h.over) > 0 || len(ended) > 0 {
 				t.Error("a call of another ended")
 			}

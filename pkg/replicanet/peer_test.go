@@ -144,6 +144,12 @@ func TestClose(t *testing.T) {
 		for seq, drop := range map[uint64]func(){6: func() { s.Drop(named("client")) }, 7: func() { c.Drop(named("server")) }} {
 			s.Drop(named("server"))
 			c.Drop(named("client"))
+			l.Send(&replication.Message{Kind: replication.KindPing, Seq: 10 + seq})
+			l.Flush()
+			if m := within(t, "message over what was not dropped", rep.got); m.Seq != 10+seq {
+				t.Fatalf("%+v", m)
+			}
+			within(t, "answer", e.answers)
 			drop()
 			if err := within(t, "end", e.closed); err == nil {
 				t.Error("no reason")
