@@ -54,7 +54,7 @@ type Pool interface {
 	// Cut seals the present state of a replica, open or not.
 	Cut(ctx context.Context, id volume.ReplicaID, s volume.SnapshotID) error
 	// DeleteSnapshot lets go of a snapshot; what of it is being sealed by a barrier up to that number, or comes to be later, is
-	// given up.
+	// given up. With of what another replica has sealed stays.
 	DeleteSnapshot(ctx context.Context, id volume.SnapshotID, of volume.ReplicaID, upTo uint64) error
 	// OpenSnapshot opens a snapshot, which refuses writes, and cannot be deleted before it is closed.
 	OpenSnapshot(ctx context.Context, id volume.SnapshotID) (Snapshot, error)

@@ -159,7 +159,7 @@ type CloseEngine struct {
 }
 
 // AddReplica gives a volume one more replica, to be filled. It is refused with volume.ErrBusy where the volume has one on that node,
-// or the pool has yet to free a copy of one of its snapshots. It answers Volume.
+// or has yet to free a copy of one of its snapshots there. It answers Volume.
 type AddReplica struct {
 	Volume  volume.ID      `json:"volume"`
 	Replica volume.Replica `json:"replica"`
@@ -275,8 +275,8 @@ type AddHolder struct {
 // made from the snapshot on a pool that holds it whole, is in sync, and To is to be filled from it. What AddHolder records then is
 // the copy, and a BeginDelete ends it. No quota counts it. It is refused with volume.ErrNotFound where the snapshot is being
 // deleted, ErrInvalid where From's pool has no sound copy of it or To's node has one, ErrNoSpace where To's has no room, and ErrBusy
-// where the volume exists, another of its snapshots is being copied, something of it is still to be freed on one of the two
-// nodes, or a copy of one of its snapshots in To's pool. It answers Volume.
+// where the volume exists, another of its snapshots is being copied, or something of it, or a copy of one of its
+// snapshots, is still to be freed on one of the two nodes. It answers Volume.
 type CopySnapshot struct {
 	Now      volume.Timestamp  `json:"now"`
 	Snapshot volume.SnapshotID `json:"snapshot"`

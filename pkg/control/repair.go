@@ -87,7 +87,7 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 	offline := map[volume.PoolID]time.Time{}
 	for _, n := range c.nodes {
 		for _, p := range n.Pools {
-			if p.Capacity == 0 || p.Failed { // nobody records since when
+			if !p.Works() { // nobody records since when
 				offline[p.ID] = now
 				if since, ok := s.offline[p.ID]; ok {
 					offline[p.ID] = since
@@ -106,8 +106,8 @@ func (s *Service) State(ctx context.Context) (st State, err error) {
 // wanting tells whether a volume has replicas that an engine can bring up now.
 func (c cluster) wanting(v volume.Volume) bool {
 	return slices.ContainsFunc(v.Replicas, func(r volume.Replica) bool {
-		p, known := c.pool(r.Pool)
-		return r.Role != volume.InSync && c.silent[r.Node] == "" && known && p.Capacity > 0 && !p.Failed
+		p, _ := c.pool(r.Pool)
+		return r.Role != volume.InSync && c.silent[r.Node] == "" && p.Works()
 	})
 }
 

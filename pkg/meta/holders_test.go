@@ -37,6 +37,19 @@ func heldWorld(t *testing.T, deleted bool) (*Store, volume.ID) {
 	return s, v.ID
 }
 
+// cutAndDelete cuts snapshot t of a volume, on p1, and deletes the volume.
+func cutAndDelete(t *testing.T, s *Store, id volume.ID) {
+	t.Helper()
+	propose(t, s, command.BeginSnapshot{Now: 5, ID: "t", Name: "t", Volume: id})
+	x, err := s.Snapshot(context.Background(), "t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	propose(t, s, command.FinishSnapshot{Cut: command.Cut{Snapshot: "t", ConfigVersion: x.Cut.ConfigVersion, Holders: []volume.ReplicaID{replica(1, 0)}}})
+	propose(t, s, command.BeginDelete{Volume: id})
+	propose(t, s, command.FinishDelete{Volume: id})
+}
+
 func poolsOf(rs []volume.Replica) (ps []volume.PoolID) {
 	for _, r := range rs {
 		ps = append(ps, r.Pool)
@@ -146,16 +159,8 @@ func TestNothingMeetsWhatLeaves(t *testing.T) {
 		verify(t, s)
 	})
 	t.Run("a copy of another snapshot", func(t *testing.T) {
-		s, _ := heldWorld(t, false)
-		id := newVolume(1, "p1").ID
-		propose(t, s, command.BeginSnapshot{Now: 5, ID: "t", Name: "t", Volume: id})
-		x, err := s.Snapshot(context.Background(), "t")
-		if err != nil {
-			t.Fatal(err)
-		}
-		propose(t, s, command.FinishSnapshot{Cut: command.Cut{Snapshot: "t", ConfigVersion: x.Cut.ConfigVersion, Holders: []volume.ReplicaID{replica(1, 0)}}})
-		propose(t, s, command.BeginDelete{Volume: id})
-		propose(t, s, command.FinishDelete{Volume: id})
+		s, id := heldWorld(t, false)
+		cutAndDelete(t, s, id)
 		propose(t, s, command.DropHolder{Snapshot: "s", Pool: "p2"})
 		wantErr(t, s, copyOf(1, "t", 1, "p1", "p2"), volume.ErrBusy)
 		propose(t, s, copyOf(1, "t", 1, "p1", "p3"))
@@ -163,14 +168,7 @@ func TestNothingMeetsWhatLeaves(t *testing.T) {
 	})
 	t.Run("a copy from where one leaves", func(t *testing.T) {
 		s, id := heldWorld(t, false)
-		propose(t, s, command.BeginSnapshot{Now: 5, ID: "t", Name: "t", Volume: id})
-		x, err := s.Snapshot(context.Background(), "t")
-		if err != nil {
-			t.Fatal(err)
-		}
-		propose(t, s, command.FinishSnapshot{Cut: command.Cut{Snapshot: "t", ConfigVersion: x.Cut.ConfigVersion, Holders: []volume.ReplicaID{replica(1, 0)}}})
-		propose(t, s, command.BeginDelete{Volume: id})
-		propose(t, s, command.FinishDelete{Volume: id})
+		cutAndDelete(t, s, id)
 		propose(t, s, command.DropHolder{Snapshot: "s", Pool: "p1"})
 		wantErr(t, s, copyOf(1, "t", 1, "p1", "p3"), volume.ErrBusy)
 		propose(t, s, command.FreeHolder{Snapshot: "s", Pool: "p1"})

@@ -116,13 +116,7 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 			continue
 		}
 		rec.Replicas, rec.Leaving = slices.Clone(rec.Replicas), slices.Clone(rec.Leaving)
-		is := func(r volume.Replica) bool { return r.ID == id }
-		var r *volume.Replica
-		if i := slices.IndexFunc(rec.Replicas, is); i >= 0 {
-			r = &rec.Replicas[i]
-		} else if i := slices.IndexFunc(rec.Leaving, is); i >= 0 {
-			r = &rec.Leaving[i]
-		}
+		r := first(func(r volume.Replica) bool { return r.ID == id }, rec.Replicas, rec.Leaving)
 		if bytes := c.Replicas[id]; r != nil && r.PhysicalBytes != bytes {
 			measure(v, rec.Tenant, r.PhysicalBytes, bytes)
 			rec.PhysicalBytes += bytes - r.PhysicalBytes
@@ -136,13 +130,7 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 			continue
 		}
 		rec.Holders, rec.Leaving = slices.Clone(rec.Holders), slices.Clone(rec.Leaving)
-		here := func(h volume.Replica) bool { return place(v, h).Node == c.Node }
-		var h *volume.Replica
-		if i := slices.IndexFunc(rec.Holders, here); i >= 0 {
-			h = &rec.Holders[i]
-		} else if i := slices.IndexFunc(rec.Leaving, here); i >= 0 {
-			h = &rec.Leaving[i]
-		}
+		h := first(func(h volume.Replica) bool { return place(v, h).Node == c.Node }, rec.Holders, rec.Leaving)
 		if bytes := c.Snapshots[id]; h != nil && h.PhysicalBytes != bytes {
 			measure(v, rec.Tenant, h.PhysicalBytes, bytes)
 			rec.PhysicalBytes += bytes - h.PhysicalBytes
@@ -152,6 +140,16 @@ func reportUsage(v *view, c command.ReportUsage) (command.Result, error) {
 	}
 	reportDamage(v, c)
 	return command.Done{}, nil
+}
+
+// first returns the first replica of some lists for which is holds, in its place; nil where there is none.
+func first(is func(volume.Replica) bool, lists ...[]volume.Replica) *volume.Replica {
+	for _, rs := range lists {
+		if i := slices.IndexFunc(rs, is); i >= 0 {
+			return &rs[i]
+		}
+	}
+	return nil
 }
 
 // reportDamage notes which of a node's replicas and snapshots are damaged.

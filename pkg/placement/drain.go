@@ -21,7 +21,7 @@ func Blockers(v View, volumes []volume.Volume, snapshots []volume.Snapshot, node
 	stays := map[volume.PoolID]bool{}
 	for _, n := range v.Nodes {
 		for _, p := range n.Pools {
-			stays[p.ID] = n.ID != node && n.State == volume.NodeActive && v.Down[n.ID] == "" && p.Capacity > 0 && !p.Failed
+			stays[p.ID] = n.ID != node && n.State == volume.NodeActive && v.Down[n.ID] == "" && p.Works()
 		}
 	}
 	var out []Blocker

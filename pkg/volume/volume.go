@@ -323,6 +323,9 @@ func (p Pool) Free() int64 {
 // Full tells whether the pool has no room for data.
 func (p Pool) Full() bool { return p.Used >= p.Capacity }
 
+// Works tells whether the pool can be used: its disk is there, and has not stopped it.
+func (p Pool) Works() bool { return p.Capacity > 0 && !p.Failed }
+
 // Condition is one thing that is wrong with a volume or a pool, with the safe way out.
 type Condition struct {
 	Severity Severity `json:"severity"`
