@@ -29,28 +29,18 @@ const bareHead = 16
 // It knows no failure, order, lease, checksum or snapshot: whatever replicates synchronously here does at least its system
 // calls, unless it batches them.
 type bare struct {
-	file  int
+	fileDevice
 	lanes chan *lane
 }
 
 type lane struct{ copies []int }
 
-func (b *bare) Size() int64 { return frontendSize }
-
-func (b *bare) ReadAt(_ context.Context, p []byte, off int64) error {
-	n, err := unix.Pread(b.file, p, off)
-	if err == nil && n < len(p) {
-		err = io.ErrUnexpectedEOF
-	}
-	return err
+func (b *bare) WriteAt(ctx context.Context, p []byte, off int64) error {
+	return b.everywhere(p, off, func() error { return b.fileDevice.WriteAt(ctx, p, off) })
 }
 
-func (b *bare) WriteAt(_ context.Context, p []byte, off int64) error {
-	return b.everywhere(p, off, func() error { return pwriteAll(b.file, p, off) })
-}
-
-func (b *bare) Flush(context.Context) error {
-	return b.everywhere(nil, 0, func() error { return unix.Fdatasync(b.file) })
+func (b *bare) Flush(ctx context.Context) error {
+	return b.everywhere(nil, 0, func() error { return b.fileDevice.Flush(ctx) })
 }
 
 func (b *bare) Zero(context.Context, int64, int64) error { return errors.ErrUnsupported }
@@ -77,14 +67,6 @@ func (b *bare) everywhere(p []byte, off int64, here func() error) error {
 	return nil
 }
 
-func pwriteAll(fd int, p []byte, off int64) error {
-	n, err := unix.Pwrite(fd, p, off)
-	if err == nil && n < len(p) {
-		err = io.ErrShortWrite
-	}
-	return err
-}
-
 func sendAll(fd int, head, p []byte) error {
 	n, err := unix.SendmsgBuffers(fd, [][]byte{head, p}, nil, nil, unix.MSG_NOSIGNAL)
 	for at := n - len(head); err == nil && at < len(p); at += n {
@@ -108,12 +90,12 @@ func recvAll(fd int, p []byte) error {
 }
 
 // openDirect opens a file as replicas do.
-func openDirect(path string) (int, error) {
+func openDirect(path string) (fileDevice, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return 0, &os.PathError{Op: "open", Path: path, Err: err}
+		return fileDevice{}, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	return fd, nil
+	return fileDevice{fd}, nil
 }
 
 // blockingSocket takes a connection's descriptor away from the runtime's poller.
@@ -129,12 +111,12 @@ func blockingSocket(nc net.Conn) (int, error) {
 }
 
 // bareCopy is what a process of its own does: it serves a copy in a file until its standard input ends.
-func bareCopy(path string) error {
+func bareCopy(ctx context.Context, path string) error {
 	file, err := openDirect(path)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(file)
+	defer unix.Close(file.fd)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
@@ -147,7 +129,7 @@ func bareCopy(path string) error {
 				return
 			}
 			go func() {
-				if err := serveBare(nc, file); err != nil && !errors.Is(err, io.EOF) {
+				if err := serveBare(ctx, nc, file); err != nil && !errors.Is(err, io.EOF) {
 					fmt.Fprintln(os.Stderr, "bench: bare copy:", err)
 				}
 			}()
@@ -157,7 +139,7 @@ func bareCopy(path string) error {
 	return errors.Join(err, l.Close())
 }
 
-func serveBare(nc net.Conn, file int) error {
+func serveBare(ctx context.Context, nc net.Conn, file fileDevice) error {
 	fd, err := blockingSocket(nc)
 	if err != nil {
 		return err
@@ -188,11 +170,11 @@ func serveBare(nc net.Conn, file int) error {
 			return fmt.Errorf("request of %d bytes", length)
 		}
 		if length == 0 {
-			err = unix.Fdatasync(file)
+			err = file.Flush(ctx)
 		} else {
 			size = int(length)
 			if err = recvAll(fd, request[min(n, bareHead+size):bareHead+size]); err == nil {
-				err = pwriteAll(file, request[bareHead:bareHead+size], int64(off))
+				err = file.WriteAt(ctx, request[bareHead:bareHead+size], int64(off))
 			}
 		}
 		if err == nil {
@@ -206,17 +188,10 @@ func serveBare(nc net.Conn, file int) error {
 
 // bareUp serves three bare copies over NBD.
 func bareUp(ctx context.Context, dir string) (_ *service, err error) {
-	var downs []func() error
-	down := func() error {
-		var errs []error
-		for i := len(downs) - 1; i >= 0; i-- {
-			errs = append(errs, downs[i]())
-		}
-		return errors.Join(errs...)
-	}
+	var downs teardown
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, down())
+			err = errors.Join(err, downs.all())
 		}
 	}()
 	b := &bare{lanes: make(chan *lane, bareLanes)}
@@ -230,10 +205,10 @@ func bareUp(ctx context.Context, dir string) (_ *service, err error) {
 			return nil, err
 		}
 		if i == 0 {
-			if b.file, err = openDirect(path); err != nil {
+			if b.fileDevice, err = openDirect(path); err != nil {
 				return nil, err
 			}
-			downs = append(downs, func() error { return unix.Close(b.file) })
+			downs = append(downs, func() error { return unix.Close(b.fd) })
 			continue
 		}
 		address, pid, stop, err := startSelf(bareCommand, path)
@@ -262,5 +237,5 @@ func bareUp(ctx context.Context, dir string) (_ *service, err error) {
 		return nil, err
 	}
 	downs = append(downs, stop)
-	return &service{nbdURI(socket), pids, down}, nil
+	return &service{nbdURI(socket), pids, downs.all}, nil
 }

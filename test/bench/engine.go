@@ -212,18 +212,11 @@ func benchIdentity(ca *pki.CA, id volume.NodeID) ([]byte, pki.Key, error) {
 
 // engineUp serves a volume with so many replicas over NBD.
 func engineUp(ctx context.Context, dir string, n int, secure bool) (_ *service, err error) {
-	var downs []func() error
+	var downs teardown
 	pids := []int{os.Getpid()}
-	down := func() error {
-		var errs []error
-		for i := len(downs) - 1; i >= 0; i-- {
-			errs = append(errs, downs[i]())
-		}
-		return errors.Join(errs...)
-	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, down())
+			err = errors.Join(err, downs.all())
 		}
 	}()
 	var ca *pki.CA
@@ -292,5 +285,5 @@ func engineUp(ctx context.Context, dir string, n int, secure bool) (_ *service, 
 		return nil, err
 	}
 	downs = append(downs, stop)
-	return &service{nbdURI(socket), pids, down}, nil
+	return &service{nbdURI(socket), pids, downs.all}, nil
 }

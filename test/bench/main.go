@@ -62,7 +62,7 @@ func run(ctx context.Context, args []string, w io.Writer) (err error) {
 		return replicaProcess(ctx, args[1:])
 	}
 	if len(args) == 2 && args[0] == bareCommand {
-		return bareCopy(args[1])
+		return bareCopy(ctx, args[1])
 	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	profile := flags.String("cpuprofile", "", "write a CPU profile of this process to the `file`")

@@ -45,15 +45,11 @@ func readRows(ctx context.Context, w io.Writer, where, parent string, options ..
 		{"1-replica", func(ctx context.Context, dir string) (*service, error) { return engineUp(ctx, dir, 1, false) }},
 		{"3-replicas", func(ctx context.Context, dir string) (*service, error) { return engineUp(ctx, dir, 3, false) }},
 	}
-	var services []*service
-	for _, s := range systems {
-		up, err := filledService(ctx, filepath.Join(dir, s.name), s)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, up.down()) }()
-		services = append(services, up)
+	services, down, err := filledServices(ctx, dir, systems)
+	if err != nil {
+		return err
 	}
+	defer func() { err = errors.Join(err, down()) }()
 	for _, load := range chosen(readLoads) {
 		cost := make([]samples, len(systems))
 		m, err := inTurns(load, len(systems), func(i int) (float64, error) {
@@ -71,6 +67,19 @@ func readRows(ctx context.Context, w io.Writer, where, parent string, options ..
 		fmt.Fprintln(w, " |")
 	}
 	return nil
+}
+
+// filledServices brings systems up, each in a directory of its name in dir, and writes all of their volumes.
+func filledServices(ctx context.Context, dir string, systems []replicated) (services []*service, down func() error, err error) {
+	var downs teardown
+	for _, s := range systems {
+		up, err := filledService(ctx, filepath.Join(dir, s.name), s)
+		if err != nil {
+			return nil, nil, errors.Join(err, downs.all())
+		}
+		services, downs = append(services, up), append(downs, up.down)
+	}
+	return services, downs.all, nil
 }
 
 // filledService brings a system up in a directory to be made, and writes all of its volume: what was never written would be

@@ -29,6 +29,17 @@ type service struct {
 	down func() error
 }
 
+// teardown ends what was begun, the last first.
+type teardown []func() error
+
+func (d teardown) all() error {
+	var errs []error
+	for _, down := range slices.Backward(d) {
+		errs = append(errs, down())
+	}
+	return errors.Join(errs...)
+}
+
 // used is what its processes have used so far: processor time, and how often one of their threads gave way to another.
 func (s *service) used() (cpu time.Duration, switches int64, err error) {
 	for _, pid := range s.pids {
@@ -124,15 +135,11 @@ func benchReplication(ctx context.Context, w io.Writer) (err error) {
 		{"1-replica", ballast(1, false)}, {"2-replicas", ballast(2, false)}, {"3-replicas", ballast(3, false)}, {"3-TLS", ballast(3, true)},
 	}
 	const theirs, direct, least, three, secure = 1, 2, 3, 6, 7 // their columns
-	var services []*service
-	for _, s := range systems {
-		up, err := filledService(ctx, filepath.Join(dir, s.name), s)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, up.down()) }()
-		services = append(services, up)
+	services, down, err := filledServices(ctx, dir, systems)
+	if err != nil {
+		return err
 	}
+	defer func() { err = errors.Join(err, down()) }()
 	for i := range 3 {
 		if _, err := backingFile(ctx, dir, fmt.Sprintf("plain.%d", i)); err != nil {
 			return err
